@@ -1,0 +1,1013 @@
+"""What the method scripts share: mechanics, and nothing about a method.
+
+Sections, each readable alone: 1 run, 2 processes, 3 problems and prompts, 4 sampling, 5 checking, 6 log-probabilities,
+7 packing, 8 training, 9 saving, 10 accounting.
+
+Records are JSON lines:
+  problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags. id is set/split/line of
+             the source file, so that a dropped record shifts nobody's seed; kind is how to grade ("math").
+  response   {id, draw, text, tokens, finish, correct}: draw counts from 0 per problem and round, tokens is the number
+             generated, finish is "stop" (ended by itself) or "length" (cut).
+  selection  {id, ...}: every number the method decided from; each script says which.
+  example    {id, prompt, completions, end}: what is trained on. One completion for SFT, [chosen, rejected] for DPO; the
+             loss is on the completions and on the end token after each, never on the prompt.
+
+A run folder:
+  runs/<name>/constants.json, metrics.jsonl, the two source files
+  runs/<name>/round_<t>/*.jsonl, model/, eval.json
+
+Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden size, V vocabulary.
+"""
+import argparse
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import queue
+import re
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+CHECK_SECONDS = 5.0  # wall time after which a checking worker is killed; math-verify's own alarms (1 s each) come first
+CHECK_BYTES = 2 << 30  # address space of a worker
+
+
+def checking_worker():
+    """The program of a worker: a line [gold, answer] in, a line [correct, reason] out."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
+    resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
+    import logging
+
+    from math_verify import LatexExtractionConfig, parse, verify
+    logging.disable(logging.CRITICAL)
+    boxed = [LatexExtractionConfig(boxed_match_priority=0)]
+
+    @functools.lru_cache(maxsize=100_000)
+    def parsed(answer):
+        return parse(f"\\boxed{{{answer}}}", extraction_config=boxed, parsing_timeout=1)
+
+    def compare(gold, answer):
+        began = time.monotonic()
+        golds = parsed(gold)
+        if not golds:
+            return False, "bad_gold"
+        correct = verify(golds, parsed.__wrapped__(answer), timeout_seconds=1)
+        late = not correct and time.monotonic() - began >= 1
+        return correct, "equal" if correct else "timeout" if late else "different"
+
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        # Should the parent die while a case hangs, the kernel ends this process after 30 s of its own time.
+        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+        resource.setrlimit(resource.RLIMIT_CPU, (used + 30, resource.RLIM_INFINITY))
+        try:
+            verdict = compare(*json.loads(line))
+        except MemoryError:
+            verdict = False, "memory"
+        except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
+            verdict = False, "crash"
+        print(json.dumps(verdict), file=out, flush=True)
+
+
+if __name__ == "__main__":  # as a program this file is such a worker, and what follows (torch) is not for it
+    checking_worker()
+    sys.exit()
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not torch.cuda.is_available():  # vllm's wheel brings CUDA builds of these, which beside a CPU torch break transformers
+    for package in ("torchvision", "torchaudio", "torchcodec"):
+        sys.modules.setdefault(package, None)
+import transformers  # noqa: E402
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
+disable_progress_bar()
+
+GROUP = 64  # requests that transformers.generate answers as one batch, whoever does it: part of the result
+STOP = "\n\nQuestion:"  # where a base model that was shown examples begins to invent the next one
+FLAG_TYPES = (bool, int, float, str, tuple)  # constants of these types have flags
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Run: constants from the command line, a folder that remembers, phases that are made once
+
+def constants_of(script):
+    """{name: (group, comment)} of the capital constants in a script's text; a group is the comment line above them."""
+    found, group = {}, ""
+    for line in Path(script).read_text().splitlines():
+        if line.startswith("# "):
+            group = line[2:].strip()
+        constant = re.match(r"([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", line)
+        if constant:
+            found[constant[1]] = (group, constant[2] or "")
+    return found
+
+
+def override_from_cli(g):
+    """Make a flag of every capital constant of a script and let the command line change them; `g` is its globals().
+
+    Type from the default, help from the comment behind it; where the comment begins with values in quotes ("a" | "b"),
+    only those are legal. --toy applies the TOY dict first. A wrong flag ends the program with status 2 and one line.
+    """
+    script, flags = Path(g["__file__"]), []
+    parser = argparse.ArgumentParser(prog=script.name, description=g["__doc__"], allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(message):
+        near = [n for w in re.findall(r"--[\w-]+", message) for n in difflib.get_close_matches(w, flags, 1) if n != w]
+        fail(message + (f" (did you mean {near[0]}?)" if near else "") + "; --help lists all flags", status=2)
+
+    parser.error = error
+    if "TOY" in g:
+        parser.add_argument("--toy", action="store_true", help="laptop size: the values of TOY, then the other flags")
+    for name, (_, comment) in constants_of(script).items():
+        default, legal = g[name], re.match(r'("\w*"( \| )?)+', comment)
+        if not isinstance(default, FLAG_TYPES):
+            continue
+        flags.append("--" + name.lower().replace("_", "-"))
+        options = {"type": functools.partial(_numbers, default) if isinstance(default, tuple) else type(default)}
+        if isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        if legal:
+            options["choices"] = re.findall(r'"(\w*)"', legal[0])
+        parser.add_argument(flags[-1], dest=name, default=argparse.SUPPRESS, **options,
+                            help=f"{comment} [{default}]".replace("%", "%%"))
+    given = vars(parser.parse_args())
+    if given.pop("toy", False):
+        g.update(g["TOY"])
+    g.update(given)
+
+
+def _numbers(default, text):
+    values = tuple(type(default[0])(v) for v in text.split(","))
+    if len(values) != len(default):
+        raise argparse.ArgumentTypeError(f"{len(default)} comma-separated values are needed, not {text!r}")
+    return values
+
+
+def fail(message, status=1):
+    """End the program with one line on standard error (once per machine) and a status that is not 0."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def start_run(g):
+    """Join the other processes, open the run folder that a script's constants name, print the header; the Run.
+
+    A folder that was made with other constants is refused, with the list of differences; the group of constants under
+    "# Machine" and ROUNDS may differ. Changed source files are a warning.
+    """
+    script, about = Path(g["__file__"]), constants_of(g["__file__"])
+    constants = json.loads(json.dumps({name: g[name] for name in about if isinstance(g[name], FLAG_TYPES)}))
+    name = constants["RUN"] or f"{script.stem}-{constants['SEED']}"
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        fail(f"--run {name!r}: a run's name is made of letters, digits, '.', '-' and '_'")
+    wandb = None
+    if constants["WANDB"]:
+        try:
+            import wandb
+        except ImportError:
+            fail("--wandb needs the package wandb: pip install wandb")
+    setup()
+    folder = Path("runs") / name
+    old = read_json(folder / "constants.json")["constants"] if (folder / "constants.json").exists() else None
+    may_differ = {n for n, (group, _) in about.items() if group.startswith("Machine")} | {"ROUNDS"}
+    if old:
+        changed = [f"{n} {old.get(n, 'absent')!r} -> {constants.get(n, 'absent')!r}"
+                   for n in sorted({*old, *constants} - may_differ) if old.get(n) != constants.get(n)]
+        if changed:
+            fail(f"{folder} was made with other constants ({'; '.join(changed)}); take another --run or the old values")
+    barrier()  # everybody has read what was there before rank 0 writes
+    if rank() == 0:
+        _describe(folder, script, constants, new=old is None)
+    barrier()
+    say(f"{script.name} {'goes on' if old else 'starts'} in {folder}\n  model    {constants['MODEL']}\n"
+        f"  machine  {world_size()} x {torch.cuda.get_device_name() if device().type == 'cuda' else 'CPU'}, "
+        f"{threads_per_process()} cores each\n  seed     {constants['SEED']}")
+    return Run(folder, constants["SEED"], wandb and rank() == 0 and wandb.init(name=name, config=constants))
+
+
+def _describe(folder, script, constants, new):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{folder}: {error.strerror}; start where runs/ can be written")
+    for source in (script, Path(__file__)):
+        copy = folder / source.name
+        if not copy.exists():
+            shutil.copyfile(source, copy)
+        elif copy.read_bytes() != source.read_bytes():
+            say(f"warning: {source.name} has changed since {folder} was started")
+    if new:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=script.resolve().parent, capture_output=True,
+                                text=True)
+        write_json(folder / "constants.json", {
+            "constants": constants, "command": sys.argv, "git": commit.stdout.strip(), "processes": world_size(),
+            "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__})
+
+
+class Run:
+    """One folder runs/<name>: what was made stays made, so a rerun goes on after the last whole phase."""
+
+    def __init__(self, folder, seed, wandb):
+        self.folder, self.seed, self.wandb, self.sampler = folder, seed, wandb, None
+        self.checker = Checker(min(8, threads_per_process()))
+        self.metrics = read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+
+    def once(self, name, make):
+        """What runs/<run>/<name> holds, made first if it is not there.
+
+        A name ending in .jsonl or .json: `make()` returns the records or the object (rank 0's counts). Any other name
+        is a folder: `make(path)` fills it, and its path is returned. Written under another name, flushed, then renamed.
+        """
+        path, half = self.folder / name, self.folder / (name + ".part")
+        barrier()
+        if not path.exists():
+            if path.suffix in (".json", ".jsonl"):
+                made = make()
+                if rank() == 0:
+                    (write_jsonl if path.suffix == ".jsonl" else write_json)(path, made)
+            else:
+                if rank() == 0:
+                    shutil.rmtree(half, ignore_errors=True)
+                    half.mkdir(parents=True)
+                barrier()
+                make(half)
+                barrier()
+                if rank() == 0:
+                    for file in half.iterdir():
+                        flush(file)
+                    half.rename(path)
+                    flush(path.parent)
+            barrier()
+        return {".jsonl": read_jsonl, ".json": read_json}.get(path.suffix, str)(path)
+
+    def rng(self, *key):
+        """A numpy generator that depends on the seed and `key` (round, problem id, draw, ...) and on nothing else."""
+        return np.random.default_rng(seed_of(self.seed, *key))
+
+    def log(self, round, phase, **values):
+        """Record the metrics of one phase of one round in metrics.jsonl; a phase made again replaces its line."""
+        self.metrics = [m for m in self.metrics if (m["round"], m["phase"]) != (round, phase)]
+        self.metrics.append({"round": round, "phase": phase, **values})
+        if rank() == 0:
+            write_jsonl(self.folder / "metrics.jsonl", self.metrics)
+            if self.wandb:
+                self.wandb.log({"round": round, **{f"{phase}/{name}": value for name, value in values.items()}})
+
+
+def seed_of(*key):
+    """A number below 2^63 from any key: the same on every machine, in every process (unlike hash())."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def read_jsonl(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def write_json(path, value):
+    _write(path, [json.dumps(value, indent=1)])
+
+
+def write_jsonl(path, records):
+    _write(path, map(json.dumps, records))
+
+
+def _write(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(path.name + ".part")
+    with open(half, "w") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    half.rename(path)
+    flush(path.parent)
+
+
+def flush(path):
+    """Have what was written to a file or folder reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Processes: the same under torchrun and plain python
+
+_shared = None  # a key-value store that all processes see
+
+
+def setup():
+    """Join the process group: torchrun's where there is one, else a group of this process alone."""
+    global _shared
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        _shared, my_rank, size = next(dist.rendezvous("env://"))
+    else:
+        _shared, my_rank, size = dist.HashStore(), 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    # A barrier may wait through a whole sampling phase; torchrun, not a timeout, notices a dead process.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=my_rank,
+                            world_size=size, store=dist.PrefixStore("group", _shared), timeout=timedelta(days=7))
+
+
+def rank():
+    return dist.get_rank()
+
+
+def world_size():
+    return dist.get_world_size()
+
+
+def device():
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def threads_per_process():
+    """Cores that one process may use: threads beyond the cores spin against each other (60 times slower, measured)."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def say(text=""):
+    """Print, on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+def barrier():
+    dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo waits without spinning, whatever the devices are
+
+
+def gather(item):
+    """Everybody's `item`, on everybody: a list in rank order."""
+    items = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def bar(total, what):
+    """A progress bar on rank 0; silent where standard error is not a terminal."""
+    return tqdm(total=total, desc=what, disable=rank() != 0 or not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Problems and prompts
+
+SETS = {  # name: {split: file in the DATA folder}
+    "gsm8k": {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
+    "math": {"train": "math/train.jsonl", "test": "math/test.jsonl"},
+}
+
+
+def load_problems(names, split, folder, limit=0):
+    """The problems of sets ("gsm8k,math", "my/file.jsonl"), in order; of each `limit` random but fixed ones (0: all).
+
+    A known name is looked up in `folder`. A record has `problem` or `question`, and `answer`; that may stand behind
+    "####" (GSM8K) or, without an `answer`, in the last box of `solution` (MATH). A record that cannot be used ends the
+    program with file, line and reason; an empty answer in an existing field drops the record, counted and said.
+    """
+    problems = []
+    for name in filter(None, names.split(",")):
+        if name in SETS:
+            path = Path(folder) / SETS[name][split]
+            hint = f"; --data names the folder that holds {SETS[name][split]}"
+        elif name.endswith(".jsonl"):
+            path, hint = Path(name), ""
+        else:
+            fail(f"unknown problem set {name!r}; known are {', '.join(SETS)} and paths that end in .jsonl")
+        if not path.is_file():
+            fail(f"{path}: no such file{hint}")
+        found = _read_set(path)
+        problems += [found[i] for i in sorted(np.random.default_rng(0).permutation(len(found))[:limit or None])]
+    if not problems:
+        fail(f"no problem set is named ({names!r})")
+    twice = [i for i, n in Counter(p["id"] for p in problems).items() if n > 1]
+    if twice:
+        fail(f"two problems have the id {twice[0]!r} (of {len(twice)}); rename one of the files or folders")
+    return problems
+
+
+def _read_set(path):
+    problems, empty = [], 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                problem = read_problem(record)
+            except (ValueError, RecursionError) as error:
+                reason = "not valid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
+                fail(f"{path}:{number}: {reason}; mend or remove the line")
+            if problem is None:
+                empty += 1
+            else:
+                problems.append({"id": f"{path.resolve().parent.name}/{path.stem}/{number}", **problem})
+    if empty:
+        say(f"{path}: {empty} problem{'s' * (empty > 1)} with an empty answer dropped")
+    if not problems:
+        fail(f"{path}: no problem in it")
+    return problems
+
+
+def read_problem(record):
+    """One source record as a problem without its id; None if its answer is empty; ValueError if it cannot be used."""
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    text = record.get("problem", record.get("question"))
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("no text under 'problem' or 'question'")
+    answer, solution = record.get("answer"), record.get("solution")
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    if isinstance(answer, int) and not isinstance(answer, bool) or isinstance(answer, float):
+        answer = str(answer)
+    if answer is None and isinstance(solution, str):
+        answer = last_boxed(solution)
+    if not isinstance(answer, str):
+        raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
+    if "####" in answer:  # GSM8K: a solution, one step a line with <<calculator notes>>, and the answer behind ####
+        steps, answer = answer.rsplit("####", 1)
+        steps = re.sub(r"<<.*?>>", "", steps).strip().replace("\n", "\n\n")
+        solution = f"{steps}\n\n\\boxed{{{answer.strip()}}}"
+    if not answer.strip():
+        return None
+    problem = {"problem": text.strip(), "answer": answer.strip(), "kind": "math"}
+    if isinstance(solution, str) and solution.strip():
+        problem["solution"] = solution.strip()
+    level = re.search(r"\d+", str(record.get("level", "")))
+    if level:
+        problem["level"] = int(level[0])
+    tags = record.get("tags", record.get("subject", record.get("type")))
+    if tags:
+        problem["tags"] = [tags] if isinstance(tags, str) else list(tags)
+    return problem
+
+
+def load_tokenizer(model, prompt):
+    """The model's tokenizer; ends the program if the folder or the chat template that `prompt` needs is missing."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        fail(f"{model}: {str(error).strip().splitlines()[0]}")
+    if prompt == "chat" and not tokenizer.chat_template:
+        fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
+    return tokenizer
+
+
+def make_prompt(tokenizer, prompt, problem, examples=(), system=""):
+    """The text to be continued: plain with `examples` before it ("few_shot", "zero_shot") or turns of a "chat"."""
+    if prompt == "chat":
+        turns = [{"role": "system", "content": system}] if system else []
+        for example in examples:
+            turns += [{"role": "user", "content": example["problem"]},
+                      {"role": "assistant", "content": example["solution"]}]
+        turns.append({"role": "user", "content": problem["problem"]})
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    shots = "".join(f"Question: {e['problem']}\nAnswer:\n{e['solution']}\n\n" for e in examples)
+    return f"{shots}Question: {problem['problem']}\nAnswer:\n"
+
+
+def end_token(tokenizer, prompt):
+    """The token that ends an answer: under "chat" what the template puts behind a turn, else end of text."""
+    if prompt != "chat":
+        return tokenizer.eos_token
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
+    behind = tokenizer.apply_chat_template(turns, tokenize=False).rsplit("!!", 1)[1]
+    return tokenizer.convert_ids_to_tokens(encode(tokenizer, behind)[0])
+
+
+def make_example(tokenizer, prompt, problem, *completions, system=""):
+    """A training example: the zero-shot form of the problem, and what is to be learnt from it."""
+    return {"id": problem["id"], "prompt": make_prompt(tokenizer, prompt, problem, system=system),
+            "completions": list(completions), "end": end_token(tokenizer, prompt)}
+
+
+def encode(tokenizer, text):
+    """Token ids of a prompt; a beginning-of-text token is added only where the text (a chat) does not bring its own."""
+    brings_its_own = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not brings_its_own)["input_ids"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Sampling: requests in, checked responses out
+
+def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **settings):
+    """Draw answers with the model in folder `model` and check them: responses in the order of problems, then of draws.
+
+    draws: how many per problem (a number, or a list parallel to problems). prompt(problem, draw): the text to continue.
+    enough(responses): asked after each draw with those of the problem so far; once true, later draws are not recorded
+    (what they cost counts as "spent" in the metrics). settings: style (the form of the prompts), temperature (0 is
+    greedy), max_new_tokens, and where wanted top_p, top_k.
+    The recorded responses depend on the seed, the round and the requests, not on the number of processes.
+    """
+    run.sampler = run.sampler or Sampler()
+    run.sampler.load(model)
+    run.checker.forget()
+    draws = [draws] * len(problems) if isinstance(draws, int) else draws
+    recorded, done, costs, began = [[] for _ in problems], [n == 0 for n in draws], Counter(), time.time()
+    first, size = 0, max(draws, default=0) if enough is None else 1
+    with bar(sum(draws), f"round {round} {phase}") as progress:
+        while not all(done):  # in waves of draws [0], [1], [2, 3], [4..7], ...: `enough` spares most of the rest
+            requests = [(i, d) for i in range(len(problems)) if not done[i]
+                        for d in range(first, min(first + size, draws[i]))]
+            answers = run.sampler.answer([prompt(problems[i], d) for i, d in requests], progress, **settings,
+                                         seed=seed_of(run.seed, round, phase, first),
+                                         check=lambda k, text: run.checker.submit(problems[requests[k][0]], text))
+            for (i, d), (prompt_tokens, tokens, text, finish, correct, reason) in zip(requests, answers):
+                costs.update(spent_prompt_tokens=prompt_tokens, spent_tokens=tokens, spent_draws=1)
+                if done[i]:
+                    continue
+                recorded[i].append({"id": problems[i]["id"], "draw": d, "text": text, "tokens": tokens,
+                                    "finish": finish, "correct": correct})
+                costs.update({"prompt_tokens": prompt_tokens, "tokens": tokens, "draws": 1, "correct": int(correct),
+                              "cut": int(finish == "length"), f"check_{reason}": 1})
+                done[i] = d + 1 == draws[i] or enough is not None and enough(recorded[i])
+            first, size = first + size, max(1, first + size)
+    seconds = time.time() - began
+    run.log(round, phase, **costs, seconds=seconds,
+            flops=2 * run.sampler.parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"]))
+    say(f"  round {round}  {phase:<9} {costs['draws']:>7,} answers of {costs['spent_draws']:,} drawn, "
+        f"{costs['correct'] / max(1, costs['draws']):.1%} correct, {costs['spent_tokens'] / seconds:,.0f} tok/s, "
+        f"{seconds:.1f} s")
+    return [response for of_problem in recorded for response in of_problem]
+
+
+class Sampler:
+    """transformers.generate over fixed groups of requests. A group is always one batch, with one thread on CPU,
+    whichever process takes it: the same row in another batch differs by 1e-6 in the logits, which may flip a token.
+    """
+
+    def __init__(self):
+        self.folder = self.model = None
+        self.calls = 0
+
+    def load(self, folder):
+        """Answer with the model in `folder` from now on."""
+        if folder == self.folder and self.model is not None:
+            return
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
+        except OSError as error:
+            fail(f"{folder}: {str(error).strip().splitlines()[0]}")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.folder, self.parameters = folder, count_parameters(self.model)
+
+    def sleep(self):
+        """Give the model's memory back, to make room for training."""
+        self.model = None
+        if device().type == "cuda":
+            torch.cuda.empty_cache()
+
+    def answer(self, texts, progress, *, seed, check, **settings):
+        """[(prompt tokens, generated tokens, text, finish, correct, reason)] for the texts, on every process.
+
+        check(k, text) hands the k-th text's answer to the checker, which works while the next group is generated.
+        """
+        ids = [encode(self.tokenizer, text) for text in texts]
+        order = sorted(range(len(ids)), key=lambda k: (len(ids[k]), k))  # neighbours in length: little padding
+        groups = [order[at:at + GROUP] for at in range(0, len(order), GROUP)]
+        self.calls, before, mine = self.calls + 1, progress.n, {}
+        while (g := _shared.add(f"sample/{self.calls}", 1) - 1) < len(groups):  # a shared counter: no fixed shares
+            torch.manual_seed(seed_of(seed, g))
+            for k, answer in zip(groups[g], self._generate([ids[k] for k in groups[g]], **settings)):
+                mine[k] = (len(ids[k]), *answer, check(k, answer[1]))
+            progress.n = before + sum(map(len, groups[:g + 1]))  # what all processes have taken
+            progress.refresh()
+        mine = {k: (*answer, *verdict.result()) for k, (*answer, verdict) in mine.items()}
+        everyone = {k: answer for part in gather(mine) for k, answer in part.items()}
+        return [everyone[k] for k in range(len(texts))]
+
+    def _generate(self, rows, style, temperature, max_new_tokens, top_p=1.0, top_k=0):
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device())
+        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else \
+            dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(end_token(self.tokenizer, style))}
+        stops = {} if style == "chat" else dict(stop_strings=[STOP], tokenizer=self.tokenizer)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            out = self.model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
+                                      pad_token_id=self.tokenizer.pad_token_id, **sampling, **stops)
+        torch.set_num_threads(threads)
+        answers = []
+        for row in out[:, batch["input_ids"].shape[1]:].tolist():
+            size = next((at for at, t in enumerate(row) if t in ends or t == self.tokenizer.pad_token_id), len(row))
+            text, stop, _ = self.tokenizer.decode(row[:size], skip_special_tokens=True).partition(STOP)
+            ended = not stop and size < len(row)  # by an end token; behind a stop string there is only padding
+            answers.append((size + ended, text.strip(), "stop" if stop or ended else "length"))
+        return answers
+
+
+def evaluate(run, model, problems, prompt, *, round, phase="eval", **settings):
+    """Greedy accuracy of a model, as {accuracy, interval (95 %), n, by_level, correct: {id: 0 or 1}}."""
+    responses = sample(run, model, problems, 1, prompt, round=round, phase=phase, temperature=0.0, **settings)
+    correct, by_level = {r["id"]: int(r["correct"]) for r in responses}, defaultdict(list)
+    for problem in problems:
+        if "level" in problem:
+            by_level[problem["level"]].append(correct[problem["id"]])
+    right, n = sum(correct.values()), len(correct)
+    return {"accuracy": right / n, "interval": binomial_interval(right, n), "n": n,
+            "by_level": {str(level): sum(c) / len(c) for level, c in sorted(by_level.items())}, "correct": correct}
+
+
+def binomial_interval(right, n):
+    """The exact (Clopper-Pearson) 95 % interval of a share, by bisection on the binomial distribution."""
+    def at_least(k, p):  # P(X >= k)
+        if p in (0.0, 1.0):
+            return float(p == 1.0 or k == 0)
+        ways = math.lgamma(n + 1)
+        return math.fsum(math.exp(ways - math.lgamma(j + 1) - math.lgamma(n - j + 1) + j * math.log(p)
+                                  + (n - j) * math.log1p(-p)) for j in range(k, n + 1))
+
+    def where(share_is_too_low):
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if share_is_too_low(middle) else (low, middle)
+        return (low + high) / 2
+
+    lower = 0.0 if right == 0 else where(lambda p: at_least(right, p) < 0.025)
+    upper = 1.0 if right == n else where(lambda p: 1 - at_least(right + 1, p) > 0.025)
+    return [lower, upper]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Checking: model output is untrusted text, so it is compared in processes that can be killed
+
+def last_boxed(text):
+    r"""The content of the last balanced \boxed{...} (or brace-less \boxed 9), or None. Linear in the text."""
+    opened, last = [], None
+    for mark in re.finditer(r"\\boxed\s*\{|\\boxed\s+([^\s{}$\\]+)|\\.|\{|\}", text, re.DOTALL):
+        token = mark[0]
+        if token.startswith("\\boxed") and token.endswith("{"):
+            opened.append(mark.end())
+        elif token.startswith("\\boxed"):
+            last = mark[1].rstrip(".,;:")
+        elif token == "{":
+            opened.append(None)
+        elif token == "}" and opened:
+            start = opened.pop()
+            if start is not None:
+                last = text[start:mark.start()]
+    return last
+
+
+def final_answer(text):
+    """What a response says its answer is: the last box, else what stands behind the last "####"; None if neither."""
+    boxed = last_boxed(text)
+    if boxed is None and "####" in text:
+        boxed = text.rsplit("####", 1)[1].strip().split("\n")[0]
+    return boxed.strip() or None if boxed is not None else None
+
+
+class Checker:
+    """Worker processes that compare answers with math-verify, each killed and replaced when it hangs or dies."""
+
+    def __init__(self, workers):
+        self.threads = ThreadPoolExecutor(workers)  # a thread waits for its worker; the work is done in the process
+        self.idle = queue.SimpleQueue()
+        for _ in range(workers):
+            self.idle.put(self._start())
+        self.verdicts = {}
+
+    @staticmethod
+    def _start():
+        worker = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL)
+        return worker, False  # not known to be ready: its imports take a second or two
+
+    def forget(self):
+        """Drop the remembered verdicts, once a phase: identical answers come within a phase."""
+        self.verdicts = {}
+
+    def submit(self, problem, text):
+        """A Future of (correct, reason); reason is equal, different, no_answer, bad_gold, timeout, memory or crash."""
+        gold, answer = problem["answer"], final_answer(text)
+        if (gold, answer) not in self.verdicts:
+            if answer is None or answer == gold:
+                verdict = Future()
+                verdict.set_result((answer == gold, "equal" if answer == gold else "no_answer"))
+            else:
+                verdict = self.threads.submit(self._compare, gold, answer)
+            self.verdicts[gold, answer] = verdict
+        return self.verdicts[gold, answer]
+
+    def check(self, problem, text):
+        """(correct, reason) of one response."""
+        return self.submit(problem, text).result()
+
+    def _compare(self, gold, answer):
+        worker, ready = self.idle.get()
+        try:
+            if not ready:
+                self._line(worker, 60)
+            worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            worker.stdin.flush()
+            correct, reason = json.loads(self._line(worker, CHECK_SECONDS))
+            self.idle.put((worker, True))
+        except (OSError, ValueError) as error:  # no answer in time, or it died in the middle of one
+            worker.kill()
+            worker.wait()
+            correct, reason = False, "timeout" if isinstance(error, TimeoutError) else "crash"
+            self.idle.put(self._start())
+        return correct, reason
+
+    @staticmethod
+    def _line(worker, seconds):
+        if not select.select([worker.stdout], [], [], seconds)[0]:
+            raise TimeoutError
+        return worker.stdout.readline()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Log-probabilities
+
+def token_logprobs(hidden, weight, targets):
+    """log p(target) of each position in float32, (P,), from hidden (P, H) and the head's weight (V, H).
+
+    Done in chunks whose logits are made again in the backward pass, so that no (P, V) tensor ever exists.
+    """
+    def chunk(h, t):
+        logits = (h @ weight.T).float() if h.dtype != torch.float64 else h @ weight.T
+        return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
+
+    size = max(1, 2**26 // weight.shape[0])  # 256 MB of float32 logits
+    return torch.cat([checkpoint(chunk, hidden[at:at + size], targets[at:at + size], use_reentrant=False)
+                      for at in range(0, max(1, len(targets)), size)])
+
+
+def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
+    """Causal attention inside each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D)."""
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
+                          window_size=(-1, 0), enable_gqa=True)
+        return out[None], None
+    # On CPU: sequences side by side in a padded (S, heads, longest, D), for this one operation. Padding stands behind
+    # the real tokens, so a causal mask hides it from them.
+    starts, lengths = cu_seq_lens_q[:-1].long(), cu_seq_lens_q.diff().long()
+    within = torch.arange(max_length_q)
+    real = within < lengths[:, None]  # (S, longest)
+    at = (starts[:, None] + within).clamp(max=query.shape[2] - 1)
+    q, k, v = (x[0][:, at].transpose(0, 1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2)[real][None], None
+
+
+class Policy(torch.nn.Module):
+    """A causal language model whose forward gives the log-probabilities of a packed batch's target tokens, (P,): the
+    head sees no other position."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.body, self.head = model.get_decoder(), model.get_output_embeddings()
+
+    def forward(self, batch):
+        hidden = self.body(input_ids=batch["tokens"][None], position_ids=batch["positions"][None], use_cache=False,
+                           cu_seq_lens_q=batch["starts"], cu_seq_lens_k=batch["starts"],
+                           max_length_q=batch["longest"], max_length_k=batch["longest"]).last_hidden_state[0]
+        return token_logprobs(hidden[batch["predict"]], self.head.weight, batch["targets"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Packing: sequences laid end to end, no padding
+
+def tokenize(tokenizer, example):
+    """An example's sequences as [(prompt ids, completion ids with the end token)], one per completion.
+
+    A completion is plain text, even where it spells a special token.
+    """
+    prompt, end = encode(tokenizer, example["prompt"]) if example["prompt"] else [], example["end"]
+    return [(prompt, tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+             + [tokenizer.convert_tokens_to_ids(end)]) for c in example["completions"]]
+
+
+def pack(examples):
+    """One packed batch of tokenized examples: tensors, and which sequence and example each prediction belongs to.
+
+    pack([[([1, 2], [3, 4])], [([5], [6])]]):
+      tokens 1 2 3 4 5 6, positions 0 1 2 3 0 1, starts 0 4 6, predict 1 2 4, targets 3 4 6, sequence 0 0 1, example 0 1
+    No example at all gives a single token that predicts nothing: what a process without work joins the others with.
+    """
+    sequences = [(prompt, completion) for example in examples for prompt, completion in example] or [([0], [])]
+    tokens, positions, starts, predict, targets, sequence = [], [], [0], [], [], []
+    for s, (prompt, completion) in enumerate(sequences):
+        first = max(1, len(prompt))  # without a prompt there is nothing to predict the first token from
+        row = prompt + completion
+        predict += range(starts[-1] + first - 1, starts[-1] + len(row) - 1)
+        targets += row[first:]
+        sequence += [s] * len(row[first:])
+        tokens += row
+        positions += range(len(row))
+        starts.append(len(tokens))
+    tensors = dict(tokens=tokens, positions=positions, predict=predict, targets=targets, sequence=sequence,
+                   example=[e for e, example in enumerate(examples) for _ in example])
+    batch = {name: torch.tensor(values, dtype=torch.long, device=device()) for name, values in tensors.items()}
+    return batch | {"starts": torch.tensor(starts, dtype=torch.int32, device=device()), "examples": len(examples),
+                    "longest": max(len(p) + len(c) for p, c in sequences)}
+
+
+def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
+    """Who computes what, when: [step][micro-batch] -> example numbers. Process r takes r, r + processes, ... of a step.
+
+    A step is `batch_size` examples of the whole world (an epoch's last step may be smaller). Inside a step examples go,
+    longest first, to the emptiest micro-batch, with as few micro-batches as keep each within max_tokens (a longer
+    example is alone) and their number a multiple of `processes`: both change memory and speed, never the step.
+    """
+    steps = []
+    for _ in range(epochs):
+        order = rng.permutation(len(lengths)).tolist()
+        for at in range(0, len(order), batch_size):
+            step = sorted(order[at:at + batch_size], key=lambda e: -lengths[e])
+            count = math.ceil(max(1, sum(lengths[e] for e in step) / max_tokens) / processes) * processes
+            while True:
+                micro, load = [[] for _ in range(count)], [0] * count
+                for e in step:
+                    emptiest = load.index(min(load))
+                    micro[emptiest].append(e)
+                    load[emptiest] += lengths[e]
+                if all(tokens <= max_tokens or len(m) == 1 for m, tokens in zip(micro, load)):
+                    break
+                count += processes
+            steps.append(micro)
+    return steps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Training
+
+def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batch_size, max_tokens, weight_decay, clip):
+    """Train the model in folder `model` on examples and write the result to `folder`.
+
+    loss(logprobs, batch) -> (sum, weight, metrics): the script's own. logprobs (P,) are those of the batch's targets;
+    the sum is divided by the weight of the whole step (all micro-batches, all processes): neither changes the result.
+    AdamW, cosine from lr to 0 after a linear warm-up over that share of the steps; weights and moments in float32.
+    """
+    if run.sampler:
+        run.sampler.sleep()
+    torch.set_num_threads(threads_per_process())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    began, tokenized = time.time(), [tokenize(tokenizer, e) for e in examples]
+    lengths = [sum(len(p) + len(c) for p, c in example) for example in tokenized]
+    plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
+    network, policy = load_for_training(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    history = []
+    with bar(len(plan), f"round {round} train") as progress:
+        for step, micro_batches in enumerate(plan):
+            sums = Counter()
+            for examples_of in micro_batches[rank()::world_size()]:
+                batch = pack([tokenized[e] for e in examples_of])
+                total, weight, metrics = loss(policy(batch), batch)
+                total.backward()
+                sums.update({"loss": float(total.detach()), "weight": weight, **metrics})
+            history.append(sum_over_processes(sums))
+            norm = scale_and_clip(policy, world_size() / history[-1]["weight"], clip)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * learning_rate_factor(step, len(plan), warmup)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.set_postfix(loss=f"{history[-1]['loss'] / history[-1]['weight']:.3f}", norm=f"{norm:.2f}")
+            progress.update()
+    save_model(network, tokenizer, model, folder)
+    report_training(run, round, history, sum(lengths) * epochs, count_parameters(network), time.time() - began)
+
+
+def learning_rate_factor(step, steps, warmup):
+    """Linear from 0 to 1 over the first `warmup` share of the steps, then a half cosine to 0."""
+    ramp = math.ceil(warmup * steps)
+    if step < ramp:
+        return (step + 1) / ramp
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+
+
+def load_for_training(model):
+    """(the transformers model, its Policy), sharded over all processes: float32 weights, bfloat16 compute on GPU."""
+    AttentionInterface.register("packed", packed_attention)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
+    policy = Policy(network.train())
+    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
+    mesh = dist.device_mesh.init_device_mesh(device().type, (world_size(),))
+    for block in policy.body.layers:
+        fully_shard(block, mesh=mesh, mp_policy=mixed)
+    fully_shard(policy, mesh=mesh, mp_policy=mixed)
+    return network, policy
+
+
+def compute_dtype():
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def sum_over_processes(sums):
+    """{name: sum}, added up over all processes in float64; every process must bring the same names."""
+    names = sorted(sums)
+    values = torch.tensor([float(sums[n]) for n in names], dtype=torch.float64)
+    dist.all_reduce(values)
+    return dict(zip(names, values.tolist()))
+
+
+def scale_and_clip(policy, factor, clip):
+    """Turn the mean over processes of summed gradients into the gradient of the step's mean, and clip its norm."""
+    for parameter in policy.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+    return float(torch.nn.utils.clip_grad_norm_(policy.parameters(), clip).full_tensor())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Saving
+
+def save_model(network, tokenizer, source, folder):
+    """Write a Hugging Face folder, in the number format of the model `source`; rank 0 writes, all take part."""
+    dtype, state = AutoConfig.from_pretrained(source).dtype or torch.float32, {}
+    for name, parameter in network.state_dict().items():
+        full = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).to(dtype).cpu()
+        if rank() == 0 and not (name == "lm_head.weight" and network.config.tie_word_embeddings):
+            state[name] = full
+    if rank() == 0:
+        network.config.dtype = dtype
+        network.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Accounting
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H20 ": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+              "4090": 165e12, "B200": 2250e12}  # dense bfloat16; an unknown card stays unknown
+
+
+def count_parameters(network):
+    """N of the 6 N and 2 N rules: all weights, tied ones once."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def report_training(run, round, history, tokens, parameters, seconds):
+    """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
+    first, last = ({name: step[name] / step["weight"] for name in step if name != "weight"}
+                   for step in (history[0], history[-1]))
+    flops, card = 6 * parameters * tokens, torch.cuda.get_device_name() if device().type == "cuda" else ""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
+    run.log(round, "train", steps=len(history), tokens=tokens, first_loss=first["loss"], **last, flops=flops,
+            seconds=seconds, **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
+    say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
+        f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
+
+
+def show_answers(problems, responses):
+    """Print one right and one wrong response in full, so that a person sees what the numbers are made of."""
+    text = {p["id"]: p for p in problems}
+    for right in (True, False):
+        shown = next((r for r in responses if r["correct"] == right), None)
+        if shown:
+            problem = text[shown["id"]]
+            say(f"  {'right' if right else 'wrong'}: {problem['problem']}\n    " + shown["text"].replace("\n", "\n    ")
+                + f"\n    (the answer is {problem['answer']})")
+
+
+def final_table(run, scores):
+    """Print the table of rounds: greedy test accuracy with its 95 % interval and by level, and what the run cost."""
+    levels = sorted({level for score in scores.values() for level in score["by_level"]}, key=int)
+    say(f"\n{'':10}accuracy  95 % interval   " + "".join(f"level {level:<3}" for level in levels))
+    for name, score in scores.items():
+        low, high = score["interval"]
+        say(f"{name:<10}{score['accuracy']:>7.1%}   {low:.1%} - {high:.1%}   ".ljust(37)
+            + "".join(f"{score['by_level'][level]:<9.1%}" for level in levels if level in score["by_level"]))
+    total = Counter()
+    for metrics in run.metrics:
+        total.update({key: metrics.get(key, 0) for key in ("spent_tokens", "flops", "seconds")})
+        total["trained"] += metrics["tokens"] if metrics["phase"] == "train" else 0
+    say(f"{total['spent_tokens']:,} tokens sampled, {total['trained']:,} trained on, {total['flops']:.2e} FLOPs, "
+        f"{total['seconds']:.0f} s; {run.folder}/metrics.jsonl")

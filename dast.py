@@ -1,0 +1,296 @@
+"""DAST: difficulty-aware self-training (Xue et al. 2025, https://arxiv.org/abs/2503.09029).
+
+A model answers each training problem several times, keeps what a checker finds correct, and trains on it; DAST draws more
+answers for hard problems, and has them written at greater length.
+
+  1. Difficulty, once, on the base model M_0: draw K answers to each problem, p = share correct; level E, M, H or U.
+  2. Round 0: M_1 = SFT of the base on D_o, the problems with their own worked solutions.
+  3. Rounds t = 1..3, with the current model:
+     a. draw answers: up to B_level of each problem, until T_level distinct correct ones are found     (P, data proportion)
+        from prompts whose worked examples are as hard as the problem, so that answers lengthen        (L, length)
+     b. D_a = the correct ones; train the base on D_u = D_a + D_o.
+
+Only the paper's abstract, part of its introduction, a caption and the authors' unfinished code are public. From the paper:
+the four levels, that they are measured once on M_0, D_u = D_o then D_a + D_o, three rounds, the two controls. Ours: all the
+numbers and rules that make them work (marked at each constant), the draw-until-T rule, and examples from D_o for L.
+Differs from the paper in what cannot be known; SFT only for now (DAST-S).
+
+  torchrun dast.py --toy                                                  laptop CPU: see README, measured
+  torchrun dast.py --model Qwen/Qwen2.5-1.5B                              one GPU: not measured yet
+  torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B     eight GPUs: not measured yet
+"""
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from common import (evaluate, fail, final_table, load_problems, load_tokenizer, make_example, make_prompt,
+                    override_from_cli, read_jsonl, sample, say, show_answers, start_run, train)
+
+# What to run
+MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
+START = "base"  # "base" | "previous": what each round trains from (code: base)
+TRAIN_DATA = "gsm8k,math"  # problem sets or .jsonl files, comma-separated (paper)
+TEST_DATA = "gsm8k,math"  # scored after each round, greedily (paper)
+N_TRAIN = 0  # problems of each training set; 0 is all (ours)
+N_TEST = 0  # problems of each test set; 0 is all (ours)
+ROUNDS = 3  # after round 0 (paper)
+SEED = 0  # of everything random (ours)
+
+# The method
+LOSS = "sft"  # "sft": DAST-S (paper)
+VARIANT = "PL"  # "PL" | "P" | "L" | "": which controls are on; none is vanilla rejection-sampling self-training (paper)
+K_PROBE = 10  # answers per problem that measure its difficulty (code)
+CUTS = (0.7, 0.4)  # p > 0.7 is E, 0.4 <= p <= 0.7 is M, 0 < p < 0.4 is H, p = 0 is U (code)
+M_TARGET = 1  # unit of the targets (ours)
+TARGETS = (1, 2, 3, 4)  # distinct correct answers wanted at E, M, H, U, in units of M_TARGET (ours)
+K_SAMPLES = 10  # answers per problem without P, and the unit of the budgets with P (code)
+BUDGETS = (1, 2, 4, 8)  # draws allowed at E, M, H, U, in units of K_SAMPLES (ours)
+DRAWS_LIKE = ""  # a run folder: draw as many in each round as it did, evenly over the problems; for VARIANT "" or "L" (ours)
+SIZE_LIKE = ""  # a run folder: D_a of each round as large as its own, by leaving out or repeating at random (ours)
+
+# Sampling
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": form of the prompts; training and tests are without examples (code)
+SHOTS = 8  # worked examples before a problem (code)
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
+TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
+TOP_P = 1.0  # 1: off (code)
+TOP_K = 40  # 0: off (code)
+MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (code)
+
+# Training
+LR = 2e-5  # peak; cosine to 0 (code)
+WARMUP = 0.05  # share of the steps (code)
+EPOCHS = 1  # passes over D_u (code)
+BATCH_SIZE = 32  # answers per optimizer step, over all GPUs (code)
+WEIGHT_DECAY = 0.01  # of AdamW (code)
+CLIP = 0.3  # largest gradient norm (code)
+
+# Machine: may differ when a run goes on
+RUN = ""  # the folder under runs/; empty is script name and seed (ours)
+DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
+MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result (ours)
+WANDB = False  # log to Weights & Biases too (ours)
+
+TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=240,
+           N_TEST=300, K_PROBE=6, K_SAMPLES=2, SHOTS=2, MAX_NEW_TOKENS=96, LR=1e-3, CLIP=1.0, MAX_TOKENS=8192)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The method
+
+def level_of(correct, draws):
+    """Difficulty of a problem from its probe, by the share correct: "E", "M", "H" or "U" (unsolved)."""
+    p = correct / draws
+    return "E" if p > CUTS[0] else "M" if p >= CUTS[1] else "H" if p > 0 else "U"
+
+
+def target_and_budget(level):
+    """(T, B): how many distinct correct answers a problem of this level should give, in at most how many draws."""
+    rank = "EMHU".index(level)
+    return M_TARGET * TARGETS[rank], K_SAMPLES * BUDGETS[rank]
+
+
+def spread_evenly(draws, n, rng):
+    """`draws` spread over n problems as evenly as can be: a list of n numbers; the remainder goes to random ones."""
+    counts = [draws // n] * n
+    for i in rng.permutation(n)[:draws % n]:
+        counts[i] += 1
+    return counts
+
+
+def outcomes_of(responses):
+    """One problem's draws as numbers: 0 is wrong (or cut by the length limit), k the k-th distinct correct text.
+
+    Correct draws "a", "a ", "b" after a wrong one: [0, 1, 1, 2]; the exact text counts, without blanks around it.
+    """
+    seen = {}
+    return [seen.setdefault(r["text"].strip(), len(seen) + 1) if r["correct"] and r["finish"] == "stop" else 0
+            for r in responses]
+
+
+def choose(outcomes, target):
+    """The draws that enter D_a: the first of each distinct correct text, `target` of them at most."""
+    first = {k: draw for draw, k in reversed(list(enumerate(outcomes))) if k}
+    return sorted(first.values())[:target]
+
+
+def draw_examples(problem, level, pools, shots, rng):
+    """L: `shots` worked solutions of other problems of the same level, drawn at random.
+
+    pools: {level: problems with solutions}. What a level lacks comes from the next easier ones, then from the harder ones.
+    """
+    rank, examples = "EMHU".index(level), []
+    for near in [*reversed("EMHU"[:rank + 1]), *"EMHU"[rank + 1:]]:
+        pool, missing = pools.get(near, []), shots - len(examples)
+        drawn = rng.choice(len(pool), min(missing + 1, len(pool)), replace=False) if missing and pool else []
+        examples += [pool[i] for i in drawn if pool[i]["id"] != problem["id"]][:missing]
+    return examples
+
+
+def match_size(answers, size, rng):
+    """`size` of the answers: a random part, or all of them as often as it takes and a random part once more."""
+    if not answers:
+        return []
+    part = sorted(rng.permutation(len(answers))[:size % len(answers)])
+    return answers * (size // len(answers)) + [answers[i] for i in part]
+
+
+def sft_loss(logprobs, batch):
+    """L = - sum_t log pi(y_t | x, y_<t), a mean over the answer tokens y of the whole step; prompts x are not learnt."""
+    return -logprobs.sum(), len(logprobs), {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def by_problem(records):
+    """{id: its records, in order}."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["id"]].append(record)
+    return groups
+
+
+def of_other_run(folder, t, name):
+    """The records that another run left for round t."""
+    path = Path(folder) / f"round_{t}" / name
+    if not path.exists():
+        fail(f"{path}: no such file; that run must have finished round {t}")
+    return read_jsonl(path)
+
+
+def select(problems, probe, responses, limits):
+    """selection.jsonl: for each problem all that was decided, with the numbers it was decided from."""
+    probe, responses = by_problem(probe), by_problem(responses)
+    selection = []
+    for problem, (target, budget) in zip(problems, limits):
+        probed, outcomes = probe[problem["id"]], outcomes_of(responses[problem["id"]])
+        right = sum(r["correct"] for r in probed)
+        selection.append({"id": problem["id"], "probe_correct": right, "probe_draws": len(probed),
+                          "pass_rate": right / len(probed), "level": level_of(right, len(probed)), "target": target,
+                          "budget": budget, "outcomes": outcomes, "chosen": choose(outcomes, target)})
+    return selection
+
+
+def report_selection(run, t, selection, responses):
+    """Per level: problems, draws, share correct, mean answer length in tokens (is L at work?), answers chosen."""
+    level = {s["id"]: s["level"] for s in selection}
+    rows, values = [], {}
+    for name in "EMHU":
+        chosen = sum(len(s["chosen"]) for s in selection if s["level"] == name)
+        drawn = [r for r in responses if level[r["id"]] == name]
+        right, tokens = (sum(r[key] for r in drawn) / max(1, len(drawn)) for key in ("correct", "tokens"))
+        values[name] = {"problems": sum(v == name for v in level.values()), "draws": len(drawn), "correct": right,
+                        "mean_tokens": tokens, "chosen": chosen}
+        rows.append(f"{name} {values[name]['problems']:,} problems {right:.0%} of {len(drawn):,}, {tokens:.0f} tokens, "
+                    f"{chosen:,} kept")
+    run.log(t, "select", levels=values, augmented=sum(v["chosen"] for v in values.values()))
+    say(f"  round {t}  select   " + " | ".join(rows))
+
+
+def main():
+    tokenizer = load_tokenizer(MODEL, PROMPT)
+    problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
+    tests = load_problems(TEST_DATA, "test", DATA, N_TEST)
+    if DRAWS_LIKE and "P" in VARIANT:
+        fail("--draws-like is for --variant '' or L: with P the levels decide how often a problem is drawn")
+    run = start_run(globals())
+    solved = [p for p in problems if "solution" in p]
+    d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM) for p in solved]
+    say(f"  data     {len(problems):,} training problems ({len(solved):,} with solutions), {len(tests):,} test problems")
+
+    greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
+    sampling = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
+    training = dict(lr=LR, warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS,
+                    weight_decay=WEIGHT_DECAY, clip=CLIP)
+    loss = {"sft": sft_loss}[LOSS]
+    shots = SHOTS if PROMPT != "zero_shot" else 0
+    pool = solved if len(solved) > shots else EXAMPLES
+    blind = [pool[i] for i in run.rng("examples").permutation(len(pool))[:shots + 1]]  # the fixed set: blind to level
+
+    def few_shot(problem, draw):
+        return make_prompt(tokenizer, PROMPT, problem, [e for e in blind if e["id"] != problem["id"]][:shots], SYSTEM)
+
+    def same_level(problem, draw):
+        examples = draw_examples(problem, level[problem["id"]], pools, shots, run.rng(t, "examples", problem["id"], draw))
+        return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
+
+    def zero_shot(problem, draw):
+        return make_prompt(tokenizer, "zero_shot" if PROMPT == "few_shot" else PROMPT, problem, system=SYSTEM)
+
+    # 1. Difficulty: K answers of the base model M_0 to each problem, once and for all (Figure 1's caption)
+    probe = run.once("round_0/probe.jsonl", lambda: sample(run, MODEL, problems, K_PROBE, few_shot, round=0, phase="probe",
+                                                           **sampling))
+    level = {i: level_of(sum(r["correct"] for r in rs), len(rs)) for i, rs in by_problem(probe).items()}
+    pools = {name: [p for p in solved if level[p["id"]] == name] for name in "EMHU"}
+    say("  levels   " + "  ".join(f"{name} {n:,}" for name, n in sorted(Counter(level.values()).items(), key=lambda x: "EMHU".index(x[0]))))
+    scores = {"base": run.once("round_0/eval_base.json", lambda: evaluate(run, MODEL, tests, few_shot, round=0,
+                                                                          phase="eval_base", **greedy))}
+
+    # 2. Round 0: D_u = D_o
+    model = MODEL
+    if d_o:
+        model = run.once("round_0/model", lambda folder: train(run, MODEL, d_o, loss, folder, round=0, **training))
+        scores["round 0"] = run.once("round_0/eval.json", lambda: evaluate(run, model, tests, zero_shot, round=0, **greedy))
+    else:
+        say("  round 0  skipped: the training problems have answers but no worked solutions, so D_o is empty")
+
+    for t in range(1, ROUNDS + 1):
+        # 3a. P: draw until T distinct correct answers or B draws. Otherwise the same number of draws for all
+        if "P" in VARIANT:
+            limits = [target_and_budget(level[p["id"]]) for p in problems]
+        elif DRAWS_LIKE:
+            draws = len(of_other_run(DRAWS_LIKE, t, "responses.jsonl"))
+            limits = [(n, n) for n in spread_evenly(draws, len(problems), run.rng(t, "draws"))]
+        else:
+            limits = [(K_SAMPLES, K_SAMPLES)] * len(problems)
+        target = {p["id"]: limit for p, (limit, _) in zip(problems, limits)}
+        responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
+            run, model, problems, [budget for _, budget in limits], same_level if "L" in VARIANT and solved else few_shot,
+            enough=(lambda rs: max(outcomes_of(rs)) >= target[rs[0]["id"]]) if "P" in VARIANT else None,
+            round=t, phase="sample", **sampling))
+
+        # 3b. D_a = the chosen answers; D_u = D_a + D_o, and the base learns it anew
+        selection = run.once(f"round_{t}/selection.jsonl", lambda: select(problems, probe, responses, limits))
+        report_selection(run, t, selection, responses)
+        show_answers(problems, responses)
+        drawn, by_id = by_problem(responses), {p["id"]: p for p in problems}
+        d_a = [make_example(tokenizer, PROMPT, by_id[s["id"]], drawn[s["id"]][draw]["text"], system=SYSTEM)
+               for s in selection for draw in s["chosen"]]
+        if SIZE_LIKE:
+            size = sum(len(s["chosen"]) for s in of_other_run(SIZE_LIKE, t, "selection.jsonl"))
+            d_a = match_size(d_a, size, run.rng(t, "size"))
+        if d_a:
+            d_u = run.once(f"round_{t}/train.jsonl", lambda: d_a + d_o)
+            start = MODEL if START == "base" else model
+            model = run.once(f"round_{t}/model", lambda folder: train(run, start, d_u, loss, folder, round=t, **training))
+        else:
+            say(f"  round {t}  no correct answer among {len(responses):,}: D_a is empty, the model stays as it is")
+        scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(run, model, tests, zero_shot, round=t,
+                                                                                 **greedy))
+    final_table(run, scores)
+
+
+# Worked examples for problems that come without solutions (ours), in the form that the answers should take.
+EXAMPLES = [{"id": f"example {i}", "problem": problem, "solution": solution} for i, (problem, solution) in enumerate([
+    ("A box holds 12 eggs. Mia buys 4 boxes and uses 9 eggs. How many eggs are left?",
+     "4 boxes hold 4*12 = 48 eggs.\n\n48 - 9 = 39 eggs are left.\n\n\\boxed{39}"),
+    ("A train covers 180 km in 2 hours. At the same speed, how many km does it cover in 5 hours?",
+     "The speed is 180/2 = 90 km per hour.\n\nIn 5 hours it covers 5*90 = 450 km.\n\n\\boxed{450}"),
+    ("A coat costs $80 and is sold at 25% off. What is the price now, in dollars?",
+     "The reduction is 0.25*80 = 20 dollars.\n\nThe price is 80 - 20 = 60 dollars.\n\n\\boxed{60}"),
+    ("Ben is 3 times as old as Ada. Together they are 48. How old is Ben?",
+     "If Ada is x, then x + 3x = 48.\n\nSo 4x = 48 and x = 12.\n\nBen is 3*12 = 36.\n\n\\boxed{36}"),
+    ("What is the sum of the first 10 positive even numbers?",
+     "They are 2(1 + 2 + ... + 10).\n\n1 + 2 + ... + 10 = 10*11/2 = 55.\n\n2*55 = 110.\n\n\\boxed{110}"),
+    ("Solve for x: 5x - 7 = 2x + 8.",
+     "Subtract 2x: 3x - 7 = 8.\n\nAdd 7: 3x = 15.\n\nDivide by 3: x = 5.\n\n\\boxed{5}"),
+    ("A fair die is thrown twice. What is the probability that both throws show a six?",
+     "Each throw shows a six with probability \\frac{1}{6}.\n\nThe throws are independent: "
+     "\\frac{1}{6}\\cdot\\frac{1}{6} = \\frac{1}{36}.\n\n\\boxed{\\frac{1}{36}}"),
+    ("A rectangle is 3 cm longer than it is wide, and its perimeter is 26 cm. What is its area in square cm?",
+     "With width w, 2(w + w + 3) = 26.\n\nSo 4w + 6 = 26 and w = 5.\n\nThe length is 8 and the area 5*8 = 40.\n\n\\boxed{40}"),
+])]
+
+
+if __name__ == "__main__":
+    override_from_cli(globals())
+    main()

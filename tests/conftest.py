@@ -1,0 +1,57 @@
+"""Helpers of the tests: real commands in a folder of their own, and the shared material where it is."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "tests" / "toy"
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+
+SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "2", "--rounds", "1"]  # the whole loop in seconds
+
+
+def launch(folder, script, *flags, processes=0, check=True):
+    """Run a script of the project in `folder` (where its runs/ will be), with torchrun if `processes`; the finished process."""
+    if not (folder / "tests").exists():
+        (folder / "tests").symlink_to(ROOT / "tests")  # --toy names its files from the project's root
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*(start if processes else [sys.executable]), str(ROOT / script), *map(str, flags)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.exists():
+        pytest.skip(f"{SHARED} is not on this machine")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A folder with the finished run "one": the smoke run of dast.py on one process. Not to be changed: see `copy_of`."""
+    folder = tmp_path_factory.mktemp("finished")
+    launch(folder, "dast.py", *SMOKE, "--run", "one", processes=1)
+    return folder
+
+
+@pytest.fixture
+def copy_of(finished, tmp_path):
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+@pytest.fixture
+def alone():
+    """The process group of this test process alone, for calling common's functions directly."""
+    import common
+    common.setup()
+    return common

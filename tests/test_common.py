@@ -1,0 +1,228 @@
+"""Command line, problem files, prompts, the checker, the run folder."""
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, TOY, launch
+
+SCRIPT = '''"""What it does."""
+import sys
+sys.path.insert(0, {root!r})
+from common import override_from_cli
+
+# The method
+K_SAMPLES = 10  # answers per problem, 100 % of them (paper)
+LR = 2e-5  # peak
+VARIANT = "PL"  # "PL" | "": controls
+NAME = ""  # of anything
+CUTS = (0.7, 0.4)  # two numbers
+SEEDED = True  # or not
+
+TOY = dict(K_SAMPLES=2, NAME="toy")
+
+if __name__ == "__main__":
+    override_from_cli(globals())
+    print([K_SAMPLES, LR, VARIANT, NAME, CUTS, SEEDED])
+'''
+
+
+@pytest.mark.parametrize("flags, printed", [
+    ([], "[10, 2e-05, 'PL', '', (0.7, 0.4), True]"),
+    (["--toy"], "[2, 2e-05, 'PL', 'toy', (0.7, 0.4), True]"),
+    (["--k-samples", "4", "--toy", "--no-seeded"], "[4, 2e-05, 'PL', 'toy', (0.7, 0.4), False]"),
+    (["--lr", "1e-3", "--variant", "", "--cuts", "0.5,0.25"], "[10, 0.001, '', '', (0.5, 0.25), True]"),
+])
+def test_flags_are_the_constants(tmp_path, flags, printed):
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
+    assert launch(tmp_path, tmp_path / "script.py", *flags).stdout.strip() == printed
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--k-sample", "4"], ["--k-sample", "did you mean --k-samples?"]),
+    (["--k-samples", "many"], ["--k-samples", "invalid int value: 'many'"]),
+    (["--variant", "PLX"], ["--variant", "'PLX'", "PL"]),
+    (["--cuts", "0.5"], ["--cuts", "2 comma-separated"]),
+    (["--toyy"], ["--toyy"]),
+])
+def test_bad_flag_is_one_line_and_status_2(tmp_path, flags, words):
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
+    done = launch(tmp_path, tmp_path / "script.py", *flags, check=False)
+    [line] = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith("script.py: error: ") and all(w in line for w in words), line
+
+
+def test_help_has_every_constant(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
+    text = launch(tmp_path, tmp_path / "script.py", "--help").stdout
+    assert all(w in text for w in ["What it does.", "--k-samples", "100 % of them (paper) [10]", "--no-seeded", "--toy"])
+
+
+def problems_from(common, tmp_path, capsys, *lines):
+    """load_problems on a file of these lines: (problems, None), or (None, the error line)."""
+    (tmp_path / "p.jsonl").write_text("".join(line + "\n" for line in lines))
+    try:
+        return common.load_problems(str(tmp_path / "p.jsonl"), "train", "data"), None
+    except SystemExit as stop:
+        assert stop.code == 1
+        [line] = capsys.readouterr().err.strip().splitlines()
+        return None, line
+
+
+GOOD = '{"problem": "1+1?", "answer": 2}'
+
+
+@pytest.mark.parametrize("lines, words", [
+    ([GOOD, '{"problem": "1+1?", '], ["p.jsonl:2: not valid JSON"]),
+    ([GOOD, "", '{"problem": "1+1?"}'], ["p.jsonl:3: no 'answer'"]),
+    (['{"problem": "1+1?", "answer": null}'], ["p.jsonl:1: no 'answer'"]),
+    (['{"problem": "1+1?", "answer": true}'], ["p.jsonl:1: no 'answer'"]),
+    (['{"problem": " ", "answer": "2"}'], ["p.jsonl:1: no text under 'problem'"]),
+    (["[1, 2]"], ["p.jsonl:1: not a JSON object"]),
+    (["[" * 100_000], ["p.jsonl:1: not valid JSON"]),
+    ([], ["p.jsonl: no problem in it"]),
+])
+def test_bad_problem_file_is_one_line(alone, tmp_path, capsys, lines, words):
+    problems, line = problems_from(alone, tmp_path, capsys, *lines)
+    assert problems is None and all(w in line for w in words), line
+
+
+@pytest.mark.parametrize("names, words", [
+    ("gsm9k", ["unknown problem set 'gsm9k'", "gsm8k, math"]), ("no/such.jsonl", ["no/such.jsonl: no such file"]),
+    ("gsm8k", ["nowhere/gsm8k/train.jsonl: no such file", "--data"]), ("", ["no problem set"])])
+def test_missing_set_is_one_line(alone, capsys, names, words):
+    with pytest.raises(SystemExit):
+        alone.load_problems(names, "train", "nowhere")
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert all(w in line for w in words), line
+
+
+def test_records_of_every_form(alone, tmp_path, capsys):
+    problems, _ = problems_from(
+        alone, tmp_path, capsys, GOOD, '{"problem": "p", "answer": 27.0}', "", '{"question": "q", "answer": " "}',
+        json.dumps({"question": "q", "answer": "48/2 = <<48/2=24>>24 in May.\n48+24 = <<48+24=72>>72.\n#### 1,072"}),
+        json.dumps({"problem": "m", "solution": "First \\boxed{1}, so \\boxed{\\frac{1}{2}}.", "level": "Level 5", "type": "Algebra"}))
+    folder = tmp_path.name
+    assert problems == [
+        {"id": f"{folder}/p/1", "problem": "1+1?", "answer": "2", "kind": "math"},
+        {"id": f"{folder}/p/2", "problem": "p", "answer": "27", "kind": "math"},
+        {"id": f"{folder}/p/5", "problem": "q", "answer": "1,072", "kind": "math",
+         "solution": "48/2 = 24 in May.\n\n48+24 = 72.\n\n\\boxed{1,072}"},
+        {"id": f"{folder}/p/6", "problem": "m", "answer": "\\frac{1}{2}", "kind": "math", "level": 5, "tags": ["Algebra"],
+         "solution": "First \\boxed{1}, so \\boxed{\\frac{1}{2}}."}]
+    assert "1 problem with an empty answer dropped" in capsys.readouterr().out
+
+
+def test_a_limit_takes_the_same_random_problems_every_time(alone):
+    some = [alone.load_problems(str(TOY / "train.jsonl"), "train", "", 60) for _ in range(2)]
+    assert some[0] == some[1] and len(some[0]) == 60 and {p["level"] for p in some[0]} == set(range(1, 7))
+    lines = [int(p["id"].rsplit("/", 1)[1]) for p in some[0]]
+    assert lines == sorted(lines) and lines[0] > 0
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("so \\boxed{5}.", "5"), ("\\boxed{1} no, \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{1} and \\boxed{2", "1"), ("\\boxed 9", "9"), ("$\\boxed 9$.", "9"), ("\\boxed {17}", "17"),
+    ("\\boxed{a\\}b}", "a\\}b"), ("\\boxed{x \\boxed{3}}", "x \\boxed{3}"), ("\\boxed{{\\boxed{3}}", "3"),
+    ("} } \\boxed{4} }", "4"), ("none", None), ("\\boxed{", None), ("it is 7\n#### 1,200\nQuestion", "1,200"), ("####", None),
+    ("\\boxed{}", None)])
+def test_final_answer(alone, text, answer):
+    assert alone.final_answer(text) == answer
+
+
+def test_final_answer_is_linear(alone):
+    began = time.time()
+    assert alone.final_answer("\\boxed{" * 100_000) is None
+    assert alone.final_answer("step {x} " * 20_000 + "\\boxed{3}" + " {" * 100_000) == "3"
+    assert time.time() - began < 5  # a quadratic search takes minutes
+
+
+@pytest.fixture(scope="module")
+def checker():
+    import common
+    return common.Checker(2)
+
+
+@pytest.mark.parametrize("gold, text, correct, reason", [
+    ("7", "\\boxed{7}", True, "equal"), ("7", "\\boxed{7.0}", True, "equal"), ("7", "\\boxed{8}", False, "different"),
+    ("\\frac{1}{2}", "\\boxed{0.5}", True, "equal"), ("1,072", "\\boxed{1072}", True, "equal"), ("7", "it is 7", False, "no_answer"),
+    ("x+1", "\\boxed{1+x}", True, "equal"), ("7", "\\boxed{7} but rather \\boxed{8}", False, "different"),
+    ("(1,2)", "\\boxed{(2,1)}", False, "different"), ("7", "\\boxed{}", False, "no_answer"),
+    ("7", "\\boxed{\x00\ud800}", False, "different")])
+def test_verdicts(checker, gold, text, correct, reason):
+    assert checker.check({"answer": gold}, text) == (correct, reason)
+
+
+def test_a_hanging_or_dying_worker_is_replaced(monkeypatch):
+    import common
+    checker = common.Checker(1)
+    assert checker.check({"answer": "4"}, "\\boxed{2+2}")[0]
+    monkeypatch.setattr(common, "CHECK_SECONDS", 0.5)
+    first = checker.idle.get()
+    checker.idle.put(first)
+    os.kill(first[0].pid, signal.SIGSTOP)  # hangs: no alarm of its own can help it
+    assert checker.check({"answer": "4"}, "\\boxed{3+1}") == (False, "timeout")
+    monkeypatch.undo()
+    assert checker.check({"answer": "4"}, "\\boxed{1+3}") == (True, "equal")
+    worker, _ = checker.idle.get()
+    checker.idle.put((worker, True))
+    assert worker.pid != first[0].pid and first[0].poll() is not None
+    worker.kill()
+    assert checker.check({"answer": "4"}, "\\boxed{0+4}") == (False, "crash")
+    assert checker.check({"answer": "4"}, "\\boxed{4+0}") == (True, "equal")
+
+
+def test_every_gsm8k_solution_is_correct(alone, checker, shared):
+    """Each gold solution as a response, in the file's own form (####) and in ours (a box), against its own answer."""
+    for split in ("train", "test"):
+        problems = alone.load_problems("gsm8k", split, shared / "data")
+        assert len(problems) == {"train": 7473, "test": 1319}[split]
+        source = [json.loads(line)["answer"] for line in open(shared / "data" / "gsm8k" / f"{split}.jsonl")]
+        for problem, text in zip(problems, source):
+            assert checker.check(problem, text) == checker.check(problem, problem["solution"]) == (True, "equal"), problem["id"]
+
+
+def test_math_loads_with_its_known_traps(alone, checker, shared, capsys):
+    problems = alone.load_problems("math", "train", shared / "data")
+    assert len(problems) == 7498 and "2 problems with an empty answer dropped" in capsys.readouterr().out
+    by_id = {p["id"]: p for p in problems}
+    assert len(by_id) == 7498 and {p.get("level") for p in problems} == {1, 2, 3, 4, 5, None}
+    assert all(checker.check(p, p["solution"])[0] for p in problems)
+
+
+def test_prompts(alone):
+    tokenizer = alone.load_tokenizer(str(TOY / "model"), "chat")
+    p, e = {"id": "a", "problem": "1+1?"}, {"problem": "2+2?", "solution": "\\boxed{4}"}
+    assert alone.make_prompt(tokenizer, "zero_shot", p) == "Question: 1+1?\nAnswer:\n"
+    assert alone.make_prompt(tokenizer, "few_shot", p, [e]) == "Question: 2+2?\nAnswer:\n\\boxed{4}\n\nQuestion: 1+1?\nAnswer:\n"
+    assert alone.make_prompt(tokenizer, "chat", p, [e], "Think.") == (
+        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\\boxed{4}<|im_end|>\n"
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n")
+    assert [alone.end_token(tokenizer, prompt) for prompt in ("few_shot", "chat")] == ["<|endoftext|>", "<|im_end|>"]
+    example = alone.make_example(tokenizer, "few_shot", p, "2<|im_end|>")
+    assert example == {"id": "a", "prompt": "Question: 1+1?\nAnswer:\n", "completions": ["2<|im_end|>"], "end": "<|endoftext|>"}
+    [(prompt, completion)] = alone.tokenize(tokenizer, example)
+    specials = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert tokenizer.decode(prompt) == example["prompt"] and completion[-1] == specials[0]
+    assert specials[1] not in completion  # a response that spells the end token has not ended
+
+
+def test_tokenizer_round_trips(alone):
+    tokenizer = alone.load_tokenizer(str(TOY / "model"), "few_shot")
+    for text in ["Add 12.\n\n 3 * 4 =\t12  \\boxed{12}", "naïve ½ 数学 🙂\r\n", *(json.loads(line)["solution"] for line in open(TOY / "test.jsonl"))]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("½", "½")
+
+
+@pytest.mark.parametrize("right, n, low, high", [  # Clopper-Pearson, from tables
+    (5, 10, 0.1871, 0.8129), (0, 10, 0.0, 0.3085), (10, 10, 0.6915, 1.0), (1, 30, 0.0008, 0.1722), (81, 300, 0.2205, 0.3239)])
+def test_binomial_interval(alone, right, n, low, high):
+    assert alone.binomial_interval(right, n) == pytest.approx([low, high], abs=2e-4)
+
+
+def test_seeds_and_generators_depend_on_the_key_only(alone):
+    assert alone.seed_of(0, 1, "gsm8k/train/7", 3) == alone.seed_of(0, 1, "gsm8k/train/7", 3) != alone.seed_of(0, 1, "gsm8k/train/73")
+    assert alone.seed_of(0) == 6859543281866803166  # the same on every machine, for ever
+    assert np.random.default_rng(alone.seed_of(0)).integers(1000) == np.random.default_rng(alone.seed_of(0)).integers(1000)

@@ -1,0 +1,72 @@
+"""The ceilings of the design, the agreed list of files, and README: every command and file that it names exists."""
+import ast
+import re
+import subprocess
+
+import pytest
+
+from conftest import ROOT
+
+CEILINGS = {"dast.py": 350, "adastar.py": 350, "hs_star.py": 350, "sai_dpo.py": 350, "common.py": 1000, "eval.py": 500,
+            "README.md": 300}
+TOP = {"README.md", "requirements.txt", "dast.py", "adastar.py", "hs_star.py", "sai_dpo.py", "common.py", "eval.py", "tests",
+       "LICENSE"}
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+PYTHON = [name for name in TRACKED if name.endswith(".py")]
+README = (ROOT / "README.md").read_text()
+
+
+def test_top_level():
+    assert {name.split("/")[0] for name in TRACKED if not name.startswith(".")} <= TOP
+
+
+@pytest.mark.parametrize("name", [name for name in CEILINGS if (ROOT / name).exists()])
+def test_ceilings(name):
+    lines = (ROOT / name).read_text().split("\n# Worked examples")[0].splitlines()
+    assert len(lines) <= CEILINGS[name]
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_lines_and_functions_are_short(name):
+    text = (ROOT / name).read_text()
+    assert not [line for line in text.splitlines() if len(line) > 120]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < (90 if node.name == "main" else 60), node.name
+            assert name.startswith("tests/") or node.name.startswith("_") or ast.get_docstring(node) or \
+                node.end_lineno - node.lineno < 8, f"{node.name} has no docstring"
+
+
+def flags_of(script):
+    constants = re.findall(r"^([A-Z][A-Z0-9_]*) = ", (ROOT / script).read_text(), re.M)
+    flags = {"--" + name.lower().replace("_", "-") for name in constants}
+    return flags | {flag.replace("--", "--no-", 1) for flag in flags} | {"--toy", "--help"}
+
+
+def test_readme_names_what_exists():
+    commands = re.findall(r"^(?:torchrun|python) .*", README.replace("\\\n", " "), re.M)
+    assert commands
+    for command in commands:
+        script = re.search(r"\S+\.py\b", command)
+        if script:
+            assert (ROOT / script[0]).exists(), command
+            after = command[script.end():]
+            if "/" not in script[0]:
+                assert set(re.findall(r"--[a-z][\w-]*", after)) <= flags_of(script[0]), command
+    for name in re.findall(r"`((?:tests/|\.ci/)?[\w/]+\.(?:py|md|txt|jsonl))`", README):
+        assert (ROOT / name).exists() or name.split("/")[0] in ("round_1", "runs") or "/" not in name, name
+    for flag in re.findall(r"`(--[a-z][\w-]*)", README):
+        assert flag in flags_of("dast.py") | flags_of("eval.py") | flags_of("tests/toy/make.py") | {"--nproc-per-node"}, flag
+
+
+def test_methods_share_their_losses():
+    """The same loss in two scripts is the same text."""
+    losses = {}
+    for name in ("dast.py", "adastar.py", "hs_star.py", "sai_dpo.py"):
+        if (ROOT / name).exists():
+            text = (ROOT / name).read_text()
+            for node in ast.parse(text).body:
+                if isinstance(node, ast.FunctionDef) and node.name.endswith("_loss"):
+                    code = ast.get_source_segment(text, node)
+                    assert losses.setdefault(node.name, code) == code, f"{node.name} of {name}"
+    assert "sft_loss" in losses

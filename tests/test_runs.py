@@ -1,0 +1,223 @@
+"""Real runs of the scripts as a user starts them: the whole loop, one and two processes, interruption, bad input."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, SMOKE, TOY, launch
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def files(run):
+    """{name: bytes} of what a run leaves, times and machine aside."""
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*"))
+            if path.is_file() and path.name not in ("metrics.jsonl", "constants.json")}
+
+
+def counts(run):
+    """metrics.jsonl without its times."""
+    return [{k: v for k, v in m.items() if k not in ("seconds", "mfu")} for m in lines(run / "metrics.jsonl")]
+
+
+def test_the_whole_loop_leaves_what_design_says(finished):
+    run = finished / "runs" / "one"
+    names = {"constants.json", "metrics.jsonl", "dast.py", "common.py", "round_0/probe.jsonl", "round_0/eval_base.json",
+             "round_0/eval.json", *(f"round_1/{n}" for n in ("responses.jsonl", "selection.jsonl", "train.jsonl", "eval.json")),
+             *(f"round_{t}/model/{n}" for t in (0, 1) for n in ("config.json", "model.safetensors", "tokenizer.json"))}
+    found = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    assert names <= found and not [n for n in found if n.endswith(".part")]
+    for r in lines(run / "round_0" / "probe.jsonl") + lines(run / "round_1" / "responses.jsonl"):
+        assert r.keys() == {"id", "draw", "text", "tokens", "finish", "correct"} and r["finish"] in ("stop", "length")
+        assert 1 <= r["tokens"] <= 96 and isinstance(r["correct"], bool) and "Question:" not in r["text"]
+    score = json.loads((run / "round_1" / "eval.json").read_text())
+    assert score["n"] == 12 == len(score["correct"]) and score["accuracy"] == sum(score["correct"].values()) / 12
+    metrics = lines(run / "metrics.jsonl")
+    assert [(m["round"], m["phase"]) for m in metrics] == [
+        (0, "probe"), (0, "eval_base"), (0, "train"), (0, "eval"), (1, "sample"), (1, "select"), (1, "train"), (1, "eval")]
+    probe, train = metrics[0], metrics[6]
+    parameters = sum(t.numel() for t in load_file(TOY / "model" / "model.safetensors").values())
+    assert probe["draws"] == probe["spent_draws"] == 36 and probe["flops"] == 2 * parameters * (
+        probe["spent_prompt_tokens"] + probe["spent_tokens"])
+    assert probe["correct"] + sum(probe.get(f"check_{r}", 0) for r in ("different", "no_answer", "timeout")) == 36
+    assert train["flops"] == 6 * parameters * train["tokens"] and train["seconds"] > 0
+
+
+def test_two_processes_draw_and_decide_the_same(finished, copy_of):
+    """design.md section 4: (a), (b) the same responses; (c) weights to 1e-4; (d) the same decisions from the same responses."""
+    one, two = finished / "runs" / "one", copy_of / "runs" / "two"
+    (two / "round_1").mkdir(parents=True)
+    # the recorded answers of the first round are replayed, since weights that differ by 1e-6 may flip a token
+    shutil.copy(one / "round_1" / "responses.jsonl", two / "round_1")
+    launch(copy_of, "dast.py", *SMOKE, "--run", "two", processes=2)
+    for name in ("round_0/probe.jsonl", "round_0/eval_base.json", "round_1/selection.jsonl", "round_1/train.jsonl"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    for t in (0, 1):
+        a, b = (load_file(run / f"round_{t}" / "model" / "model.safetensors") for run in (one, two))
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
+    # sampling from one and the same trained model: bit for bit, with draws stopped by their targets
+    shutil.rmtree(one.parent.parent / "runs" / "replay", ignore_errors=True)
+    for processes in (0, 2):
+        run = copy_of / "runs" / f"replay{processes}"
+        shutil.copytree(one, run, ignore=shutil.ignore_patterns("round_1"))
+        launch(copy_of, "dast.py", *SMOKE, "--run", run.name, processes=processes)
+        assert (run / "round_1" / "responses.jsonl").read_bytes() == (one / "round_1" / "responses.jsonl").read_bytes()
+
+
+def test_a_finished_run_is_left_alone(copy_of):
+    run = copy_of / "runs" / "one"
+    before = files(run), (run / "metrics.jsonl").read_bytes()
+    done = launch(copy_of, "dast.py", *SMOKE, "--run", "one")
+    assert (files(run), (run / "metrics.jsonl").read_bytes()) == before
+    assert "continued" in done.stdout and "round 1" in done.stdout.splitlines()[-2]  # the table is there again
+
+
+PHASES = ["round_0/probe.jsonl", "round_0/model", "round_0/eval.json", "round_1/responses.jsonl", "round_1/selection.jsonl",
+          "round_1/train.jsonl", "round_1/model", "round_1/eval.json"]
+
+
+@pytest.mark.parametrize("last", [0, 2, 3, 5])
+def test_a_rerun_goes_on_after_the_last_whole_phase(finished, copy_of, last):
+    """As if killed while the phase after `last` was being written: the rest is made anew, bit for bit the same."""
+    run = copy_of / "runs" / "one"
+    for name in PHASES[last + 1:]:
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    half = run / (PHASES[last + 1] + ".part")
+    if half.suffix == ".part" and "model" in half.name:
+        half.mkdir()
+        (half / "config.json").write_text("{")
+    else:
+        half.write_text('{"id": "toy/tra')
+    launch(copy_of, "dast.py", *SMOKE, "--run", "one", processes=1)
+    assert files(run) == files(finished / "runs" / "one")
+    assert counts(run) == counts(finished / "runs" / "one")
+
+
+def test_a_killed_run_goes_on(finished, tmp_path):
+    """SIGKILL to the whole process group while round 0 trains or is scored; the rerun ends with the same files."""
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    victim = subprocess.Popen([sys.executable, str(ROOT / "dast.py"), *SMOKE, "--run", "one"], cwd=tmp_path,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 300
+    while not (tmp_path / "runs/one/round_0/probe.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "runs/one/round_1/eval.json").exists()
+    launch(tmp_path, "dast.py", *SMOKE, "--run", "one", processes=1)
+    assert files(tmp_path / "runs" / "one") == files(finished / "runs" / "one")
+    assert counts(tmp_path / "runs" / "one") == counts(finished / "runs" / "one")
+
+
+def error_of(done, status=1):
+    """The one line that a refused command leaves."""
+    [line] = done.stderr.strip().splitlines()
+    assert done.returncode == status and "Traceback" not in done.stdout + done.stderr, line
+    return line
+
+
+def test_changed_constants_are_refused(copy_of):
+    done = launch(copy_of, "dast.py", *SMOKE, "--run", "one", "--lr", "0.5", "--variant", "", check=False)
+    line = error_of(done)
+    assert "LR 0.001 -> 0.5" in line and "VARIANT 'PL' -> ''" in line and "SEED" not in line
+    launch(copy_of, "dast.py", *SMOKE, "--run", "one", "--max-tokens", "512")  # the machine may differ
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--model", "no/such/folder"], ["no/such/folder"]),
+    (["--train-data", "no.jsonl"], ["no.jsonl: no such file"]),
+    (["--test-data", "gsm9k"], ["unknown problem set 'gsm9k'"]),
+    (["--train-data", "bad.jsonl"], ["bad.jsonl:2: not valid JSON"]),
+    (["--run", "../up"], ["--run '../up'"]),
+    (["--draws-like", "runs/one"], ["--draws-like"]),
+    (["--variant", "", "--draws-like", "runs/none"], ["runs/none/round_1/responses.jsonl: no such file"]),
+    (["--wandb", "--run", "w"], ["pip install wandb"]),
+])
+def test_bad_input_is_one_line(copy_of, flags, words):
+    if "--wandb" in flags:
+        pytest.importorskip("wandb", reason="") if False else None
+        if __import__("importlib.util").util.find_spec("wandb"):
+            pytest.skip("wandb is installed here")
+    (copy_of / "bad.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n{"problem": \n')
+    line = error_of(launch(copy_of, "dast.py", *SMOKE, *flags, check=False))
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("variant", ["P", "L", ""])
+def test_variants(copy_of, variant):
+    """What each control changes, seen in the records."""
+    for name in PHASES[3:]:  # levels and round 0 are those of the finished run
+        path = copy_of / "runs" / "one" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    constants = json.loads((copy_of / "runs/one/constants.json").read_text())
+    constants["constants"]["VARIANT"] = variant
+    (copy_of / "runs/one/constants.json").write_text(json.dumps(constants))
+    launch(copy_of, "dast.py", *SMOKE, "--run", "one", "--variant", variant)
+    selection = lines(copy_of / "runs/one/round_1/selection.jsonl")
+    limits = {s["level"]: (s["target"], s["budget"]) for s in selection}
+    for level, limit in limits.items():
+        assert limit == ({"E": (1, 2), "M": (2, 4), "H": (3, 8), "U": (4, 16)}[level] if "P" in variant else (2, 2))
+
+
+def test_same_draws_and_same_size_controls(finished, copy_of):
+    draws = len(lines(finished / "runs/one/round_1/responses.jsonl"))
+    kept = sum(len(s["chosen"]) for s in lines(finished / "runs/one/round_1/selection.jsonl"))
+    launch(copy_of, "dast.py", *SMOKE, "--run", "vanilla", "--variant", "", "--draws-like", "runs/one", "--size-like", "runs/one")
+    run = copy_of / "runs" / "vanilla" / "round_1"
+    selection = lines(run / "selection.jsonl")
+    assert len(lines(run / "responses.jsonl")) == draws == sum(s["budget"] for s in selection)
+    assert {s["budget"] for s in selection} <= {draws // 18, draws // 18 + 1}
+    assert len(lines(run / "train.jsonl")) == kept + 18 or not any(s["chosen"] for s in selection)
+
+
+def test_problems_without_solutions_and_other_starts(tmp_path):
+    """Answers only: round 0 is skipped and said so. Chat prompts; each round from the model of the one before."""
+    (tmp_path / "p.jsonl").write_text("".join(
+        json.dumps({k: r[k] for k in ("problem", "answer")}) + "\n" for r in lines(TOY / "train.jsonl")[:12]))
+    done = launch(tmp_path, "dast.py", *SMOKE, "--train-data", "p.jsonl", "--prompt", "chat", "--start", "previous",
+                  "--rounds", "2", "--k-samples", "4", "--run", "r")
+    assert "D_o is empty" in done.stdout and not (tmp_path / "runs/r/round_0/model").exists()
+    for t in (1, 2):
+        examples = lines(tmp_path / f"runs/r/round_{t}/train.jsonl")
+        assert all(e["prompt"].endswith("<|im_start|>assistant\n") and e["end"] == "<|im_end|>" for e in examples)
+
+
+def test_gsm8k_where_nearly_nothing_is_correct(shared, tmp_path):
+    done = launch(tmp_path, "dast.py", "--toy", "--train-data", "gsm8k", "--test-data", "gsm8k", "--data", shared / "data",
+                  "--n-train", "64", "--n-test", "16", "--k-probe", "1", "--k-samples", "1", "--rounds", "1", "--shots", "1",
+                  "--max-new-tokens", "24", "--run", "gsm8k", processes=1)
+    responses = lines(tmp_path / "runs/gsm8k/round_1/responses.jsonl")
+    if not any(r["correct"] for r in responses):
+        assert f"no correct answer among {len(responses):,}" in done.stdout
+    assert "U 6" in done.stdout and (tmp_path / "runs/gsm8k/round_1/eval.json").exists()
+
+
+def test_eval(tmp_path):
+    flags = ["--model", TOY / "model", "--max-new-tokens", "96", "--n-test", "12", "--run", "e"]
+    sets = ["--sets", f"{TOY}/test.jsonl,{TOY}/train.jsonl"]
+    done = launch(tmp_path, "eval.py", *flags, *sets, "--samples", "3", "--temperature", "0.7")
+    scores = json.loads((tmp_path / "runs/e/eval.json").read_text())
+    assert list(scores) == [f"{TOY}/test.jsonl", f"{TOY}/train.jsonl"]
+    for score in scores.values():
+        assert score["n"] == 12 == sum(part["n"] for part in score["by_level"].values()) and score["samples"] == 3
+        assert 0 <= score["interval"][0] <= score["accuracy"] <= score["interval"][1] <= 1
+    assert "95 % interval" in done.stdout and "level 1" in done.stdout
+    before = files(tmp_path / "runs" / "e")
+    launch(tmp_path, "eval.py", *flags, *sets, "--samples", "3", "--temperature", "0.7")
+    assert files(tmp_path / "runs" / "e") == before
+    few = ["--prompt", "few_shot", "--examples-from", TOY / "train.jsonl", "--shots", "2", "--sets", TOY / "test.jsonl"]
+    launch(tmp_path, "eval.py", *flags[:-1], "few", *few)
+    assert json.loads((tmp_path / "runs/few/eval.json").read_text())[f"{TOY}/test.jsonl"]["n"] == 12
+    assert "--temperature" in error_of(launch(tmp_path, "eval.py", *flags, "--samples", "2", check=False))

@@ -1,0 +1,133 @@
+"""Log-probabilities, packing, the plan and the trainer: against float64, against padding, at other sizes and processes."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import TOY, launch
+
+
+def test_token_logprobs_equal_float64(alone):
+    """Hand-made logits through an identity head, and a real head in several chunks: value and gradient."""
+    rng = torch.Generator().manual_seed(0)
+    logits, targets = 5 * torch.randn(6, 9, generator=rng), torch.tensor([0, 8, 3, 3, 1, 7])
+    reference = logits.double().log_softmax(1)[range(6), targets]
+    torch.testing.assert_close(alone.token_logprobs(logits, torch.eye(9), targets).double(), reference, rtol=1e-5, atol=0)
+
+    vocabulary = 2**20  # 64 positions a chunk: 100 positions are two
+    hidden, weight = torch.randn(100, 4, generator=rng), torch.randn(vocabulary, 4, generator=rng)
+    targets = torch.randint(vocabulary, (100,), generator=rng)
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    ours = alone.token_logprobs(h, w, targets)
+    ours.sum().backward()
+    grads, h64, w64 = (h.grad, w.grad), h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    reference = (h64 @ w64.T).log_softmax(1)[range(100), targets]
+    reference.sum().backward()
+    torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grads[0].double(), h64.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads[1].double(), w64.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_pack_as_its_docstring_says(alone):
+    batch = alone.pack([[([1, 2], [3, 4])], [([5], [6])]])
+    shown = {name: batch[name].tolist() for name in ("tokens", "positions", "starts", "predict", "targets", "sequence", "example")}
+    assert shown == dict(tokens=[1, 2, 3, 4, 5, 6], positions=[0, 1, 2, 3, 0, 1], starts=[0, 4, 6], predict=[1, 2, 4],
+                         targets=[3, 4, 6], sequence=[0, 0, 1], example=[0, 1])
+    pair = alone.pack([[([1], [2]), ([1], [3, 4])]])
+    assert pair["example"].tolist() == [0, 0] and pair["sequence"].tolist() == [0, 1, 1] and pair["examples"] == 1
+    nothing = alone.pack([])
+    assert nothing["tokens"].tolist() == [0] and nothing["targets"].tolist() == [] and nothing["examples"] == 0
+
+
+SEQUENCES = [[(list(range(5, 5 + p)), list(range(40, 40 + c)))] for p, c in [(3, 30), (12, 1), (1, 2), (20, 50), (7, 7), (2, 90)]]
+
+
+def test_packed_equals_padded(alone):
+    """The packed forward and its gradient against transformers' own padded forward, sequence by sequence."""
+    from transformers import AutoModelForCausalLM
+    network, policy = alone.load_for_training(TOY / "model")
+    ours = policy(alone.pack(SEQUENCES))
+    ours.sum().backward()
+    plain = AutoModelForCausalLM.from_pretrained(TOY / "model", dtype=torch.float32)
+    longest = max(len(p) + len(c) for e in SEQUENCES for p, c in e)
+    rows = [p + c for e in SEQUENCES for p, c in e]
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    logprobs = plain(input_ids=ids, attention_mask=mask).logits.log_softmax(2)
+    theirs = torch.cat([logprobs[s, range(len(p) - 1, len(p + c) - 1), c] for s, ((p, c),) in enumerate(SEQUENCES)])
+    theirs.sum().backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("max_tokens", [1, 100, 10**6])
+def test_plan_properties(alone, processes, max_tokens):
+    lengths = np.random.default_rng(1).integers(1, 200, 53).tolist()
+    plan = alone.plan_batches(lengths, 16, 2, max_tokens, processes, np.random.default_rng(0))
+    steps = [[e for micro in step for e in micro] for step in plan]
+    assert [len(s) for s in steps] == [16, 16, 16, 5] * 2
+    assert sorted(sum(steps[:4], [])) == sorted(sum(steps[4:], [])) == list(range(53))
+    same = alone.plan_batches(lengths, 16, 2, 777, 1, np.random.default_rng(0))
+    assert [sorted(s) for s in steps] == [sorted(e for m in s for e in m) for s in same]  # neither changes who is in a step
+    for step in plan:
+        assert len(step) % processes == 0
+        assert all(sum(lengths[e] for e in m) <= max_tokens or len(m) == 1 for m in step)
+
+
+def test_schedule(alone):
+    factors = [alone.learning_rate_factor(s, 100, 0.05) for s in range(100)]
+    assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0]) and factors[52] == pytest.approx(0.5, abs=0.01)
+    assert all(a >= b for a, b in zip(factors[5:], factors[6:])) and 0 < factors[99] < 0.001
+    assert alone.learning_rate_factor(0, 1, 0.05) == 1.0
+
+
+TRAIN = """
+import sys; sys.path.insert(0, {root!r})
+import common, dast, json
+SEED, RUN, MODEL = 3, sys.argv[1], {model!r}
+run = common.start_run(globals())
+examples = [json.loads(line) for line in open("examples.jsonl")]
+run.once("round_0/model", lambda folder: common.train(run, MODEL, examples, dast.sft_loss, folder, round=0, lr=1e-3,
+    warmup=0.1, epochs=2, batch_size=8, max_tokens=int(sys.argv[2]), weight_decay=0.01, clip=0.3))
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights after five steps on the same 20 examples: one process, four micro-batches, two processes, one example only."""
+    folder = tmp_path_factory.mktemp("train")
+    from conftest import ROOT
+    (folder / "train.py").write_text(TRAIN.format(root=str(ROOT), model=str(TOY / "model")))
+    problems = [json.loads(line) for line in open(TOY / "train.jsonl")][:18]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(
+        {"id": str(i), "prompt": f"Question: {p['problem']}\nAnswer:\n", "completions": [p["solution"]],
+         "end": "<|endoftext|>"}) + "\n" for i, p in enumerate(problems)))
+    found = {}
+    for name, tokens, processes in [("whole", 10**6, 0), ("micro", 150, 0), ("two", 10**6, 2)]:
+        launch(folder, folder / "train.py", name, tokens, processes=processes)
+        found[name] = load_file(folder / "runs" / name / "round_0" / "model" / "model.safetensors")
+        found[name + " log"] = [json.loads(line) for line in open(folder / "runs" / name / "metrics.jsonl")]
+    return found
+
+
+@pytest.mark.parametrize("other, tolerance", [("micro", 1e-6), ("two", 1e-5)])
+def test_micro_batches_and_processes_do_not_change_the_result(weights, other, tolerance):
+    start = load_file(TOY / "model" / "model.safetensors")
+    for name, tensor in weights["whole"].items():
+        assert (tensor - start[name]).abs().max() > 1e-4, name  # it did learn
+        torch.testing.assert_close(weights[other][name], tensor, rtol=0, atol=tolerance * 10, msg=name)
+    [whole], [log] = weights["whole log"], weights[other + " log"]
+    assert log["steps"] == whole["steps"] == 6 and log["tokens"] == whole["tokens"]
+    assert log["first_loss"] == pytest.approx(whole["first_loss"], rel=tolerance)
+    assert log["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+
+
+def test_saved_model_loads_and_is_what_was_trained(weights):
+    from transformers import AutoModelForCausalLM
+    assert "lm_head.weight" not in weights["whole"]  # tied
+    assert weights["whole"].keys() == {n for n, _ in AutoModelForCausalLM.from_pretrained(TOY / "model").named_parameters()}
