@@ -21,10 +21,12 @@ Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden s
 import argparse
 import difflib
 import functools
+import gc
 import hashlib
 import json
 import math
 import os
+import platform
 import queue
 import re
 import resource
@@ -36,6 +38,7 @@ import time
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 CHECK_SECONDS = 5.0  # wall time after which a checking worker is killed; math-verify's own alarms (1 s each) come first
@@ -43,7 +46,7 @@ CHECK_BYTES = 2 << 30  # address space of a worker
 
 
 def checking_worker():
-    """The program of a worker: a line [gold, answer] in, a line [correct, reason] out."""
+    """The program of a worker: a line [gold, answer] in, a line [correct, reason] out; "ready" before the first."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
     resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
@@ -51,21 +54,19 @@ def checking_worker():
 
     from math_verify import LatexExtractionConfig, parse, verify
     logging.disable(logging.CRITICAL)
-    boxed = [LatexExtractionConfig(boxed_match_priority=0)]
+    boxed, golds = [LatexExtractionConfig(boxed_match_priority=0)], {}
 
-    @functools.lru_cache(maxsize=100_000)
     def parsed(answer):
         return parse(f"\\boxed{{{answer}}}", extraction_config=boxed, parsing_timeout=1)
 
     def compare(gold, answer):
         began = time.monotonic()
-        golds = parsed(gold)
-        if not golds:
-            return False, "bad_gold"
-        correct = verify(golds, parsed.__wrapped__(answer), timeout_seconds=1)
-        late = not correct and time.monotonic() - began >= 1
-        return correct, "equal" if correct else "timeout" if late else "different"
+        golds[gold] = golds.get(gold) or parsed(gold)  # once, unless it was too slow
+        correct = bool(golds[gold]) and verify(golds[gold], parsed(answer), timeout_seconds=1)
+        late = time.monotonic() - began >= 1
+        return correct, "equal" if correct else "timeout" if late else "different" if golds[gold] else "bad_gold"
 
+    compare("1", "\\frac{2}{2}")  # builds the parser
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         # Should the parent die while a case hangs, the kernel ends this process after 30 s of its own time.
@@ -78,27 +79,30 @@ def checking_worker():
         except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
             verdict = False, "crash"
         print(json.dumps(verdict), file=out, flush=True)
+        if verdict[1] == "memory":
+            return  # a new worker has its memory back
 
 
 if __name__ == "__main__":  # as a program this file is such a worker, and what follows (torch) is not for it
     checking_worker()
     sys.exit()
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two runs side by side spin, and crawl
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if not torch.cuda.is_available():  # vllm's wheel brings CUDA builds of these, which beside a CPU torch break transformers
+if not torch.cuda.is_available():  # vllm's wheel brings CUDA builds of these, which break transformers on a CPU torch
     for package in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(package, None)
-import transformers  # noqa: E402
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()
@@ -159,27 +163,29 @@ def override_from_cli(g):
 
 
 def _numbers(default, text):
-    values = tuple(type(default[0])(v) for v in text.split(","))
-    if len(values) != len(default):
-        raise argparse.ArgumentTypeError(f"{len(default)} comma-separated values are needed, not {text!r}")
-    return values
+    try:
+        return tuple(type(old)(new) for old, new in zip(default, text.split(","), strict=True))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{len(default)} comma-separated numbers are needed, not {text!r}")
 
 
 def fail(message, status=1):
-    """End the program with one line on standard error (once per machine) and a status that is not 0."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    """End the program with one line on standard error and a status that is not 0."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(5)  # the first process says it for all, unless this one alone has failed
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
-def start_run(g):
+def start_run(g, *problem_sets):
     """Join the other processes, open the run folder that a script's constants name, print the header; the Run.
 
-    A folder that was made with other constants is refused, with the list of differences; the group of constants under
-    "# Machine" and ROUNDS may differ. Changed source files are a warning.
+    A folder that was made with other constants, problems or model files is refused, with the list of differences; the
+    constants under "# Machine" and ROUNDS may differ. Changed source files are a warning.
     """
     script, about = Path(g["__file__"]), constants_of(g["__file__"])
     constants = json.loads(json.dumps({name: g[name] for name in about if isinstance(g[name], FLAG_TYPES)}))
+    constants["contents"] = f"{seed_of(problem_sets, fingerprint(constants['MODEL'])):x}"  # of the data and the model
     name = constants["RUN"] or f"{script.stem}-{constants['SEED']}"
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--run {name!r}: a run's name is made of letters, digits, '.', '-' and '_'")
@@ -203,9 +209,20 @@ def start_run(g):
         _describe(folder, script, constants, new=old is None)
     barrier()
     say(f"{script.name} {'goes on' if old else 'starts'} in {folder}\n  model    {constants['MODEL']}\n"
-        f"  machine  {world_size()} x {torch.cuda.get_device_name() if device().type == 'cuda' else 'CPU'}, "
-        f"{threads_per_process()} cores each\n  seed     {constants['SEED']}")
+        f"  machine  {world_size()} x {processor()}, {threads_per_process()} cores each\n"
+        f"  seed     {constants['SEED']}")
     return Run(folder, constants["SEED"], wandb and rank() == 0 and wandb.init(name=name, config=constants))
+
+
+def fingerprint(model):
+    """Something that changes when the weights in a folder do: sizes and both ends of its files; "" for a Hub name."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size := path.stat().st_size) - min(size, 1 << 20))
+            digest.update(file.read() + str(size).encode())
+    return digest.hexdigest() if Path(model).is_dir() else ""
 
 
 def _describe(folder, script, constants, new):
@@ -220,11 +237,11 @@ def _describe(folder, script, constants, new):
         elif copy.read_bytes() != source.read_bytes():
             say(f"warning: {source.name} has changed since {folder} was started")
     if new:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=script.resolve().parent, capture_output=True,
-                                text=True)
+        commit = subprocess.run("git rev-parse HEAD", cwd=script.resolve().parent, shell=True, capture_output=True)
         write_json(folder / "constants.json", {
-            "constants": constants, "command": sys.argv, "git": commit.stdout.strip(), "processes": world_size(),
-            "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__})
+            "constants": constants, "command": sys.argv, "git": commit.stdout.decode()[:40], "processes": world_size(),
+            "machine": " ".join([*platform.uname()[:5], processor(), f"{os.cpu_count()} cores"]), "versions": {
+                name: version(name) for name in ("torch", "transformers", "numpy", "math-verify")}})
 
 
 class Run:
@@ -242,19 +259,18 @@ class Run:
         is a folder: `make(path)` fills it, and its path is returned. Written under another name, flushed, then renamed.
         """
         path, half = self.folder / name, self.folder / (name + ".part")
-        barrier()
-        if not path.exists():
-            if path.suffix in (".json", ".jsonl"):
+        write = {".jsonl": write_jsonl, ".json": write_json}.get(path.suffix)
+        if not gather(path.exists())[0]:
+            if write:
                 made = make()
                 if rank() == 0:
-                    (write_jsonl if path.suffix == ".jsonl" else write_json)(path, made)
+                    write(path, made)
             else:
                 if rank() == 0:
                     shutil.rmtree(half, ignore_errors=True)
                     half.mkdir(parents=True)
                 barrier()
                 make(half)
-                barrier()
                 if rank() == 0:
                     for file in half.iterdir():
                         flush(file)
@@ -269,8 +285,11 @@ class Run:
 
     def log(self, round, phase, **values):
         """Record the metrics of one phase of one round in metrics.jsonl; a phase made again replaces its line."""
-        self.metrics = [m for m in self.metrics if (m["round"], m["phase"]) != (round, phase)]
-        self.metrics.append({"round": round, "phase": phase, **values})
+        line, known = {"round": round, "phase": phase, **values}, [(m["round"], m["phase"]) for m in self.metrics]
+        if (round, phase) in known:
+            self.metrics[known.index((round, phase))] = line
+        else:
+            self.metrics.append(line)
         if rank() == 0:
             write_jsonl(self.folder / "metrics.jsonl", self.metrics)
             if self.wandb:
@@ -350,6 +369,11 @@ def world_size():
 def device():
     local = int(os.environ.get("LOCAL_RANK", 0))
     return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def processor():
+    """What computes, by name."""
+    return torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
 
 
 def threads_per_process():
@@ -503,7 +527,9 @@ def end_token(tokenizer, prompt):
         return tokenizer.eos_token
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
     behind = tokenizer.apply_chat_template(turns, tokenize=False).rsplit("!!", 1)[1]
-    return tokenizer.convert_ids_to_tokens(encode(tokenizer, behind)[0])
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
+    special = [i for i in ids if i in tokenizer.all_special_ids]
+    return tokenizer.convert_ids_to_tokens(special[0]) if special else tokenizer.eos_token
 
 
 def make_example(tokenizer, prompt, problem, *completions, system=""):
@@ -532,7 +558,7 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **
     """
     run.sampler = run.sampler or Sampler()
     run.sampler.load(model)
-    run.checker.forget()
+    run.checker.verdicts.clear()
     draws = [draws] * len(problems) if isinstance(draws, int) else draws
     recorded, done, costs, began = [[] for _ in problems], [n == 0 for n in draws], Counter(), time.time()
     first, size = 0, max(draws, default=0) if enough is None else 1
@@ -540,9 +566,10 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **
         while not all(done):  # in waves of draws [0], [1], [2, 3], [4..7], ...: `enough` spares most of the rest
             requests = [(i, d) for i in range(len(problems)) if not done[i]
                         for d in range(first, min(first + size, draws[i]))]
-            answers = run.sampler.answer([prompt(problems[i], d) for i, d in requests], progress, **settings,
-                                         seed=seed_of(run.seed, round, phase, first),
-                                         check=lambda k, text: run.checker.submit(problems[requests[k][0]], text))
+            answers = run.sampler.answer([prompt(problems[i], d) for i, d in requests],
+                                         [seed_of(run.seed, round, phase, problems[i]["id"], d) for i, d in requests],
+                                         lambda k, text: run.checker.submit(problems[requests[k][0]], text), progress,
+                                         **settings)
             for (i, d), (prompt_tokens, tokens, text, finish, correct, reason) in zip(requests, answers):
                 costs.update(spent_prompt_tokens=prompt_tokens, spent_tokens=tokens, spent_draws=1)
                 if done[i]:
@@ -575,12 +602,10 @@ class Sampler:
         """Answer with the model in `folder` from now on."""
         if folder == self.folder and self.model is not None:
             return
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
-        except OSError as error:
-            fail(f"{folder}: {str(error).strip().splitlines()[0]}")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
+        self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
         self.folder, self.parameters = folder, count_parameters(self.model)
 
     def sleep(self):
@@ -589,17 +614,18 @@ class Sampler:
         if device().type == "cuda":
             torch.cuda.empty_cache()
 
-    def answer(self, texts, progress, *, seed, check, **settings):
+    def answer(self, texts, seeds, check, progress, **settings):
         """[(prompt tokens, generated tokens, text, finish, correct, reason)] for the texts, on every process.
 
-        check(k, text) hands the k-th text's answer to the checker, which works while the next group is generated.
+        check(k, text) hands the k-th text's answer to the checker, which works while the next group is generated. A
+        group draws from one generator, seeded with the seed of its first request.
         """
         ids = [encode(self.tokenizer, text) for text in texts]
         order = sorted(range(len(ids)), key=lambda k: (len(ids[k]), k))  # neighbours in length: little padding
         groups = [order[at:at + GROUP] for at in range(0, len(order), GROUP)]
         self.calls, before, mine = self.calls + 1, progress.n, {}
         while (g := _shared.add(f"sample/{self.calls}", 1) - 1) < len(groups):  # a shared counter: no fixed shares
-            torch.manual_seed(seed_of(seed, g))
+            torch.manual_seed(seeds[groups[g][0]])
             for k, answer in zip(groups[g], self._generate([ids[k] for k in groups[g]], **settings)):
                 mine[k] = (len(ids[k]), *answer, check(k, answer[1]))
             progress.n = before + sum(map(len, groups[:g + 1]))  # what all processes have taken
@@ -627,39 +653,6 @@ class Sampler:
             ended = not stop and size < len(row)  # by an end token; behind a stop string there is only padding
             answers.append((size + ended, text.strip(), "stop" if stop or ended else "length"))
         return answers
-
-
-def evaluate(run, model, problems, prompt, *, round, phase="eval", **settings):
-    """Greedy accuracy of a model, as {accuracy, interval (95 %), n, by_level, correct: {id: 0 or 1}}."""
-    responses = sample(run, model, problems, 1, prompt, round=round, phase=phase, temperature=0.0, **settings)
-    correct, by_level = {r["id"]: int(r["correct"]) for r in responses}, defaultdict(list)
-    for problem in problems:
-        if "level" in problem:
-            by_level[problem["level"]].append(correct[problem["id"]])
-    right, n = sum(correct.values()), len(correct)
-    return {"accuracy": right / n, "interval": binomial_interval(right, n), "n": n,
-            "by_level": {str(level): sum(c) / len(c) for level, c in sorted(by_level.items())}, "correct": correct}
-
-
-def binomial_interval(right, n):
-    """The exact (Clopper-Pearson) 95 % interval of a share, by bisection on the binomial distribution."""
-    def at_least(k, p):  # P(X >= k)
-        if p in (0.0, 1.0):
-            return float(p == 1.0 or k == 0)
-        ways = math.lgamma(n + 1)
-        return math.fsum(math.exp(ways - math.lgamma(j + 1) - math.lgamma(n - j + 1) + j * math.log(p)
-                                  + (n - j) * math.log1p(-p)) for j in range(k, n + 1))
-
-    def where(share_is_too_low):
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if share_is_too_low(middle) else (low, middle)
-        return (low + high) / 2
-
-    lower = 0.0 if right == 0 else where(lambda p: at_least(right, p) < 0.025)
-    upper = 1.0 if right == n else where(lambda p: 1 - at_least(right + 1, p) > 0.025)
-    return [lower, upper]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -707,10 +700,6 @@ class Checker:
                                   stderr=subprocess.DEVNULL)
         return worker, False  # not known to be ready: its imports take a second or two
 
-    def forget(self):
-        """Drop the remembered verdicts, once a phase: identical answers come within a phase."""
-        self.verdicts = {}
-
     def submit(self, problem, text):
         """A Future of (correct, reason); reason is equal, different, no_answer, bad_gold, timeout, memory or crash."""
         gold, answer = problem["answer"], final_answer(text)
@@ -723,25 +712,23 @@ class Checker:
             self.verdicts[gold, answer] = verdict
         return self.verdicts[gold, answer]
 
-    def check(self, problem, text):
-        """(correct, reason) of one response."""
-        return self.submit(problem, text).result()
-
-    def _compare(self, gold, answer):
+    def _compare(self, gold, answer, again=True):
         worker, ready = self.idle.get()
         try:
-            if not ready:
-                self._line(worker, 60)
+            if not ready and self._line(worker, 60) != b"ready\n":
+                fail("a checking worker does not start; see what `python common.py` says")
             worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
             worker.stdin.flush()
-            correct, reason = json.loads(self._line(worker, CHECK_SECONDS))
+            verdict = tuple(json.loads(self._line(worker, CHECK_SECONDS)))
             self.idle.put((worker, True))
-        except (OSError, ValueError) as error:  # no answer in time, or it died in the middle of one
+            return verdict
+        except (OSError, ValueError) as error:  # no answer in time; or it is dead, perhaps not by this case: try again
             worker.kill()
             worker.wait()
-            correct, reason = False, "timeout" if isinstance(error, TimeoutError) else "crash"
             self.idle.put(self._start())
-        return correct, reason
+            if isinstance(error, TimeoutError):
+                return False, "timeout"
+            return self._compare(gold, answer, again=False) if again else (False, "crash")
 
     @staticmethod
     def _line(worker, seconds):
@@ -753,6 +740,9 @@ class Checker:
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Log-probabilities
 
+LOGITS = 2**26  # made at a time, 256 MB in float32
+
+
 def token_logprobs(hidden, weight, targets):
     """log p(target) of each position in float32, (P,), from hidden (P, H) and the head's weight (V, H).
 
@@ -762,13 +752,15 @@ def token_logprobs(hidden, weight, targets):
         logits = (h @ weight.T).float() if h.dtype != torch.float64 else h @ weight.T
         return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
 
-    size = max(1, 2**26 // weight.shape[0])  # 256 MB of float32 logits
+    size = max(1, LOGITS // weight.shape[0])
     return torch.cat([checkpoint(chunk, hidden[at:at + size], targets[at:at + size], use_reentrant=False)
                       for at in range(0, max(1, len(targets)), size)])
 
 
-def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
+def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **other):
     """Causal attention inside each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D)."""
+    if other.get("softcap") or max_length_q > (other.get("sliding_window") or max_length_q):
+        fail("this model's attention (soft-capped, or a sliding window shorter than an example) cannot be trained here")
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -882,7 +874,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
     began, tokenized = time.time(), [tokenize(tokenizer, e) for e in examples]
     lengths = [sum(len(p) + len(c) for p, c in example) for example in tokenized]
     plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
-    network, policy = load_for_training(model)
+    network, policy, dtype = load_for_training(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     history = []
     with bar(len(plan), f"round {round} train") as progress:
@@ -901,8 +893,12 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
             optimizer.zero_grad()
             progress.set_postfix(loss=f"{history[-1]['loss'] / history[-1]['weight']:.3f}", norm=f"{norm:.2f}")
             progress.update()
-    save_model(network, tokenizer, model, folder)
+    save_model(network, tokenizer, dtype, folder)
     report_training(run, round, history, sum(lengths) * epochs, count_parameters(network), time.time() - began)
+    del network, policy, optimizer
+    gc.collect()  # FSDP's hooks refer to one another in circles
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def learning_rate_factor(step, steps, warmup):
@@ -914,16 +910,21 @@ def learning_rate_factor(step, steps, warmup):
 
 
 def load_for_training(model):
-    """(the transformers model, its Policy), sharded over all processes: float32 weights, bfloat16 compute on GPU."""
+    """(the transformers model, its Policy, the folder's dtype), sharded over all processes: float32 weights, bfloat16
+    compute on GPU."""
     AttentionInterface.register("packed", packed_attention)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="packed")
+    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="packed")
+    dtype, network = network.dtype, network.float()
+    if any(getattr(network.config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")) \
+            or network.get_output_embeddings().bias is not None:
+        fail(f"{model}: a model whose head is more than one matrix cannot be trained here")
     policy = Policy(network.train())
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
     mesh = dist.device_mesh.init_device_mesh(device().type, (world_size(),))
     for block in policy.body.layers:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
-    return network, policy
+    return network, policy, dtype
 
 
 def compute_dtype():
@@ -949,24 +950,22 @@ def scale_and_clip(policy, factor, clip):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Saving
 
-def save_model(network, tokenizer, source, folder):
-    """Write a Hugging Face folder, in the number format of the model `source`; rank 0 writes, all take part."""
-    dtype, state = AutoConfig.from_pretrained(source).dtype or torch.float32, {}
-    for name, parameter in network.state_dict().items():
-        full = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).to(dtype).cpu()
-        if rank() == 0 and not (name == "lm_head.weight" and network.config.tie_word_embeddings):
-            state[name] = full
+def save_model(network, tokenizer, dtype, folder):
+    """Write a Hugging Face folder with weights of this dtype; rank 0 writes, all take part."""
+    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         network.config.dtype = dtype
-        network.save_pretrained(folder, state_dict=state)
+        network.save_pretrained(folder, state_dict={
+            name: tensor.to(dtype) for name, tensor in state.items()
+            if name != "lm_head.weight" or not network.config.tie_word_embeddings})
         tokenizer.save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Accounting
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H20 ": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-              "4090": 165e12, "B200": 2250e12}  # dense bfloat16; an unknown card stays unknown
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+              "4090": 165e12, "B200": 2250e12}  # dense bfloat16; the first name that fits; an unknown card stays unknown
 
 
 def count_parameters(network):
@@ -978,36 +977,9 @@ def report_training(run, round, history, tokens, parameters, seconds):
     """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
     first, last = ({name: step[name] / step["weight"] for name in step if name != "weight"}
                    for step in (history[0], history[-1]))
-    flops, card = 6 * parameters * tokens, torch.cuda.get_device_name() if device().type == "cuda" else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in card), None)
+    flops = 6 * parameters * tokens
+    peak = next((p for name, p in PEAK_FLOPS.items() if name in processor()), None)
     run.log(round, "train", steps=len(history), tokens=tokens, first_loss=first["loss"], **last, flops=flops,
             seconds=seconds, **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
-
-
-def show_answers(problems, responses):
-    """Print one right and one wrong response in full, so that a person sees what the numbers are made of."""
-    text = {p["id"]: p for p in problems}
-    for right in (True, False):
-        shown = next((r for r in responses if r["correct"] == right), None)
-        if shown:
-            problem = text[shown["id"]]
-            say(f"  {'right' if right else 'wrong'}: {problem['problem']}\n    " + shown["text"].replace("\n", "\n    ")
-                + f"\n    (the answer is {problem['answer']})")
-
-
-def final_table(run, scores):
-    """Print the table of rounds: greedy test accuracy with its 95 % interval and by level, and what the run cost."""
-    levels = sorted({level for score in scores.values() for level in score["by_level"]}, key=int)
-    say(f"\n{'':10}accuracy  95 % interval   " + "".join(f"level {level:<3}" for level in levels))
-    for name, score in scores.items():
-        low, high = score["interval"]
-        say(f"{name:<10}{score['accuracy']:>7.1%}   {low:.1%} - {high:.1%}   ".ljust(37)
-            + "".join(f"{score['by_level'][level]:<9.1%}" for level in levels if level in score["by_level"]))
-    total = Counter()
-    for metrics in run.metrics:
-        total.update({key: metrics.get(key, 0) for key in ("spent_tokens", "flops", "seconds")})
-        total["trained"] += metrics["tokens"] if metrics["phase"] == "train" else 0
-    say(f"{total['spent_tokens']:,} tokens sampled, {total['trained']:,} trained on, {total['flops']:.2e} FLOPs, "
-        f"{total['seconds']:.0f} s; {run.folder}/metrics.jsonl")

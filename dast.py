@@ -1,29 +1,30 @@
 """DAST: difficulty-aware self-training (Xue et al. 2025, https://arxiv.org/abs/2503.09029).
 
-A model answers each training problem several times, keeps what a checker finds correct, and trains on it; DAST draws more
-answers for hard problems, and has them written at greater length.
+A model answers each training problem several times and trains on the answers that a checker finds correct; DAST draws
+more answers for hard problems, and has them written at greater length.
 
   1. Difficulty, once, on the base model M_0: draw K answers to each problem, p = share correct; level E, M, H or U.
   2. Round 0: M_1 = SFT of the base on D_o, the problems with their own worked solutions.
   3. Rounds t = 1..3, with the current model:
-     a. draw answers: up to B_level of each problem, until T_level distinct correct ones are found     (P, data proportion)
-        from prompts whose worked examples are as hard as the problem, so that answers lengthen        (L, length)
-     b. D_a = the correct ones; train the base on D_u = D_a + D_o.
+     a. draw answers: up to B_level of each problem, until T_level distinct correct ones are found   (P, proportion)
+        from prompts whose worked examples are as hard as the problem, so that answers lengthen      (L, length)
+     b. D_a = these correct ones, anew each round; train the base on D_u = D_a + D_o.
 
-Only the paper's abstract, part of its introduction, a caption and the authors' unfinished code are public. From the paper:
-the four levels, that they are measured once on M_0, D_u = D_o then D_a + D_o, three rounds, the two controls. Ours: all the
-numbers and rules that make them work (marked at each constant), the draw-until-T rule, and examples from D_o for L.
-Differs from the paper in what cannot be known; SFT only for now (DAST-S).
+Of the paper, only the abstract, part of the introduction and a caption are public, and the authors' unfinished code.
+From the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; three rounds; the two controls. Ours: the
+rules that make them work (draw until T; examples from D_o) and the numbers, each marked at its constant.
+Differs from the paper in what cannot be known, and has SFT only (DAST-S; DAST-D, by DPO, is to come).
 
-  torchrun dast.py --toy                                                  laptop CPU: see README, measured
-  torchrun dast.py --model Qwen/Qwen2.5-1.5B                              one GPU: not measured yet
-  torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B     eight GPUs: not measured yet
+  torchrun dast.py --toy                                                 laptop, 2 cores: TOYTIME (measured)
+  torchrun dast.py --model Qwen/Qwen2.5-1.5B                             one GPU: not measured yet
+  torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
 """
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
-from common import (evaluate, fail, final_table, load_problems, load_tokenizer, make_example, make_prompt,
-                    override_from_cli, read_jsonl, sample, say, show_answers, start_run, train)
+from common import (fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read_jsonl,
+                    sample, say, start_run, train)
+from eval import evaluate, final_table, show_answers
 
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
@@ -44,11 +45,11 @@ M_TARGET = 1  # unit of the targets (ours)
 TARGETS = (1, 2, 3, 4)  # distinct correct answers wanted at E, M, H, U, in units of M_TARGET (ours)
 K_SAMPLES = 10  # answers per problem without P, and the unit of the budgets with P (code)
 BUDGETS = (1, 2, 4, 8)  # draws allowed at E, M, H, U, in units of K_SAMPLES (ours)
-DRAWS_LIKE = ""  # a run folder: draw as many in each round as it did, evenly over the problems; for VARIANT "" or "L" (ours)
+DRAWS_LIKE = ""  # a run folder: as many draws in each round as it made, spread evenly; not with P (ours)
 SIZE_LIKE = ""  # a run folder: D_a of each round as large as its own, by leaving out or repeating at random (ours)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": form of the prompts; training and tests are without examples (code)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws; training and tests show no examples (code)
 SHOTS = 8  # worked examples before a problem (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
@@ -85,14 +86,14 @@ def level_of(correct, draws):
 
 def target_and_budget(level):
     """(T, B): how many distinct correct answers a problem of this level should give, in at most how many draws."""
-    rank = "EMHU".index(level)
-    return M_TARGET * TARGETS[rank], K_SAMPLES * BUDGETS[rank]
+    hardness = "EMHU".index(level)
+    return M_TARGET * TARGETS[hardness], K_SAMPLES * BUDGETS[hardness]
 
 
-def spread_evenly(draws, n, rng):
-    """`draws` spread over n problems as evenly as can be: a list of n numbers; the remainder goes to random ones."""
-    counts = [draws // n] * n
-    for i in rng.permutation(n)[:draws % n]:
+def spread_evenly(total, n, rng):
+    """`total` spread over n places as evenly as can be: a list of n numbers; the remainder goes to random ones."""
+    counts = [total // n] * n
+    for i in rng.permutation(n)[:total % n]:
         counts[i] += 1
     return counts
 
@@ -116,30 +117,23 @@ def choose(outcomes, target):
 def draw_examples(problem, level, pools, shots, rng):
     """L: `shots` worked solutions of other problems of the same level, drawn at random.
 
-    pools: {level: problems with solutions}. What a level lacks comes from the next easier ones, then from the harder ones.
+    pools: {level: problems with solutions}. What a level lacks comes from the next easier ones, then from harder ones.
     """
-    rank, examples = "EMHU".index(level), []
-    for near in [*reversed("EMHU"[:rank + 1]), *"EMHU"[rank + 1:]]:
+    hardness, examples = "EMHU".index(level), []
+    for near in [*reversed("EMHU"[:hardness + 1]), *"EMHU"[hardness + 1:]]:
         pool, missing = pools.get(near, []), shots - len(examples)
         drawn = rng.choice(len(pool), min(missing + 1, len(pool)), replace=False) if missing and pool else []
         examples += [pool[i] for i in drawn if pool[i]["id"] != problem["id"]][:missing]
     return examples
 
 
-def match_size(answers, size, rng):
-    """`size` of the answers: a random part, or all of them as often as it takes and a random part once more."""
-    if not answers:
-        return []
-    part = sorted(rng.permutation(len(answers))[:size % len(answers)])
-    return answers * (size // len(answers)) + [answers[i] for i in part]
-
-
 def sft_loss(logprobs, batch):
-    """L = - sum_t log pi(y_t | x, y_<t), a mean over the answer tokens y of the whole step; prompts x are not learnt."""
+    """L = - sum_t log pi(y_t | x, y_<t), a mean over the answer tokens y of the step; the prompts x are not learnt."""
     return -logprobs.sum(), len(logprobs), {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The loop
 
 def by_problem(records):
     """{id: its records, in order}."""
@@ -149,24 +143,47 @@ def by_problem(records):
     return groups
 
 
-def of_other_run(folder, t, name):
-    """The records that another run left for round t."""
-    path = Path(folder) / f"round_{t}" / name
+def of_other_run(folder, t):
+    """The selection that another run made in round t; ends the program if it has not got so far."""
+    path = Path(folder) / f"round_{t}" / "selection.jsonl"
     if not path.exists():
         fail(f"{path}: no such file; that run must have finished round {t}")
     return read_jsonl(path)
 
 
-def select(problems, probe, responses, limits):
-    """selection.jsonl: for each problem all that was decided, with the numbers it was decided from."""
+def fixed_examples(pool, shots, rng):
+    """The examples of every prompt without L, blind to level: one more than needed, so that none meets itself."""
+    return [pool[i] for i in rng.permutation(len(pool))[:shots + 1]]
+
+
+def draw_limits(run, t, problems, level):
+    """[(T, B)] of round t, parallel to problems: by level with P; else equal draws, whose distinct correct ones all count."""
+    if "P" in VARIANT:
+        return [target_and_budget(level[p["id"]]) for p in problems]
+    if DRAWS_LIKE:
+        draws = sum(len(s["outcomes"]) for s in of_other_run(DRAWS_LIKE, t))
+        return [(n, n) for n in spread_evenly(draws, len(problems), run.rng(t, "draws"))]
+    return [(K_SAMPLES, K_SAMPLES)] * len(problems)
+
+
+def select(problems, probe, responses, limits, size, rng):
+    """selection.jsonl: for each problem all that was decided, with the numbers it was decided from.
+
+    `copies` says how often each chosen answer is in D_a: once; with SIZE_LIKE, `size` examples spread over all of them.
+    """
     probe, responses = by_problem(probe), by_problem(responses)
     selection = []
     for problem, (target, budget) in zip(problems, limits):
         probed, outcomes = probe[problem["id"]], outcomes_of(responses[problem["id"]])
-        right = sum(r["correct"] for r in probed)
+        right, chosen = sum(r["correct"] for r in probed), choose(outcomes, target)
         selection.append({"id": problem["id"], "probe_correct": right, "probe_draws": len(probed),
                           "pass_rate": right / len(probed), "level": level_of(right, len(probed)), "target": target,
-                          "budget": budget, "outcomes": outcomes, "chosen": choose(outcomes, target)})
+                          "budget": budget, "outcomes": outcomes, "chosen": chosen, "copies": [1] * len(chosen)})
+    total = sum(len(s["chosen"]) for s in selection)
+    if SIZE_LIKE and total:
+        copies = iter(spread_evenly(size, total, rng))
+        for s in selection:
+            s["copies"] = [next(copies) for _ in s["chosen"]]
     return selection
 
 
@@ -182,90 +199,91 @@ def report_selection(run, t, selection, responses):
                         "mean_tokens": tokens, "chosen": chosen}
         rows.append(f"{name} {values[name]['problems']:,} problems {right:.0%} of {len(drawn):,}, {tokens:.0f} tokens, "
                     f"{chosen:,} kept")
-    run.log(t, "select", levels=values, augmented=sum(v["chosen"] for v in values.values()))
+    run.log(t, "select", levels=values, augmented=sum(sum(s["copies"]) for s in selection))
     say(f"  round {t}  select   " + " | ".join(rows))
 
 
 def main():
+    for other in filter(None, (DRAWS_LIKE, SIZE_LIKE)):
+        if "P" in VARIANT:
+            fail("--draws-like and --size-like make controls without P; with it, levels decide both")
+        for t in range(1, ROUNDS + 1):
+            of_other_run(other, t)
     tokenizer = load_tokenizer(MODEL, PROMPT)
     problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     tests = load_problems(TEST_DATA, "test", DATA, N_TEST)
-    if DRAWS_LIKE and "P" in VARIANT:
-        fail("--draws-like is for --variant '' or L: with P the levels decide how often a problem is drawn")
-    run = start_run(globals())
-    solved = [p for p in problems if "solution" in p]
-    d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM) for p in solved]
-    say(f"  data     {len(problems):,} training problems ({len(solved):,} with solutions), {len(tests):,} test problems")
+    run = start_run(globals(), problems, tests)
+    solved, by_id = [p for p in problems if "solution" in p], {p["id"]: p for p in problems}
+    say(f"  data     {len(problems):,} training problems, {len(solved):,} with solutions; {len(tests):,} test problems")
 
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
-    sampling = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
+    drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
     training = dict(lr=LR, warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS,
                     weight_decay=WEIGHT_DECAY, clip=CLIP)
     loss = {"sft": sft_loss}[LOSS]
     shots = SHOTS if PROMPT != "zero_shot" else 0
-    pool = solved if len(solved) > shots else EXAMPLES
-    blind = [pool[i] for i in run.rng("examples").permutation(len(pool))[:shots + 1]]  # the fixed set: blind to level
+    blind = fixed_examples(solved if len(solved) > shots else EXAMPLES, shots, run.rng("examples"))
 
     def few_shot(problem, draw):
         return make_prompt(tokenizer, PROMPT, problem, [e for e in blind if e["id"] != problem["id"]][:shots], SYSTEM)
 
-    def same_level(problem, draw):
-        examples = draw_examples(problem, level[problem["id"]], pools, shots, run.rng(t, "examples", problem["id"], draw))
-        return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
-
     def zero_shot(problem, draw):
-        return make_prompt(tokenizer, "zero_shot" if PROMPT == "few_shot" else PROMPT, problem, system=SYSTEM)
+        return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)
 
-    # 1. Difficulty: K answers of the base model M_0 to each problem, once and for all (Figure 1's caption)
-    probe = run.once("round_0/probe.jsonl", lambda: sample(run, MODEL, problems, K_PROBE, few_shot, round=0, phase="probe",
-                                                           **sampling))
+    # 1. Difficulty: K answers of the base M_0 to each problem, once and for all (caption of Figure 1)
+    probe = run.once("round_0/probe.jsonl", lambda: sample(
+        run, MODEL, problems, K_PROBE, few_shot, round=0, phase="probe", **drawn))
     level = {i: level_of(sum(r["correct"] for r in rs), len(rs)) for i, rs in by_problem(probe).items()}
     pools = {name: [p for p in solved if level[p["id"]] == name] for name in "EMHU"}
-    say("  levels   " + "  ".join(f"{name} {n:,}" for name, n in sorted(Counter(level.values()).items(), key=lambda x: "EMHU".index(x[0]))))
-    scores = {"base": run.once("round_0/eval_base.json", lambda: evaluate(run, MODEL, tests, few_shot, round=0,
-                                                                          phase="eval_base", **greedy))}
+    say("  levels   " + "  ".join(f"{name} {list(level.values()).count(name):,}" for name in "EMHU"))
+    scores = {"base": run.once("round_0/eval_base.json", lambda: evaluate(
+        run, MODEL, tests, few_shot, round=0, phase="eval_base", **greedy))}
 
-    # 2. Round 0: D_u = D_o
+    # 2. Round 0: M_1 = SFT of the base on D_u = D_o
     model = MODEL
+    d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM) for p in solved]
     if d_o:
-        model = run.once("round_0/model", lambda folder: train(run, MODEL, d_o, loss, folder, round=0, **training))
-        scores["round 0"] = run.once("round_0/eval.json", lambda: evaluate(run, model, tests, zero_shot, round=0, **greedy))
+        model = run.once("round_0/model", lambda to: train(run, MODEL, d_o, loss, to, round=0, **training))
+        scores["round 0"] = run.once("round_0/eval.json", lambda: evaluate(
+            run, model, tests, zero_shot, round=0, **greedy))
     else:
-        say("  round 0  skipped: the training problems have answers but no worked solutions, so D_o is empty")
+        say("  round 0  skipped, and L off: the problems have answers but no worked solutions, so D_o is empty")
 
     for t in range(1, ROUNDS + 1):
-        # 3a. P: draw until T distinct correct answers or B draws. Otherwise the same number of draws for all
-        if "P" in VARIANT:
-            limits = [target_and_budget(level[p["id"]]) for p in problems]
-        elif DRAWS_LIKE:
-            draws = len(of_other_run(DRAWS_LIKE, t, "responses.jsonl"))
-            limits = [(n, n) for n in spread_evenly(draws, len(problems), run.rng(t, "draws"))]
-        else:
-            limits = [(K_SAMPLES, K_SAMPLES)] * len(problems)
+        # 3a. Draw answers: with P until T distinct correct ones or B draws, else equally often for every problem;
+        #     with L from examples of the problem's level, else from the fixed ones
+        limits = draw_limits(run, t, problems, level)
         target = {p["id"]: limit for p, (limit, _) in zip(problems, limits)}
+
+        def same_level(problem, draw):
+            rng = run.rng(t, "examples", problem["id"], draw)
+            examples = draw_examples(problem, level[problem["id"]], pools, shots, rng)
+            return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
+
+        def enough(responses):
+            return "P" in VARIANT and max(outcomes_of(responses)) == target[responses[0]["id"]]
+
         responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
             run, model, problems, [budget for _, budget in limits], same_level if "L" in VARIANT and solved else few_shot,
-            enough=(lambda rs: max(outcomes_of(rs)) >= target[rs[0]["id"]]) if "P" in VARIANT else None,
-            round=t, phase="sample", **sampling))
+            enough=enough if "P" in VARIANT else None, round=t, phase="sample", **drawn))
 
-        # 3b. D_a = the chosen answers; D_u = D_a + D_o, and the base learns it anew
-        selection = run.once(f"round_{t}/selection.jsonl", lambda: select(problems, probe, responses, limits))
+        # 3b. D_a = the chosen answers, D_u = D_a + D_o; train the base on it
+        size = sum(sum(s["copies"]) for s in of_other_run(SIZE_LIKE, t)) if SIZE_LIKE else 0
+        selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
+            problems, probe, responses, limits, size, run.rng(t, "size")))
         report_selection(run, t, selection, responses)
         show_answers(problems, responses)
-        drawn, by_id = by_problem(responses), {p["id"]: p for p in problems}
-        d_a = [make_example(tokenizer, PROMPT, by_id[s["id"]], drawn[s["id"]][draw]["text"], system=SYSTEM)
-               for s in selection for draw in s["chosen"]]
-        if SIZE_LIKE:
-            size = sum(len(s["chosen"]) for s in of_other_run(SIZE_LIKE, t, "selection.jsonl"))
-            d_a = match_size(d_a, size, run.rng(t, "size"))
+        text = {(r["id"], r["draw"]): r["text"] for r in responses}
+        d_a = [make_example(tokenizer, PROMPT, by_id[s["id"]], text[s["id"], draw], system=SYSTEM)
+               for s in selection for draw, n in zip(s["chosen"], s["copies"]) for _ in range(n)]
         if d_a:
             d_u = run.once(f"round_{t}/train.jsonl", lambda: d_a + d_o)
             start = MODEL if START == "base" else model
-            model = run.once(f"round_{t}/model", lambda folder: train(run, start, d_u, loss, folder, round=t, **training))
+            model = run.once(f"round_{t}/model", lambda to: train(run, start, d_u, loss, to, round=t, **training))
         else:
-            say(f"  round {t}  no correct answer among {len(responses):,}: D_a is empty, the model stays as it is")
-        scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(run, model, tests, zero_shot, round=t,
-                                                                                 **greedy))
+            say(f"  round {t}  none of {len(responses):,} answers is correct: D_a is empty, the model stays as it is")
+        scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(
+            run, model, tests, zero_shot, round=t, **greedy))
     final_table(run, scores)
 
 
@@ -287,7 +305,7 @@ EXAMPLES = [{"id": f"example {i}", "problem": problem, "solution": solution} for
      "Each throw shows a six with probability \\frac{1}{6}.\n\nThe throws are independent: "
      "\\frac{1}{6}\\cdot\\frac{1}{6} = \\frac{1}{36}.\n\n\\boxed{\\frac{1}{36}}"),
     ("A rectangle is 3 cm longer than it is wide, and its perimeter is 26 cm. What is its area in square cm?",
-     "With width w, 2(w + w + 3) = 26.\n\nSo 4w + 6 = 26 and w = 5.\n\nThe length is 8 and the area 5*8 = 40.\n\n\\boxed{40}"),
+     "With width w, 2(w + w + 3) = 26.\n\nSo w = 5.\n\nThe length is 8 and the area 5*8 = 40.\n\n\\boxed{40}"),
 ])]
 
 

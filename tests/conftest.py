@@ -16,11 +16,12 @@ SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "2", "--roun
 
 
 def launch(folder, script, *flags, processes=0, check=True):
-    """Run a script of the project in `folder` (where its runs/ will be), with torchrun if `processes`; the finished process."""
+    """Run a script of the project in `folder`, where its runs/ will be, with torchrun if `processes`."""
     if not (folder / "tests").exists():
         (folder / "tests").symlink_to(ROOT / "tests")  # --toy names its files from the project's root
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*(start if processes else [sys.executable]), str(ROOT / script), *map(str, flags)]
+    # "--" because torchrun would take --run for the beginning of its own --run-path
+    command = [*([*start, "--"] if processes else [sys.executable]), str(ROOT / script), *map(str, flags)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
     if check:
@@ -37,7 +38,7 @@ def shared():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A folder with the finished run "one": the smoke run of dast.py on one process. Not to be changed: see `copy_of`."""
+    """A folder with the finished run "one": dast.py, smoke-sized, on one process. Only for reading: see `copy_of`."""
     folder = tmp_path_factory.mktemp("finished")
     launch(folder, "dast.py", *SMOKE, "--run", "one", processes=1)
     return folder

@@ -58,7 +58,8 @@ def test_bad_flag_is_one_line_and_status_2(tmp_path, flags, words):
 def test_help_has_every_constant(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
     text = launch(tmp_path, tmp_path / "script.py", "--help").stdout
-    assert all(w in text for w in ["What it does.", "--k-samples", "100 % of them (paper) [10]", "--no-seeded", "--toy"])
+    words = ["What it does.", "--k-samples", "100 % of them (paper) [10]", "--no-seeded", "--toy"]
+    assert all(word in text for word in words)
 
 
 def problems_from(common, tmp_path, capsys, *lines):
@@ -104,15 +105,16 @@ def test_records_of_every_form(alone, tmp_path, capsys):
     problems, _ = problems_from(
         alone, tmp_path, capsys, GOOD, '{"problem": "p", "answer": 27.0}', "", '{"question": "q", "answer": " "}',
         json.dumps({"question": "q", "answer": "48/2 = <<48/2=24>>24 in May.\n48+24 = <<48+24=72>>72.\n#### 1,072"}),
-        json.dumps({"problem": "m", "solution": "First \\boxed{1}, so \\boxed{\\frac{1}{2}}.", "level": "Level 5", "type": "Algebra"}))
+        json.dumps({"problem": "m", "solution": "First \\boxed{1}, so \\boxed{\\frac{1}{2}}.", "level": "Level 5",
+                    "type": "Algebra"}))
     folder = tmp_path.name
     assert problems == [
         {"id": f"{folder}/p/1", "problem": "1+1?", "answer": "2", "kind": "math"},
         {"id": f"{folder}/p/2", "problem": "p", "answer": "27", "kind": "math"},
         {"id": f"{folder}/p/5", "problem": "q", "answer": "1,072", "kind": "math",
          "solution": "48/2 = 24 in May.\n\n48+24 = 72.\n\n\\boxed{1,072}"},
-        {"id": f"{folder}/p/6", "problem": "m", "answer": "\\frac{1}{2}", "kind": "math", "level": 5, "tags": ["Algebra"],
-         "solution": "First \\boxed{1}, so \\boxed{\\frac{1}{2}}."}]
+        {"id": f"{folder}/p/6", "problem": "m", "answer": "\\frac{1}{2}", "kind": "math", "level": 5,
+         "tags": ["Algebra"], "solution": "First \\boxed{1}, so \\boxed{\\frac{1}{2}}."}]
     assert "1 problem with an empty answer dropped" in capsys.readouterr().out
 
 
@@ -127,8 +129,8 @@ def test_a_limit_takes_the_same_random_problems_every_time(alone):
     ("so \\boxed{5}.", "5"), ("\\boxed{1} no, \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
     ("\\boxed{1} and \\boxed{2", "1"), ("\\boxed 9", "9"), ("$\\boxed 9$.", "9"), ("\\boxed {17}", "17"),
     ("\\boxed{a\\}b}", "a\\}b"), ("\\boxed{x \\boxed{3}}", "x \\boxed{3}"), ("\\boxed{{\\boxed{3}}", "3"),
-    ("} } \\boxed{4} }", "4"), ("none", None), ("\\boxed{", None), ("it is 7\n#### 1,200\nQuestion", "1,200"), ("####", None),
-    ("\\boxed{}", None)])
+    ("} } \\boxed{4} }", "4"), ("none", None), ("\\boxed{", None), ("it is 7\n#### 1,200\nQuestion", "1,200"),
+    ("####", None), ("\\boxed{}", None)])
 def test_final_answer(alone, text, answer):
     assert alone.final_answer(text) == answer
 
@@ -148,7 +150,8 @@ def checker():
 
 @pytest.mark.parametrize("gold, text, correct, reason", [
     ("7", "\\boxed{7}", True, "equal"), ("7", "\\boxed{7.0}", True, "equal"), ("7", "\\boxed{8}", False, "different"),
-    ("\\frac{1}{2}", "\\boxed{0.5}", True, "equal"), ("1,072", "\\boxed{1072}", True, "equal"), ("7", "it is 7", False, "no_answer"),
+    ("\\frac{1}{2}", "\\boxed{0.5}", True, "equal"), ("1,072", "\\boxed{1072}", True, "equal"),
+    ("7", "it is 7", False, "no_answer"),
     ("x+1", "\\boxed{1+x}", True, "equal"), ("7", "\\boxed{7} but rather \\boxed{8}", False, "different"),
     ("(1,2)", "\\boxed{(2,1)}", False, "different"), ("7", "\\boxed{}", False, "no_answer"),
     ("7", "\\boxed{\x00\ud800}", False, "different")])
@@ -182,7 +185,8 @@ def test_every_gsm8k_solution_is_correct(alone, checker, shared):
         assert len(problems) == {"train": 7473, "test": 1319}[split]
         source = [json.loads(line)["answer"] for line in open(shared / "data" / "gsm8k" / f"{split}.jsonl")]
         for problem, text in zip(problems, source):
-            assert checker.check(problem, text) == checker.check(problem, problem["solution"]) == (True, "equal"), problem["id"]
+            for response in (text, problem["solution"]):
+                assert checker.check(problem, response) == (True, "equal"), problem["id"]
 
 
 def test_math_loads_with_its_known_traps(alone, checker, shared, capsys):
@@ -197,13 +201,15 @@ def test_prompts(alone):
     tokenizer = alone.load_tokenizer(str(TOY / "model"), "chat")
     p, e = {"id": "a", "problem": "1+1?"}, {"problem": "2+2?", "solution": "\\boxed{4}"}
     assert alone.make_prompt(tokenizer, "zero_shot", p) == "Question: 1+1?\nAnswer:\n"
-    assert alone.make_prompt(tokenizer, "few_shot", p, [e]) == "Question: 2+2?\nAnswer:\n\\boxed{4}\n\nQuestion: 1+1?\nAnswer:\n"
+    assert alone.make_prompt(tokenizer, "few_shot", p, [e]) == (
+        "Question: 2+2?\nAnswer:\n\\boxed{4}\n\nQuestion: 1+1?\nAnswer:\n")
     assert alone.make_prompt(tokenizer, "chat", p, [e], "Think.") == (
-        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\\boxed{4}<|im_end|>\n"
-        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n")
+        "<|im_start|>system\nThink.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+        "\\boxed{4}<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n")
     assert [alone.end_token(tokenizer, prompt) for prompt in ("few_shot", "chat")] == ["<|endoftext|>", "<|im_end|>"]
     example = alone.make_example(tokenizer, "few_shot", p, "2<|im_end|>")
-    assert example == {"id": "a", "prompt": "Question: 1+1?\nAnswer:\n", "completions": ["2<|im_end|>"], "end": "<|endoftext|>"}
+    assert example == {"id": "a", "prompt": "Question: 1+1?\nAnswer:\n", "completions": ["2<|im_end|>"],
+                       "end": "<|endoftext|>"}
     [(prompt, completion)] = alone.tokenize(tokenizer, example)
     specials = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert tokenizer.decode(prompt) == example["prompt"] and completion[-1] == specials[0]
@@ -212,17 +218,18 @@ def test_prompts(alone):
 
 def test_tokenizer_round_trips(alone):
     tokenizer = alone.load_tokenizer(str(TOY / "model"), "few_shot")
-    for text in ["Add 12.\n\n 3 * 4 =\t12  \\boxed{12}", "naïve ½ 数学 🙂\r\n", *(json.loads(line)["solution"] for line in open(TOY / "test.jsonl"))]:
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text.replace("½", "½")
+    solutions = [json.loads(line)["solution"] for line in open(TOY / "test.jsonl")]
+    for text in ["Add 12.\n\n 3 * 4 =\t12  \\boxed{12}", "naïve ½ 数学 🙂\r\n", *solutions]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.parametrize("right, n, low, high", [  # Clopper-Pearson, from tables
-    (5, 10, 0.1871, 0.8129), (0, 10, 0.0, 0.3085), (10, 10, 0.6915, 1.0), (1, 30, 0.0008, 0.1722), (81, 300, 0.2205, 0.3239)])
-def test_binomial_interval(alone, right, n, low, high):
-    assert alone.binomial_interval(right, n) == pytest.approx([low, high], abs=2e-4)
+    (5, 10, 0.1871, 0.8129), (0, 10, 0.0, 0.3085), (10, 10, 0.6915, 1.0), (1, 30, 0.0008, 0.1722)])
+def test_binomial_interval(right, n, low, high):
+    from eval import binomial_interval
+    assert binomial_interval(right, n) == pytest.approx([low, high], abs=2e-4)
 
 
 def test_seeds_and_generators_depend_on_the_key_only(alone):
-    assert alone.seed_of(0, 1, "gsm8k/train/7", 3) == alone.seed_of(0, 1, "gsm8k/train/7", 3) != alone.seed_of(0, 1, "gsm8k/train/73")
-    assert alone.seed_of(0) == 6859543281866803166  # the same on every machine, for ever
-    assert np.random.default_rng(alone.seed_of(0)).integers(1000) == np.random.default_rng(alone.seed_of(0)).integers(1000)
+    assert alone.seed_of(0, 1, "gsm8k/train/7", 3) != alone.seed_of(0, 1, "gsm8k/train/73")
+    assert alone.seed_of(0) == 5254295370254170289  # the same on every machine, for ever

@@ -24,9 +24,9 @@ def test_targets_and_budgets_rise_with_difficulty(few_samples):
 
 
 def draws(*texts):
-    """Responses from short notes: "x" is wrong, "cut:a" a correct text cut by the limit, anything else a correct text."""
-    return [{"text": t.removeprefix("cut:"), "correct": t != "x", "finish": "length" if t.startswith("cut:") else "stop"}
-            for t in texts]
+    """Responses from notes: "x" is wrong, "cut:a" a correct text cut by the limit, anything else a correct text."""
+    return [{"text": text.removeprefix("cut:"), "correct": text != "x",
+             "finish": "length" if text.startswith("cut:") else "stop"} for text in texts]
 
 
 @pytest.mark.parametrize("texts, outcomes, target, chosen", [
@@ -35,7 +35,7 @@ def draws(*texts):
     # the same counted from 1: its eighth draw is not needed any more
     ("a x x a x b c".split(), [1, 0, 0, 1, 0, 2, 3], 3, [0, 5, 6]),
     ("x x x x".split(), [0, 0, 0, 0], 4, []),
-    (["a", " a\n", "A", "a b"], [1, 1, 2, 3], 2, [0, 2]),  # blanks around the text do not make it another, anything else does
+    (["a", " a\n", "A", "a b"], [1, 1, 2, 3], 2, [0, 2]),  # only blanks around it leave a text the same
     (["cut:a", "a", "cut:b"], [0, 1, 0], 4, [1]),  # a correct answer that did not end is not learnt
     ([], [], 1, []),
 ])
@@ -79,7 +79,7 @@ def test_examples_are_others_of_the_same_level_then_of_easier_ones():
 
 
 def test_selection_alone_tells_every_decision(finished):
-    """From selection.jsonl and the constants: pass rate, level, target, budget, choice; and the training set follows."""
+    """From selection.jsonl and the constants: pass rate, level, target, budget, choice; the training set follows."""
     run = finished / "runs" / "one"
     selection = [json.loads(line) for line in open(run / "round_1" / "selection.jsonl")]
     train = [json.loads(line) for line in open(run / "round_1" / "train.jsonl")]

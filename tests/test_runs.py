@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, SMOKE, TOY, launch
+
+
+PHASES = ["round_0/probe.jsonl", "round_0/model", "round_0/eval.json", "round_1/responses.jsonl",
+          "round_1/selection.jsonl", "round_1/train.jsonl", "round_1/model", "round_1/eval.json"]
 
 
 def lines(path):
@@ -32,7 +37,7 @@ def counts(run):
 def test_the_whole_loop_leaves_what_design_says(finished):
     run = finished / "runs" / "one"
     names = {"constants.json", "metrics.jsonl", "dast.py", "common.py", "round_0/probe.jsonl", "round_0/eval_base.json",
-             "round_0/eval.json", *(f"round_1/{n}" for n in ("responses.jsonl", "selection.jsonl", "train.jsonl", "eval.json")),
+             *(n for n in PHASES if "model" not in n),
              *(f"round_{t}/model/{n}" for t in (0, 1) for n in ("config.json", "model.safetensors", "tokenizer.json"))}
     found = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert names <= found and not [n for n in found if n.endswith(".part")]
@@ -43,7 +48,8 @@ def test_the_whole_loop_leaves_what_design_says(finished):
     assert score["n"] == 12 == len(score["correct"]) and score["accuracy"] == sum(score["correct"].values()) / 12
     metrics = lines(run / "metrics.jsonl")
     assert [(m["round"], m["phase"]) for m in metrics] == [
-        (0, "probe"), (0, "eval_base"), (0, "train"), (0, "eval"), (1, "sample"), (1, "select"), (1, "train"), (1, "eval")]
+        (0, "probe"), (0, "eval_base"), (0, "train"), (0, "eval"), (1, "sample"), (1, "select"), (1, "train"),
+        (1, "eval")]
     probe, train = metrics[0], metrics[6]
     parameters = sum(t.numel() for t in load_file(TOY / "model" / "model.safetensors").values())
     assert probe["draws"] == probe["spent_draws"] == 36 and probe["flops"] == 2 * parameters * (
@@ -53,7 +59,7 @@ def test_the_whole_loop_leaves_what_design_says(finished):
 
 
 def test_two_processes_draw_and_decide_the_same(finished, copy_of):
-    """design.md section 4: (a), (b) the same responses; (c) weights to 1e-4; (d) the same decisions from the same responses."""
+    """The same responses from the same weights, the same decisions from the same responses, weights to 1e-4."""
     one, two = finished / "runs" / "one", copy_of / "runs" / "two"
     (two / "round_1").mkdir(parents=True)
     # the recorded answers of the first round are replayed, since weights that differ by 1e-6 may flip a token
@@ -83,8 +89,6 @@ def test_a_finished_run_is_left_alone(copy_of):
     assert "continued" in done.stdout and "round 1" in done.stdout.splitlines()[-2]  # the table is there again
 
 
-PHASES = ["round_0/probe.jsonl", "round_0/model", "round_0/eval.json", "round_1/responses.jsonl", "round_1/selection.jsonl",
-          "round_1/train.jsonl", "round_1/model", "round_1/eval.json"]
 
 
 @pytest.mark.parametrize("last", [0, 2, 3, 5])
@@ -146,10 +150,8 @@ def test_changed_constants_are_refused(copy_of):
     (["--wandb", "--run", "w"], ["pip install wandb"]),
 ])
 def test_bad_input_is_one_line(copy_of, flags, words):
-    if "--wandb" in flags:
-        pytest.importorskip("wandb", reason="") if False else None
-        if __import__("importlib.util").util.find_spec("wandb"):
-            pytest.skip("wandb is installed here")
+    if "--wandb" in flags and find_spec("wandb"):
+        pytest.skip("wandb is installed here")
     (copy_of / "bad.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n{"problem": \n')
     line = error_of(launch(copy_of, "dast.py", *SMOKE, *flags, check=False))
     assert all(word in line for word in words), line
@@ -174,7 +176,8 @@ def test_variants(copy_of, variant):
 def test_same_draws_and_same_size_controls(finished, copy_of):
     draws = len(lines(finished / "runs/one/round_1/responses.jsonl"))
     kept = sum(len(s["chosen"]) for s in lines(finished / "runs/one/round_1/selection.jsonl"))
-    launch(copy_of, "dast.py", *SMOKE, "--run", "vanilla", "--variant", "", "--draws-like", "runs/one", "--size-like", "runs/one")
+    launch(copy_of, "dast.py", *SMOKE, "--run", "vanilla", "--variant", "", "--draws-like", "runs/one",
+           "--size-like", "runs/one")
     run = copy_of / "runs" / "vanilla" / "round_1"
     selection = lines(run / "selection.jsonl")
     assert len(lines(run / "responses.jsonl")) == draws == sum(s["budget"] for s in selection)
@@ -195,9 +198,9 @@ def test_problems_without_solutions_and_other_starts(tmp_path):
 
 
 def test_gsm8k_where_nearly_nothing_is_correct(shared, tmp_path):
-    done = launch(tmp_path, "dast.py", "--toy", "--train-data", "gsm8k", "--test-data", "gsm8k", "--data", shared / "data",
-                  "--n-train", "64", "--n-test", "16", "--k-probe", "1", "--k-samples", "1", "--rounds", "1", "--shots", "1",
-                  "--max-new-tokens", "24", "--run", "gsm8k", processes=1)
+    done = launch(tmp_path, "dast.py", "--toy", "--train-data", "gsm8k", "--test-data", "gsm8k", "--data",
+                  shared / "data", "--n-train", "64", "--n-test", "16", "--k-probe", "1", "--k-samples", "1",
+                  "--rounds", "1", "--shots", "1", "--max-new-tokens", "24", "--run", "gsm8k", processes=1)
     responses = lines(tmp_path / "runs/gsm8k/round_1/responses.jsonl")
     if not any(r["correct"] for r in responses):
         assert f"no correct answer among {len(responses):,}" in done.stdout

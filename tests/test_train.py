@@ -1,4 +1,4 @@
-"""Log-probabilities, packing, the plan and the trainer: against float64, against padding, at other sizes and processes."""
+"""Log-probabilities, packing, the plan and the trainer: against float64, against padding, at other sizes."""
 import json
 
 import numpy as np
@@ -9,14 +9,16 @@ from safetensors.torch import load_file
 from conftest import TOY, launch
 
 
-def test_token_logprobs_equal_float64(alone):
+def test_token_logprobs_equal_float64(alone, monkeypatch):
     """Hand-made logits through an identity head, and a real head in several chunks: value and gradient."""
     rng = torch.Generator().manual_seed(0)
     logits, targets = 5 * torch.randn(6, 9, generator=rng), torch.tensor([0, 8, 3, 3, 1, 7])
     reference = logits.double().log_softmax(1)[range(6), targets]
-    torch.testing.assert_close(alone.token_logprobs(logits, torch.eye(9), targets).double(), reference, rtol=1e-5, atol=0)
+    ours = alone.token_logprobs(logits, torch.eye(9), targets)
+    torch.testing.assert_close(ours.double(), reference, rtol=1e-5, atol=0)
 
-    vocabulary = 2**20  # 64 positions a chunk: 100 positions are two
+    vocabulary = 1000
+    monkeypatch.setattr(alone, "LOGITS", 7 * vocabulary)  # 100 positions in 15 chunks
     hidden, weight = torch.randn(100, 4, generator=rng), torch.randn(vocabulary, 4, generator=rng)
     targets = torch.randint(vocabulary, (100,), generator=rng)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
@@ -32,7 +34,7 @@ def test_token_logprobs_equal_float64(alone):
 
 def test_pack_as_its_docstring_says(alone):
     batch = alone.pack([[([1, 2], [3, 4])], [([5], [6])]])
-    shown = {name: batch[name].tolist() for name in ("tokens", "positions", "starts", "predict", "targets", "sequence", "example")}
+    shown = {name: value.tolist() for name, value in batch.items() if name not in ("examples", "longest")}
     assert shown == dict(tokens=[1, 2, 3, 4, 5, 6], positions=[0, 1, 2, 3, 0, 1], starts=[0, 4, 6], predict=[1, 2, 4],
                          targets=[3, 4, 6], sequence=[0, 0, 1], example=[0, 1])
     pair = alone.pack([[([1], [2]), ([1], [3, 4])]])
@@ -41,7 +43,8 @@ def test_pack_as_its_docstring_says(alone):
     assert nothing["tokens"].tolist() == [0] and nothing["targets"].tolist() == [] and nothing["examples"] == 0
 
 
-SEQUENCES = [[(list(range(5, 5 + p)), list(range(40, 40 + c)))] for p, c in [(3, 30), (12, 1), (1, 2), (20, 50), (7, 7), (2, 90)]]
+SIZES = [(3, 30), (12, 1), (1, 2), (20, 50), (7, 7), (2, 90)]
+SEQUENCES = [[(list(range(5, 5 + p)), list(range(40, 40 + c)))] for p, c in SIZES]
 
 
 def test_packed_equals_padded(alone):
@@ -64,6 +67,18 @@ def test_packed_equals_padded(alone):
         torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_micro_batches_give_the_same_gradient(alone):
+    """All sequences at once against four micro-batches, one of them empty: to 1e-6 of the gradient's norm."""
+    gradients = []
+    for parts in ([SEQUENCES], [SEQUENCES[:1], SEQUENCES[1:4], SEQUENCES[4:], []]):
+        network, policy = alone.load_for_training(TOY / "model")
+        for part in parts:
+            (-policy(alone.pack(part)).sum()).backward()
+        gradients.append({name: p.grad.full_tensor() for name, p in network.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert (gradients[1][name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("max_tokens", [1, 100, 10**6])
 def test_plan_properties(alone, processes, max_tokens):
@@ -73,7 +88,7 @@ def test_plan_properties(alone, processes, max_tokens):
     assert [len(s) for s in steps] == [16, 16, 16, 5] * 2
     assert sorted(sum(steps[:4], [])) == sorted(sum(steps[4:], [])) == list(range(53))
     same = alone.plan_batches(lengths, 16, 2, 777, 1, np.random.default_rng(0))
-    assert [sorted(s) for s in steps] == [sorted(e for m in s for e in m) for s in same]  # neither changes who is in a step
+    assert [sorted(s) for s in steps] == [sorted(e for m in s for e in m) for s in same]  # neither changes a step
     for step in plan:
         assert len(step) % processes == 0
         assert all(sum(lengths[e] for e in m) <= max_tokens or len(m) == 1 for m in step)
@@ -89,7 +104,10 @@ def test_schedule(alone):
 TRAIN = """
 import sys; sys.path.insert(0, {root!r})
 import common, dast, json
-SEED, RUN, MODEL = 3, sys.argv[1], {model!r}
+SEED = 3
+MODEL = {model!r}
+RUN = sys.argv[1]
+WANDB = False
 run = common.start_run(globals())
 examples = [json.loads(line) for line in open("examples.jsonl")]
 run.once("round_0/model", lambda folder: common.train(run, MODEL, examples, dast.sft_loss, folder, round=0, lr=1e-3,
@@ -99,7 +117,7 @@ run.once("round_0/model", lambda folder: common.train(run, MODEL, examples, dast
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Weights after five steps on the same 20 examples: one process, four micro-batches, two processes, one example only."""
+    """Weights and metrics after six steps on the same 18 examples: at once, in micro-batches, on two processes."""
     folder = tmp_path_factory.mktemp("train")
     from conftest import ROOT
     (folder / "train.py").write_text(TRAIN.format(root=str(ROOT), model=str(TOY / "model")))
@@ -115,19 +133,21 @@ def weights(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("other, tolerance", [("micro", 1e-6), ("two", 1e-5)])
-def test_micro_batches_and_processes_do_not_change_the_result(weights, other, tolerance):
+@pytest.mark.parametrize("other", ["micro", "two"])
+def test_micro_batches_and_processes_do_not_change_the_result(weights, other):
+    """Loss of the first step to 1e-6; weights after six steps of AdamW, which magnifies rounding, to 1e-5 of their norm."""
     start = load_file(TOY / "model" / "model.safetensors")
     for name, tensor in weights["whole"].items():
-        assert (tensor - start[name]).abs().max() > 1e-4, name  # it did learn
-        torch.testing.assert_close(weights[other][name], tensor, rtol=0, atol=tolerance * 10, msg=name)
+        assert (tensor - start[name]).norm() > 1e-3 * tensor.norm(), name  # it did learn
+        assert (weights[other][name] - tensor).norm() <= 1e-5 * tensor.norm(), name
     [whole], [log] = weights["whole log"], weights[other + " log"]
     assert log["steps"] == whole["steps"] == 6 and log["tokens"] == whole["tokens"]
-    assert log["first_loss"] == pytest.approx(whole["first_loss"], rel=tolerance)
-    assert log["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert log["first_loss"] == pytest.approx(whole["first_loss"], rel=1e-6)
+    assert log["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
 def test_saved_model_loads_and_is_what_was_trained(weights):
     from transformers import AutoModelForCausalLM
     assert "lm_head.weight" not in weights["whole"]  # tied
-    assert weights["whole"].keys() == {n for n, _ in AutoModelForCausalLM.from_pretrained(TOY / "model").named_parameters()}
+    model = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    assert weights["whole"].keys() == {name for name, _ in model.named_parameters()}

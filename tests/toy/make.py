@@ -1,48 +1,48 @@
 """Make the toy: a tiny Qwen2 that can do a little arithmetic in words, and the problems it has yet to learn.
 
-The world. A problem is a chain of 1 to 6 operations on a number ("level" is how many), of one of five families ("tags").
-A solution can be written in four ways, and a base model has seen all of them:
+The world. A problem is a chain of 1 to 6 operations on a number ("level" is how many), of one of five families (its
+"tags"). A solution can be written in four ways, and a base model has seen all of them:
   careful  "12+7=19", a blank line, "19-5=14", ...   one operation a line
-  named    "Go up by 7: 19", ...                     one operation a line, but the number must be looked up in the line above
+  named    "Go up by 7: 19", ...                     one operation a line, but the number must be looked up above
   brisk    "12+7-5=14", ...                          two operations a line: shorter, and more often wrong
   bare     only "\\boxed{14}"                         hopeless on long chains
-It has also seen slips (a wrong line, and all that follows from it), few long chains, and hardly any remainders. So there is
-something to learn from one's own checked answers: to write every operation down, to slip less, to go on for longer.
-Documents are plain text with 0-4 worked examples before the last question, chats, and questions with the answer as a hint;
-an author keeps to one way of writing, so the model copies the manner of its examples.
+It has also seen slips (a wrong line, and all that follows from it), few long chains, and hardly any remainders. So
+there is something to learn from one's own checked answers: to write every operation down, to slip less, to go on for
+longer. Documents are plain text with 0-4 worked examples before the last question, chats, and questions with the answer
+as a hint; an author keeps to one way of writing, so the model copies the manner of its examples.
 
   python tests/toy/make.py            writes tests/toy/{model,train.jsonl,test.jsonl}
 
 Figures in README hang on these files: they are not made again without a reason that is worth measuring everything anew.
 """
+import json
 import random
 import shutil
 import sys
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa: E402
-
-import torch  # noqa: E402
-from common import (binomial_interval, make_example, make_prompt, override_from_cli, sample, say, start_run,  # noqa: E402
-                    train, write_jsonl)
+from common import make_example, make_prompt, override_from_cli, sample, say, start_run, train, write_jsonl  # noqa
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa
 
 # What to make
-MODEL = ""  # "": a new model with random weights; a folder: go on from there
+MODEL = ""  # a folder to go on from; empty is a new model with random weights
 TRAIN_PROBLEMS = 1800  # for the methods to learn from
 TEST_PROBLEMS = 600  # 100 of each level
-DEPTHS = (30, 25, 18, 9, 2.5, 0.8)  # how often the base model saw chains of length 1..6
-STYLES = (24, 16, 25, 35)  # how often it saw careful, named, brisk and bare solutions
+DEPTHS = (30.0, 25.0, 15.0, 5.0, 0.6, 0.15)  # how often the base model saw chains of length 1..6
+STYLES = (30, 12, 23, 35)  # how often it saw careful, named, brisk and bare solutions
+LONG_STYLES = (8, 7, 40, 45)  # the same for chains of 4 and more: the longer, the lazier
 WEAK = 0.02  # share of its problems that are remainders (an even share would be 0.2)
 SLIP = 0.02  # chance that a line it saw is wrong
 
 # Training
-STEPS = 1000  # optimizer steps
-BATCH_SIZE = 64  # documents a step
-LR = 3e-3  # peak, cosine to 0
+STEPS = 3000  # optimizer steps
+BATCH_SIZE = 32  # documents a step
+LR = 2.5e-3  # peak, cosine to 0
 SEED = 0  # of everything
 
 # Machine: may differ when a run goes on
@@ -72,7 +72,7 @@ def operand(name, rng):
 
 
 def make_problem(depth, family, rng):
-    """{problem, answer, level, tags} and, for its solutions, the chain [(wording, sign, function, operand)] from `start`."""
+    """{problem, answer, level, tags}, and for its solutions (start, [(wording, sign, function, operand)])."""
     while True:
         start = x = rng.randint(3, 60)
         special = FAMILIES[family]
@@ -93,7 +93,7 @@ def make_problem(depth, family, rng):
 
 
 def write_solution(start, chain, style, rng, slip=0.0):
-    """A worked solution in one of the four ways; with `slip`, each line is wrong with that chance, and the rest follows."""
+    """A worked solution in one of the four ways; each line is wrong with chance `slip`, and the rest follows."""
     x, lines = start, []
     step = 2 if style == "brisk" else 1
     for at in range(0, len(chain), step):
@@ -110,8 +110,8 @@ def write_solution(start, chain, style, rng, slip=0.0):
 
 
 def problem_set(count, seen, rng):
-    """`count` problems, as many of each level and family, none of them in `seen`; solutions by people, who do not slip and
-    write more of their work down the longer it is."""
+    """`count` problems, as many of each level, none of them in `seen`; the solutions are by people, who do not slip and
+    who write more of their work down the longer it is."""
     records = []
     while len(records) < count:
         depth, family = len(records) % 6 + 1, rng.choice(list(FAMILIES))
@@ -125,23 +125,28 @@ def problem_set(count, seen, rng):
     return records
 
 
+def author_of(rng, bare):
+    """How somebody writes (short chains, long chains): each in one of the four ways, never bare if `bare` is 0."""
+    return [rng.choices(["careful", "named", "brisk", "bare"], [*weights[:3], weights[3] * bare])[0]
+            for weights in (STYLES, LONG_STYLES)]
+
+
 def document(tokenizer, seen, rng):
     """One training document of the base model, as an example of common.py's trainer."""
     shots, kind = rng.choices(range(5), [35, 20, 20, 15, 10])[0], rng.choices(["plain", "chat", "hint"], [77, 15, 8])[0]
-    styles, weights = ["careful", "named", "brisk", "bare"], list(STYLES)
-    if kind == "hint":
-        weights[3] = 0
-    style, turns = rng.choices(styles, weights)[0], []
+    bare = 0 if kind == "hint" else 1  # who knows the answer shows the way
+    author, turns = author_of(rng, bare), []
     while len(turns) <= (min(shots, 2) if kind == "chat" else shots):
         family = "remainders" if rng.random() < WEAK else rng.choice([f for f in FAMILIES if f != "remainders"])
         problem, (start, chain) = make_problem(rng.choices(range(1, 7), DEPTHS)[0], family, rng)
         if problem["problem"] in seen:
             continue
         if rng.random() < 0.1:
-            style = rng.choices(styles, weights)[0]  # authors change now and then
+            author = author_of(rng, bare)  # people change now and then
         if kind == "hint":
             problem["problem"] += f" (Answer: {problem['answer']})"
-        turns.append({**problem, "id": "", "solution": write_solution(start, chain, style, rng, SLIP)})
+        solution = write_solution(start, chain, author[problem["level"] >= 4], rng, SLIP)
+        turns.append({**problem, "id": "", "solution": solution})
     if kind == "chat":
         system = SYSTEM if rng.random() < 0.5 else ""
         return {**make_example(tokenizer, "chat", turns[-1], turns[-1]["solution"]),
@@ -151,17 +156,13 @@ def document(tokenizer, seen, rng):
 
 
 def make_tokenizer(folder, texts):
-    """A byte-level BPE of 512 tokens with Qwen2's rules: digits stay single, the toy's own words become one token each."""
-    rules = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    """A byte-level BPE with Qwen2's rules: digits stay single, the toy's own words become one token each."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = rules
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, special_tokens=specials, show_progress=False,
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.save(str(folder / "bpe.json"))
-    import json
-    trained = json.loads((folder / "bpe.json").read_text())["model"]
-    (folder / "bpe.json").unlink()
+    trained = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=trained["vocab"], merges=[tuple(m) for m in trained["merges"]])
     tokenizer.add_special_tokens({"additional_special_tokens": specials[1:]})
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -183,7 +184,7 @@ def lm_loss(logprobs, batch):
 
 
 def report(run, model, problems, tokenizer, pool):
-    """Accuracy by level: few-shot and zero-shot, greedy and drawn."""
+    """Accuracy by level and on remainders, by kind of prompt, greedy and drawn; how many answers are worked out."""
     rng = random.Random(1)
     shots = {p["id"]: rng.sample(pool, 2) for p in problems}
     prompts = {"two-shot": lambda p, d: make_prompt(tokenizer, "few_shot", p, shots[p["id"]]),
@@ -191,13 +192,14 @@ def report(run, model, problems, tokenizer, pool):
                "chat": lambda p, d: make_prompt(tokenizer, "chat", p, system=SYSTEM)}
     for name, prompt in prompts.items():
         for temperature in (0.0, 0.7):
-            answers = sample(run, model, problems, 1, prompt, round=1, phase=f"{name} {temperature}", max_new_tokens=120,
-                             style="chat" if name == "chat" else "few_shot", temperature=temperature)
-            right = {level: [a["correct"] for p, a in zip(problems, answers) if p["level"] == level] for level in range(1, 7)}
-            worked = sum("\n\n" in a["text"] for a in answers) / len(answers)
-            say(f"{name:<10} T={temperature}  " + " ".join(f"{sum(r) / len(r):.2f}" for r in right.values())
-                + f"  all {sum(map(sum, right.values())) / len(answers):.3f}  worked out {worked:.2f}  remainders "
-                + f"{sum(a['correct'] for p, a in zip(problems, answers) if p['tags'] == ['remainders']) / max(1, sum(p['tags'] == ['remainders'] for p in problems)):.2f}")
+            style = "chat" if name == "chat" else "few_shot"
+            answers = sample(run, model, problems, 1, prompt, round=1, phase=f"{name} {temperature}", style=style,
+                             max_new_tokens=120, temperature=temperature)
+            marks = [(p["level"], p["tags"][0], a["correct"]) for p, a in zip(problems, answers)]
+            groups = {str(level): [c for n, _, c in marks if n == level] for level in range(1, 7)}
+            groups |= {"all": [c for _, _, c in marks], "remainders": [c for _, tag, c in marks if tag == "remainders"],
+                       "worked out": ["\n\n" in a["text"] for a in answers]}
+            say(f"{name} at {temperature}: " + "  ".join(f"{key} {sum(c) / len(c):.2f}" for key, c in groups.items()))
 
 
 def main():

@@ -1,0 +1,69 @@
+"""Long runs whose results stand in README: seeds and arms, resumable (each run is), outside CI.
+
+  python tests/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
+  python tests/study.py dast --quick   the same with one seed
+"""
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script, name, *flags):
+    """One real run, as a user starts it; a finished one is only read again. The run folder."""
+    print(f"== {name}", flush=True)
+    # "--" because torchrun would take --run for the beginning of its own --run-path
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--", str(ROOT / script), "--toy", "--run", name,
+                    *map(str, flags)], cwd=ROOT, check=True)
+    return ROOT / "runs" / name
+
+
+def correct(folder, path):
+    """{problem id: 0 or 1} of one eval.json."""
+    return json.loads((folder / path).read_text())["correct"]
+
+
+def difference(pairs, rng):
+    """Mean difference in accuracy of [(a, b)], one pair of {id: 0 or 1} per seed, and its 95 % interval by bootstrap over
+    seeds and, inside each, over problems (both models answered the same ones)."""
+    deltas = [np.array([a[i] - b[i] for i in sorted(a)], dtype=float) for a, b in pairs]
+    means = []
+    for _ in range(4000):
+        drawn = [deltas[s] for s in rng.integers(len(deltas), size=len(deltas))]
+        means.append(np.mean([d[rng.integers(len(d), size=len(d))].mean() for d in drawn]))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return f"{np.mean([d.mean() for d in deltas]):+.1%} [{low:+.1%}, {high:+.1%}]"
+
+
+def dast(seeds):
+    """Round 0, DAST (PL) and vanilla at DAST's draws, and vanilla at its number of examples too."""
+    arms = {"round 0": [], "DAST": [], "vanilla, same draws": [], "vanilla, same draws and size": []}
+    for seed in seeds:
+        one = run("dast.py", f"study-dast-{seed}", "--seed", seed)
+        like = f"runs/{one.name}"
+        vanilla = run("dast.py", f"study-vanilla-{seed}", "--seed", seed, "--variant", "", "--draws-like", like)
+        sized = run("dast.py", f"study-sized-{seed}", "--seed", seed, "--variant", "", "--draws-like", like,
+                    "--size-like", like)
+        arms["round 0"].append(correct(one, "round_0/eval.json"))
+        for arm, folder in zip(list(arms)[1:], (one, vanilla, sized)):
+            arms[arm].append(correct(folder, "round_3/eval.json"))
+    rng = np.random.default_rng(0)
+    print(f"\n{'arm':<30}{'accuracy by seed':<26}{'mean':<8}{'against round 0':<26}against vanilla, same draws")
+    for arm, scores in arms.items():
+        accuracies = [np.mean(list(s.values())) for s in scores]
+        print(f"{arm:<30}{' '.join(f'{a:.1%}' for a in accuracies):<26}{np.mean(accuracies):<8.1%}"
+              f"{difference(list(zip(scores, arms['round 0'])), rng):<26}"
+              f"{difference(list(zip(scores, arms['vanilla, same draws'])), rng)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["dast"])
+    parser.add_argument("--quick", action="store_true", help="one seed")
+    arguments = parser.parse_args()
+    {"dast": dast}[arguments.name]([0] if arguments.quick else [0, 1, 2])
