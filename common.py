@@ -915,8 +915,9 @@ def load_for_training(model):
     AttentionInterface.register("packed", packed_attention)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="packed")
     dtype, network = network.dtype, network.float()
-    if any(getattr(network.config, name, None) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")) \
-            or network.get_output_embeddings().bias is not None:
+    names = "logit_scale", "logits_scaling", "final_logit_softcapping"
+    scaled = any(getattr(network.config, name, None) for name in names)
+    if scaled or network.get_output_embeddings().bias is not None:
         fail(f"{model}: a model whose head is more than one matrix cannot be trained here")
     policy = Policy(network.train())
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
@@ -965,7 +966,7 @@ def save_model(network, tokenizer, dtype, folder):
 # 10. Accounting
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-              "4090": 165e12, "B200": 2250e12}  # dense bfloat16; the first name that fits; an unknown card stays unknown
+              "4090": 165e12, "B200": 2250e12}  # dense bfloat16; the first name that fits counts
 
 
 def count_parameters(network):

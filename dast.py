@@ -71,8 +71,8 @@ DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ou
 MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result (ours)
 WANDB = False  # log to Weights & Biases too (ours)
 
-TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=240,
-           N_TEST=300, K_PROBE=6, K_SAMPLES=2, SHOTS=2, MAX_NEW_TOKENS=96, LR=1e-3, CLIP=1.0, MAX_TOKENS=8192)
+TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=200,
+           N_TEST=300, K_PROBE=5, K_SAMPLES=2, SHOTS=2, MAX_NEW_TOKENS=96, LR=3e-4, EPOCHS=3, CLIP=1.0, MAX_TOKENS=8192)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def fixed_examples(pool, shots, rng):
 
 
 def draw_limits(run, t, problems, level):
-    """[(T, B)] of round t, parallel to problems: by level with P; else equal draws, whose distinct correct ones all count."""
+    """[(T, B)] of round t, parallel to problems: by level with P; else equal draws for all, and no lower target."""
     if "P" in VARIANT:
         return [target_and_budget(level[p["id"]]) for p in problems]
     if DRAWS_LIKE:
@@ -261,10 +261,11 @@ def main():
             return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
 
         def enough(responses):
-            return "P" in VARIANT and max(outcomes_of(responses)) == target[responses[0]["id"]]
+            return max(outcomes_of(responses)) == target[responses[0]["id"]]
 
         responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
-            run, model, problems, [budget for _, budget in limits], same_level if "L" in VARIANT and solved else few_shot,
+            run, model, problems, [budget for _, budget in limits],
+            same_level if "L" in VARIANT and solved else few_shot,
             enough=enough if "P" in VARIANT else None, round=t, phase="sample", **drawn))
 
         # 3b. D_a = the chosen answers, D_u = D_a + D_o; train the base on it

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact is exact on CPU; tests/gpu_check.py will be for the GPU
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy"
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "2", "--rounds", "1"]  # the whole loop in seconds
+SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--rounds", "1"]  # the whole loop in seconds
 
 
 def launch(folder, script, *flags, processes=0, check=True):

@@ -18,8 +18,8 @@ def run(script, name, *flags):
     """One real run, as a user starts it; a finished one is only read again. The run folder."""
     print(f"== {name}", flush=True)
     # "--" because torchrun would take --run for the beginning of its own --run-path
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--", str(ROOT / script), "--toy", "--run", name,
-                    *map(str, flags)], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--", script, "--toy", "--run", name]
+    subprocess.run([*command, *map(str, flags)], cwd=ROOT, check=True)
     return ROOT / "runs" / name
 
 
@@ -29,7 +29,7 @@ def correct(folder, path):
 
 
 def difference(pairs, rng):
-    """Mean difference in accuracy of [(a, b)], one pair of {id: 0 or 1} per seed, and its 95 % interval by bootstrap over
+    """Mean difference in accuracy of [(a, b)], a pair of {id: 0 or 1} per seed, and its 95 % interval by bootstrap over
     seeds and, inside each, over problems (both models answered the same ones)."""
     deltas = [np.array([a[i] - b[i] for i in sorted(a)], dtype=float) for a, b in pairs]
     means = []

@@ -1,18 +1,18 @@
 """Command line, problem files, prompts, the checker, the run folder."""
 import json
 import os
+import runpy
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, TOY, launch
+from conftest import TOY
 
 SCRIPT = '''"""What it does."""
-import sys
-sys.path.insert(0, {root!r})
-from common import override_from_cli
 
 # The method
 K_SAMPLES = 10  # answers per problem, 100 % of them (paper)
@@ -23,22 +23,30 @@ CUTS = (0.7, 0.4)  # two numbers
 SEEDED = True  # or not
 
 TOY = dict(K_SAMPLES=2, NAME="toy")
-
-if __name__ == "__main__":
-    override_from_cli(globals())
-    print([K_SAMPLES, LR, VARIANT, NAME, CUTS, SEEDED])
 '''
 
 
-@pytest.mark.parametrize("flags, printed", [
-    ([], "[10, 2e-05, 'PL', '', (0.7, 0.4), True]"),
-    (["--toy"], "[2, 2e-05, 'PL', 'toy', (0.7, 0.4), True]"),
-    (["--k-samples", "4", "--toy", "--no-seeded"], "[4, 2e-05, 'PL', 'toy', (0.7, 0.4), False]"),
-    (["--lr", "1e-3", "--variant", "", "--cuts", "0.5,0.25"], "[10, 0.001, '', '', (0.5, 0.25), True]"),
+@pytest.fixture
+def constants(alone, tmp_path, monkeypatch):
+    """A function: command line -> the script's constants after override_from_cli."""
+    def parse(*flags):
+        path = tmp_path / "script.py"
+        path.write_text(SCRIPT)
+        monkeypatch.setattr(sys, "argv", [str(path), *flags])
+        g = runpy.run_path(str(path))
+        alone.override_from_cli(g)
+        return [g[name] for name in ("K_SAMPLES", "LR", "VARIANT", "NAME", "CUTS", "SEEDED")]
+    return parse
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], [10, 2e-05, "PL", "", (0.7, 0.4), True]),
+    (["--toy"], [2, 2e-05, "PL", "toy", (0.7, 0.4), True]),
+    (["--k-samples", "4", "--toy", "--no-seeded"], [4, 2e-05, "PL", "toy", (0.7, 0.4), False]),
+    (["--lr", "1e-3", "--variant", "", "--cuts", "0.5,0.25"], [10, 0.001, "", "", (0.5, 0.25), True]),
 ])
-def test_flags_are_the_constants(tmp_path, flags, printed):
-    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
-    assert launch(tmp_path, tmp_path / "script.py", *flags).stdout.strip() == printed
+def test_flags_are_the_constants(constants, flags, expected):
+    assert constants(*flags) == expected
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -46,20 +54,22 @@ def test_flags_are_the_constants(tmp_path, flags, printed):
     (["--k-samples", "many"], ["--k-samples", "invalid int value: 'many'"]),
     (["--variant", "PLX"], ["--variant", "'PLX'", "PL"]),
     (["--cuts", "0.5"], ["--cuts", "2 comma-separated"]),
+    (["--cuts", "0.5,x"], ["--cuts", "2 comma-separated", "0.5,x"]),
     (["--toyy"], ["--toyy"]),
 ])
-def test_bad_flag_is_one_line_and_status_2(tmp_path, flags, words):
-    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
-    done = launch(tmp_path, tmp_path / "script.py", *flags, check=False)
-    [line] = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and line.startswith("script.py: error: ") and all(w in line for w in words), line
+def test_bad_flag_is_one_line_and_status_2(constants, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        constants(*flags)
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and line.startswith("script.py: error: ") and all(w in line for w in words), line
 
 
-def test_help_has_every_constant(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
-    text = launch(tmp_path, tmp_path / "script.py", "--help").stdout
-    words = ["What it does.", "--k-samples", "100 % of them (paper) [10]", "--no-seeded", "--toy"]
-    assert all(word in text for word in words)
+def test_help_has_every_constant(constants, capsys):
+    with pytest.raises(SystemExit):
+        constants("--help")
+    words = ["What it does.", "--k-samples", "(paper) [10]", "--no-seeded", "--toy"]
+    text = capsys.readouterr().out
+    assert all(word in text for word in words), text
 
 
 def problems_from(common, tmp_path, capsys, *lines):
@@ -156,26 +166,48 @@ def checker():
     ("(1,2)", "\\boxed{(2,1)}", False, "different"), ("7", "\\boxed{}", False, "no_answer"),
     ("7", "\\boxed{\x00\ud800}", False, "different")])
 def test_verdicts(checker, gold, text, correct, reason):
-    assert checker.check({"answer": gold}, text) == (correct, reason)
+    assert checker.submit({"answer": gold}, text).result() == (correct, reason)
 
 
 def test_a_hanging_or_dying_worker_is_replaced(monkeypatch):
     import common
     checker = common.Checker(1)
-    assert checker.check({"answer": "4"}, "\\boxed{2+2}")[0]
-    monkeypatch.setattr(common, "CHECK_SECONDS", 0.5)
-    first = checker.idle.get()
-    checker.idle.put(first)
-    os.kill(first[0].pid, signal.SIGSTOP)  # hangs: no alarm of its own can help it
-    assert checker.check({"answer": "4"}, "\\boxed{3+1}") == (False, "timeout")
-    monkeypatch.undo()
-    assert checker.check({"answer": "4"}, "\\boxed{1+3}") == (True, "equal")
+
+    def verdict(answer):
+        return checker.submit({"answer": "4"}, f"\\boxed{{{answer}}}").result()
+
+    assert verdict("2+2") == (True, "equal")
     worker, _ = checker.idle.get()
     checker.idle.put((worker, True))
-    assert worker.pid != first[0].pid and first[0].poll() is not None
-    worker.kill()
-    assert checker.check({"answer": "4"}, "\\boxed{0+4}") == (False, "crash")
-    assert checker.check({"answer": "4"}, "\\boxed{4+0}") == (True, "equal")
+    os.kill(worker.pid, signal.SIGSTOP)  # hangs: no alarm of its own can help it
+    monkeypatch.setattr(common, "CHECK_SECONDS", 0.5)
+    assert verdict("3+1") == (False, "timeout") and worker.poll() is not None
+    monkeypatch.undo()
+    assert verdict("1+3") == (True, "equal")
+    worker, _ = checker.idle.get()
+    checker.idle.put((worker, True))
+    worker.kill()  # between two cases: the next one is not to blame
+    assert verdict("0+4") == (True, "equal")
+    monkeypatch.setattr(checker, "_start", lambda: (subprocess.Popen(
+        [sys.executable, "-c", "print('ready', flush=True); input()"], stdin=-1, stdout=-1), False))
+    while not checker.idle.empty():
+        checker.idle.get()[0].kill()
+    checker.idle.put(checker._start())
+    assert verdict("4+0") == (False, "crash")  # dies of this case, twice
+    monkeypatch.setattr(checker, "_start", lambda: (subprocess.Popen(["true"], stdin=-1, stdout=-1), False))
+    checker.idle.get()
+    checker.idle.put(checker._start())
+    with pytest.raises(SystemExit):  # a checker that cannot start must not call everything wrong
+        verdict("5-1")
+
+
+def test_memory_of_a_worker_is_capped(monkeypatch):
+    import common
+    checker = common.Checker(1)
+    text = "\\boxed{" + "((" * 20_000 + "x" + "))" * 20_000 + "}"
+    correct, reason = checker.submit({"answer": "x"}, text).result()
+    assert not correct and reason in ("memory", "crash", "timeout", "different")
+    assert checker.submit({"answer": "4"}, "\\boxed{2+2}").result() == (True, "equal")
 
 
 def test_every_gsm8k_solution_is_correct(alone, checker, shared):
@@ -186,7 +218,7 @@ def test_every_gsm8k_solution_is_correct(alone, checker, shared):
         source = [json.loads(line)["answer"] for line in open(shared / "data" / "gsm8k" / f"{split}.jsonl")]
         for problem, text in zip(problems, source):
             for response in (text, problem["solution"]):
-                assert checker.check(problem, response) == (True, "equal"), problem["id"]
+                assert checker.submit(problem, response).result() == (True, "equal"), problem["id"]
 
 
 def test_math_loads_with_its_known_traps(alone, checker, shared, capsys):
@@ -194,7 +226,7 @@ def test_math_loads_with_its_known_traps(alone, checker, shared, capsys):
     assert len(problems) == 7498 and "2 problems with an empty answer dropped" in capsys.readouterr().out
     by_id = {p["id"]: p for p in problems}
     assert len(by_id) == 7498 and {p.get("level") for p in problems} == {1, 2, 3, 4, 5, None}
-    assert all(checker.check(p, p["solution"])[0] for p in problems)
+    assert all(checker.submit(p, p["solution"]).result()[0] for p in problems)
 
 
 def test_prompts(alone):

@@ -23,6 +23,10 @@ def test_targets_and_budgets_rise_with_difficulty(few_samples):
     assert [dast.target_and_budget(level) for level in "EMHU"] == [(1, 2), (2, 4), (3, 8), (4, 16)]
 
 
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
 def draws(*texts):
     """Responses from notes: "x" is wrong, "cut:a" a correct text cut by the limit, anything else a correct text."""
     return [{"text": text.removeprefix("cut:"), "correct": text != "x",
@@ -51,14 +55,6 @@ def test_draws_are_spread_evenly():
     assert sorted(dast.spread_evenly(3, 5, np.random.default_rng(0))) == [0, 0, 1, 1, 1]
 
 
-def test_size_is_matched_by_leaving_out_or_repeating():
-    rng, answers = np.random.default_rng(0), ["a", "b", "c"]
-    assert len(set(dast.match_size(answers, 2, rng))) == 2
-    assert dast.match_size(answers, 3, rng) == answers
-    assert sorted(dast.match_size(answers, 7, rng))[:6] in (sorted("aabbcc"), sorted("aaabbc"))
-    assert len(dast.match_size(answers, 7, rng)) == 7 and dast.match_size([], 5, rng) == []
-
-
 def test_examples_are_others_of_the_same_level_then_of_easier_ones():
     pools = {level: [{"id": f"{level}{i}"} for i in range(n)] for level, n in zip("EMHU", (9, 3, 2, 1))}
 
@@ -81,24 +77,30 @@ def test_examples_are_others_of_the_same_level_then_of_easier_ones():
 def test_selection_alone_tells_every_decision(finished):
     """From selection.jsonl and the constants: pass rate, level, target, budget, choice; the training set follows."""
     run = finished / "runs" / "one"
-    selection = [json.loads(line) for line in open(run / "round_1" / "selection.jsonl")]
-    train = [json.loads(line) for line in open(run / "round_1" / "train.jsonl")]
+    selection, train = (lines(run / "round_1" / name) for name in ("selection.jsonl", "train.jsonl"))
     assert len(selection) == 18
+    probe, responses = (lines(run / name) for name in ("round_0/probe.jsonl", "round_1/responses.jsonl"))
     for s in selection:
         p = s["probe_correct"] / s["probe_draws"]
-        rank = 0 if p > 0.7 else 1 if p >= 0.4 else 2 if p > 0 else 3
-        assert (s["pass_rate"], s["level"]) == (p, "EMHU"[rank])
-        assert (s["target"], s["budget"]) == (rank + 1, 2 * 2**rank)
+        hardness = 0 if p > 0.7 else 1 if p >= 0.4 else 2 if p > 0 else 3
+        assert (s["pass_rate"], s["level"]) == (p, "EMHU"[hardness])
+        assert (s["target"], s["budget"]) == (hardness + 1, 2 * 2**hardness)
         firsts = [d for d, k in enumerate(s["outcomes"]) if k and k not in s["outcomes"][:d]]
-        assert s["chosen"] == firsts[:s["target"]] == firsts
+        assert s["chosen"] == firsts[:s["target"]] == firsts and s["copies"] == [1] * len(firsts)
         stopped_at_target = len(firsts) == s["target"] and firsts[-1] == len(s["outcomes"]) - 1
         assert stopped_at_target or len(s["outcomes"]) == s["budget"]
-    chosen = [s["id"] for s in selection for _ in s["chosen"]]
-    assert [e["id"] for e in train] == chosen + [s["id"] for s in selection]  # D_u = D_a, then D_o
-    responses = {(r["id"], r["draw"]): r for r in map(json.loads, open(run / "round_1" / "responses.jsonl"))}
-    assert list(responses) == [(s["id"], d) for s in selection for d in range(len(s["outcomes"]))]
-    kept = [responses[s["id"], d]["text"] for s in selection for d in s["chosen"]]
-    assert [e["completions"] for e in train[:len(kept)]] == [[text] for text in kept]
+        # and the numbers that it starts from are those of the responses
+        assert [r["correct"] for r in probe if r["id"] == s["id"]].count(True) == s["probe_correct"]
+        mine = [r for r in responses if r["id"] == s["id"]]
+        assert [r["draw"] for r in mine] == list(range(len(s["outcomes"])))
+        texts = [r["text"] if r["correct"] and r["finish"] == "stop" else None for r in mine]
+        assert [k == 0 for k in s["outcomes"]] == [text is None for text in texts]
+        assert len(set(texts) - {None}) == max(s["outcomes"])
+    assert {s["level"] for s in selection} == set("EMHU")  # the smoke run sees every level
+    kept = [(s["id"], r["text"]) for s in selection for d in s["chosen"] for r in responses
+            if (r["id"], r["draw"]) == (s["id"], d)]
+    assert [(e["id"], e["completions"][0]) for e in train[:len(kept)]] == kept
+    assert [e["id"] for e in train[len(kept):]] == [s["id"] for s in selection]  # D_u = D_a, then D_o
 
 
 def test_sft_loss_is_the_textbook_formula():

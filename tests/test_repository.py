@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_top_level():
+    assert "common.py" in TRACKED
     assert {name.split("/")[0] for name in TRACKED if not name.startswith(".")} <= TOP
 
 
@@ -43,8 +44,9 @@ def flags_of(script):
 
 
 def test_readme_names_what_exists():
-    commands = re.findall(r"^(?:torchrun|python) .*", README.replace("\\\n", " "), re.M)
-    assert commands
+    lines = re.findall(r"^(?:torchrun|python|pip).*", README.replace("\\\n", " "), re.M)
+    commands = [command.strip() for line in lines for command in line.split("&&")]
+    assert any(c == "torchrun dast.py --toy" for c in commands) and any("pytest" in c for c in commands)
     for command in commands:
         script = re.search(r"\S+\.py\b", command)
         if script:
@@ -53,9 +55,9 @@ def test_readme_names_what_exists():
             if "/" not in script[0]:
                 assert set(re.findall(r"--[a-z][\w-]*", after)) <= flags_of(script[0]), command
     for name in re.findall(r"`((?:tests/|\.ci/)?[\w/]+\.(?:py|md|txt|jsonl))`", README):
-        assert (ROOT / name).exists() or name.split("/")[0] in ("round_1", "runs") or "/" not in name, name
+        assert (ROOT / name).exists() or name in ("selection.jsonl", "metrics.jsonl"), name
     for flag in re.findall(r"`(--[a-z][\w-]*)", README):
-        assert flag in set().union(*map(flags_of, ["dast.py", "eval.py", "tests/toy/make.py"])), flag
+        assert flag in flags_of("dast.py") | flags_of("eval.py") | {"--run-path"}, flag  # torchrun's
 
 
 def test_methods_share_their_losses():

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, SMOKE, TOY, launch
 
@@ -52,9 +52,9 @@ def test_the_whole_loop_leaves_what_design_says(finished):
         (1, "eval")]
     probe, train = metrics[0], metrics[6]
     parameters = sum(t.numel() for t in load_file(TOY / "model" / "model.safetensors").values())
-    assert probe["draws"] == probe["spent_draws"] == 36 and probe["flops"] == 2 * parameters * (
+    assert probe["draws"] == probe["spent_draws"] == 54 and probe["flops"] == 2 * parameters * (
         probe["spent_prompt_tokens"] + probe["spent_tokens"])
-    assert probe["correct"] + sum(probe.get(f"check_{r}", 0) for r in ("different", "no_answer", "timeout")) == 36
+    assert probe["correct"] + sum(probe.get(f"check_{r}", 0) for r in ("different", "no_answer", "timeout")) == 54
     assert train["flops"] == 6 * parameters * train["tokens"] and train["seconds"] > 0
 
 
@@ -73,7 +73,6 @@ def test_two_processes_draw_and_decide_the_same(finished, copy_of):
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
     # sampling from one and the same trained model: bit for bit, with draws stopped by their targets
-    shutil.rmtree(one.parent.parent / "runs" / "replay", ignore_errors=True)
     for processes in (0, 2):
         run = copy_of / "runs" / f"replay{processes}"
         shutil.copytree(one, run, ignore=shutil.ignore_patterns("round_1"))
@@ -86,7 +85,7 @@ def test_a_finished_run_is_left_alone(copy_of):
     before = files(run), (run / "metrics.jsonl").read_bytes()
     done = launch(copy_of, "dast.py", *SMOKE, "--run", "one")
     assert (files(run), (run / "metrics.jsonl").read_bytes()) == before
-    assert "continued" in done.stdout and "round 1" in done.stdout.splitlines()[-2]  # the table is there again
+    assert "goes on in runs/one" in done.stdout and "round 1" in done.stdout.splitlines()[-2]  # the table again
 
 
 
@@ -109,14 +108,15 @@ def test_a_rerun_goes_on_after_the_last_whole_phase(finished, copy_of, last):
     assert counts(run) == counts(finished / "runs" / "one")
 
 
-def test_a_killed_run_goes_on(finished, tmp_path):
-    """SIGKILL to the whole process group while round 0 trains or is scored; the rerun ends with the same files."""
+@pytest.mark.parametrize("seen", ["round_0/probe.jsonl", "round_1/selection.jsonl"])
+def test_a_killed_run_goes_on(finished, tmp_path, seen):
+    """SIGKILL to the whole process group as soon as a file is there: the rerun ends with the same files."""
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     victim = subprocess.Popen([sys.executable, str(ROOT / "dast.py"), *SMOKE, "--run", "one"], cwd=tmp_path,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 300
-    while not (tmp_path / "runs/one/round_0/probe.jsonl").exists() and time.time() < deadline:
-        time.sleep(0.05)
+    while not (tmp_path / "runs/one" / seen).exists() and time.time() < deadline:
+        time.sleep(0.02)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     assert not (tmp_path / "runs/one/round_1/eval.json").exists()
@@ -135,8 +135,20 @@ def error_of(done, status=1):
 def test_changed_constants_are_refused(copy_of):
     done = launch(copy_of, "dast.py", *SMOKE, "--run", "one", "--lr", "0.5", "--variant", "", check=False)
     line = error_of(done)
-    assert "LR 0.001 -> 0.5" in line and "VARIANT 'PL' -> ''" in line and "SEED" not in line
+    assert "LR 0.0003 -> 0.5" in line and "VARIANT 'PL' -> ''" in line and "SEED" not in line
     launch(copy_of, "dast.py", *SMOKE, "--run", "one", "--max-tokens", "512")  # the machine may differ
+    shutil.copytree(TOY / "model", copy_of / "model")
+    weights = load_file(copy_of / "model" / "model.safetensors")
+    flags = [*SMOKE, "--rounds", "0", "--model", "model", "--train-data", "p.jsonl", "--run", "two"]
+    (copy_of / "p.jsonl").write_text("".join(open(TOY / "train.jsonl").readlines()[:4]))
+    launch(copy_of, "dast.py", *flags)
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, copy_of / "model" / "model.safetensors",
+              metadata={"format": "pt"})
+    assert "contents" in error_of(launch(copy_of, "dast.py", *flags, check=False))  # the same name, another model
+    save_file(weights, copy_of / "model" / "model.safetensors", metadata={"format": "pt"})
+    launch(copy_of, "dast.py", *flags)
+    (copy_of / "p.jsonl").write_text("".join(open(TOY / "train.jsonl").readlines()[1:5]))
+    assert "contents" in error_of(launch(copy_of, "dast.py", *flags, check=False))
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -146,7 +158,7 @@ def test_changed_constants_are_refused(copy_of):
     (["--train-data", "bad.jsonl"], ["bad.jsonl:2: not valid JSON"]),
     (["--run", "../up"], ["--run '../up'"]),
     (["--draws-like", "runs/one"], ["--draws-like"]),
-    (["--variant", "", "--draws-like", "runs/none"], ["runs/none/round_1/responses.jsonl: no such file"]),
+    (["--variant", "", "--draws-like", "runs/none"], ["runs/none/round_1/selection.jsonl: no such file"]),
     (["--wandb", "--run", "w"], ["pip install wandb"]),
 ])
 def test_bad_input_is_one_line(copy_of, flags, words):
@@ -157,32 +169,35 @@ def test_bad_input_is_one_line(copy_of, flags, words):
     assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize("variant", ["P", "L", ""])
-def test_variants(copy_of, variant):
-    """What each control changes, seen in the records."""
-    for name in PHASES[3:]:  # levels and round 0 are those of the finished run
-        path = copy_of / "runs" / "one" / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    constants = json.loads((copy_of / "runs/one/constants.json").read_text())
-    constants["constants"]["VARIANT"] = variant
-    (copy_of / "runs/one/constants.json").write_text(json.dumps(constants))
-    launch(copy_of, "dast.py", *SMOKE, "--run", "one", "--variant", variant)
-    selection = lines(copy_of / "runs/one/round_1/selection.jsonl")
-    limits = {s["level"]: (s["target"], s["budget"]) for s in selection}
-    for level, limit in limits.items():
-        assert limit == ({"E": (1, 2), "M": (2, 4), "H": (3, 8), "U": (4, 16)}[level] if "P" in variant else (2, 2))
+def test_variants(finished, copy_of):
+    """What each control changes, seen in the records; the levels are those of the finished run."""
+    texts = {}
+    for variant in ("P", "L", ""):
+        run = copy_of / "runs" / f"variant{variant}"
+        shutil.copytree(finished / "runs" / "one", run, ignore=shutil.ignore_patterns("round_1"))
+        stored = json.loads((run / "constants.json").read_text())
+        stored["constants"]["VARIANT"] = variant
+        (run / "constants.json").write_text(json.dumps(stored))
+        launch(copy_of, "dast.py", *SMOKE, "--run", run.name, "--variant", variant)
+        for s in lines(run / "round_1" / "selection.jsonl"):
+            limits = {"E": (1, 2), "M": (2, 4), "H": (3, 8), "U": (4, 16)}[s["level"]] if "P" in variant else (2, 2)
+            assert (s["target"], s["budget"]) == limits
+            assert "P" in variant or len(s["outcomes"]) == 2
+        texts[variant] = [r["text"] for r in lines(run / "round_1" / "responses.jsonl") if r["draw"] < 1]
+    assert texts["L"] != texts[""]  # other examples in the prompt, with the same seeds
 
 
 def test_same_draws_and_same_size_controls(finished, copy_of):
-    draws = len(lines(finished / "runs/one/round_1/responses.jsonl"))
-    kept = sum(len(s["chosen"]) for s in lines(finished / "runs/one/round_1/selection.jsonl"))
+    theirs = lines(finished / "runs/one/round_1/selection.jsonl")
+    draws, kept = sum(len(s["outcomes"]) for s in theirs), sum(len(s["chosen"]) for s in theirs)
     launch(copy_of, "dast.py", *SMOKE, "--run", "vanilla", "--variant", "", "--draws-like", "runs/one",
            "--size-like", "runs/one")
     run = copy_of / "runs" / "vanilla" / "round_1"
-    selection = lines(run / "selection.jsonl")
+    selection, train = lines(run / "selection.jsonl"), lines(run / "train.jsonl")
     assert len(lines(run / "responses.jsonl")) == draws == sum(s["budget"] for s in selection)
     assert {s["budget"] for s in selection} <= {draws // 18, draws // 18 + 1}
-    assert len(lines(run / "train.jsonl")) == kept + 18 or not any(s["chosen"] for s in selection)
+    assert sum(sum(s["copies"]) for s in selection) == kept == len(train) - 18
+    assert [e["id"] for e in train[:kept]] == [s["id"] for s in selection for n in s["copies"] for _ in range(n)]
 
 
 def test_problems_without_solutions_and_other_starts(tmp_path):
@@ -201,9 +216,9 @@ def test_gsm8k_where_nearly_nothing_is_correct(shared, tmp_path):
     done = launch(tmp_path, "dast.py", "--toy", "--train-data", "gsm8k", "--test-data", "gsm8k", "--data",
                   shared / "data", "--n-train", "64", "--n-test", "16", "--k-probe", "1", "--k-samples", "1",
                   "--rounds", "1", "--shots", "1", "--max-new-tokens", "24", "--run", "gsm8k", processes=1)
-    responses = lines(tmp_path / "runs/gsm8k/round_1/responses.jsonl")
-    if not any(r["correct"] for r in responses):
-        assert f"no correct answer among {len(responses):,}" in done.stdout
+    selection = lines(tmp_path / "runs/gsm8k/round_1/selection.jsonl")
+    if not any(s["chosen"] for s in selection):
+        assert "D_a is empty, the model stays as it is" in done.stdout
     assert "U 6" in done.stdout and (tmp_path / "runs/gsm8k/round_1/eval.json").exists()
 
 

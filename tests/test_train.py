@@ -50,7 +50,7 @@ SEQUENCES = [[(list(range(5, 5 + p)), list(range(40, 40 + c)))] for p, c in SIZE
 def test_packed_equals_padded(alone):
     """The packed forward and its gradient against transformers' own padded forward, sequence by sequence."""
     from transformers import AutoModelForCausalLM
-    network, policy = alone.load_for_training(TOY / "model")
+    network, policy, _ = alone.load_for_training(TOY / "model")
     ours = policy(alone.pack(SEQUENCES))
     ours.sum().backward()
     plain = AutoModelForCausalLM.from_pretrained(TOY / "model", dtype=torch.float32)
@@ -71,7 +71,7 @@ def test_micro_batches_give_the_same_gradient(alone):
     """All sequences at once against four micro-batches, one of them empty: to 1e-6 of the gradient's norm."""
     gradients = []
     for parts in ([SEQUENCES], [SEQUENCES[:1], SEQUENCES[1:4], SEQUENCES[4:], []]):
-        network, policy = alone.load_for_training(TOY / "model")
+        network, policy, _ = alone.load_for_training(TOY / "model")
         for part in parts:
             (-policy(alone.pack(part)).sum()).backward()
         gradients.append({name: p.grad.full_tensor() for name, p in network.named_parameters()})
@@ -125,7 +125,7 @@ def weights(tmp_path_factory):
     (folder / "examples.jsonl").write_text("".join(json.dumps(
         {"id": str(i), "prompt": f"Question: {p['problem']}\nAnswer:\n", "completions": [p["solution"]],
          "end": "<|endoftext|>"}) + "\n" for i, p in enumerate(problems)))
-    found = {}
+    found = {"folder": folder / "runs" / "whole" / "round_0" / "model"}
     for name, tokens, processes in [("whole", 10**6, 0), ("micro", 150, 0), ("two", 10**6, 2)]:
         launch(folder, folder / "train.py", name, tokens, processes=processes)
         found[name] = load_file(folder / "runs" / name / "round_0" / "model" / "model.safetensors")
@@ -135,7 +135,7 @@ def weights(tmp_path_factory):
 
 @pytest.mark.parametrize("other", ["micro", "two"])
 def test_micro_batches_and_processes_do_not_change_the_result(weights, other):
-    """Loss of the first step to 1e-6; weights after six steps of AdamW, which magnifies rounding, to 1e-5 of their norm."""
+    """Loss of the first step to 1e-6; weights after six steps of AdamW (it magnifies rounding) to 1e-5."""
     start = load_file(TOY / "model" / "model.safetensors")
     for name, tensor in weights["whole"].items():
         assert (tensor - start[name]).norm() > 1e-3 * tensor.norm(), name  # it did learn
@@ -146,8 +146,10 @@ def test_micro_batches_and_processes_do_not_change_the_result(weights, other):
     assert log["loss"] == pytest.approx(whole["loss"], rel=1e-5)
 
 
-def test_saved_model_loads_and_is_what_was_trained(weights):
-    from transformers import AutoModelForCausalLM
-    assert "lm_head.weight" not in weights["whole"]  # tied
-    model = AutoModelForCausalLM.from_pretrained(TOY / "model")
-    assert weights["whole"].keys() == {name for name, _ in model.named_parameters()}
+def test_saved_folder_loads_as_it_is(weights):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(weights["folder"])
+    assert weights["whole"].keys() == {name for name, _ in model.named_parameters()}  # the tied head is not there twice
+    assert all(torch.equal(parameter, weights["whole"][name]) for name, parameter in model.named_parameters())
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (TOY / "model", weights["folder"]))
+    assert before.get_vocab() == after.get_vocab() and before.chat_template == after.chat_template
