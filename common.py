@@ -94,6 +94,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed import get_rank as rank, get_world_size as world_size
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -197,7 +198,7 @@ def start_run(g, *problem_sets):
             fail("--wandb needs the package wandb: pip install wandb")
     setup()
     folder = Path("runs") / name
-    old = read_json(folder / "constants.json")["constants"] if (folder / "constants.json").exists() else None
+    old = read(folder / "constants.json")["constants"] if (folder / "constants.json").exists() else None
     may_differ = {n for n, (group, _) in about.items() if group.startswith("Machine")} | {"ROUNDS"}
     if old:
         changed = [f"{n} {old.get(n, 'absent')!r} -> {constants.get(n, 'absent')!r}"
@@ -238,7 +239,7 @@ def _describe(folder, script, constants, new):
             say(f"warning: {source.name} has changed since {folder} was started")
     if new:
         commit = subprocess.run("git rev-parse HEAD", cwd=script.resolve().parent, shell=True, capture_output=True)
-        write_json(folder / "constants.json", {
+        write(folder / "constants.json", {
             "constants": constants, "command": sys.argv, "git": commit.stdout.decode()[:40], "processes": world_size(),
             "machine": " ".join([*platform.uname()[:5], processor(), f"{os.cpu_count()} cores"]), "versions": {
                 name: version(name) for name in ("torch", "transformers", "numpy", "math-verify")}})
@@ -250,18 +251,18 @@ class Run:
     def __init__(self, folder, seed, wandb):
         self.folder, self.seed, self.wandb, self.sampler = folder, seed, wandb, None
         self.checker = Checker(min(8, threads_per_process()))
-        self.metrics = read_jsonl(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+        self.metrics = read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
 
     def once(self, name, make):
         """What runs/<run>/<name> holds, made first if it is not there.
 
         A name ending in .jsonl or .json: `make()` returns the records or the object (rank 0's counts). Any other name
-        is a folder: `make(path)` fills it, and its path is returned. Written under another name, flushed, then renamed.
+        is a folder: `make(path)` fills it, and its path is returned. Half-made things have other names (.part).
         """
         path, half = self.folder / name, self.folder / (name + ".part")
-        write = {".jsonl": write_jsonl, ".json": write_json}.get(path.suffix)
+        is_file = path.suffix in (".json", ".jsonl")
         if not gather(path.exists())[0]:
-            if write:
+            if is_file:
                 made = make()
                 if rank() == 0:
                     write(path, made)
@@ -277,7 +278,7 @@ class Run:
                     half.rename(path)
                     flush(path.parent)
             barrier()
-        return {".jsonl": read_jsonl, ".json": read_json}.get(path.suffix, str)(path)
+        return read(path) if is_file else str(path)
 
     def rng(self, *key):
         """A numpy generator that depends on the seed and `key` (round, problem id, draw, ...) and on nothing else."""
@@ -291,7 +292,7 @@ class Run:
         else:
             self.metrics.append(line)
         if rank() == 0:
-            write_jsonl(self.folder / "metrics.jsonl", self.metrics)
+            write(self.folder / "metrics.jsonl", self.metrics)
             if self.wandb:
                 self.wandb.log({"round": round, **{f"{phase}/{name}": value for name, value in values.items()}})
 
@@ -301,27 +302,18 @@ def seed_of(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def read_json(path):
-    return json.loads(Path(path).read_text())
-
-
-def read_jsonl(path):
+def read(path):
+    """The records of a .jsonl file, or the object of a .json file."""
     with open(path) as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file] if path.suffix == ".jsonl" else json.load(file)
 
 
-def write_json(path, value):
-    _write(path, [json.dumps(value, indent=1)])
-
-
-def write_jsonl(path, records):
-    _write(path, map(json.dumps, records))
-
-
-def _write(path, lines):
+def write(path, value):
+    """Write what `read` reads, under another name, flushed, then renamed: a file is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(path.name + ".part")
     with open(half, "w") as file:
+        lines = map(json.dumps, value) if path.suffix == ".jsonl" else [json.dumps(value, indent=1)]
         file.writelines(line + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())
@@ -356,14 +348,6 @@ def setup():
     # A barrier may wait through a whole sampling phase; torchrun, not a timeout, notices a dead process.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=my_rank,
                             world_size=size, store=dist.PrefixStore("group", _shared), timeout=timedelta(days=7))
-
-
-def rank():
-    return dist.get_rank()
-
-
-def world_size():
-    return dist.get_world_size()
 
 
 def device():

@@ -22,7 +22,7 @@ Differs from the paper in what cannot be known, and has SFT only (DAST-S; DAST-D
 from collections import defaultdict
 from pathlib import Path
 
-from common import (fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read_jsonl,
+from common import (fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
                     sample, say, start_run, train)
 from eval import evaluate, final_table, show_answers
 
@@ -148,7 +148,7 @@ def of_other_run(folder, t):
     path = Path(folder) / f"round_{t}" / "selection.jsonl"
     if not path.exists():
         fail(f"{path}: no such file; that run must have finished round {t}")
-    return read_jsonl(path)
+    return read(path)
 
 
 def fixed_examples(pool, shots, rng):

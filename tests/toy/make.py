@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from common import make_example, make_prompt, override_from_cli, sample, say, start_run, train, write_jsonl  # noqa
+from common import make_example, make_prompt, override_from_cli, sample, say, start_run, train, write  # noqa
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer  # noqa
 
 # What to make
@@ -221,8 +221,8 @@ def main():
     report(run, model, [{**p, "id": str(i), "kind": "math"} for i, p in enumerate(test)], tokenizer, pool)
     if RUN == "toy":
         shutil.copytree(model, HERE / "model", dirs_exist_ok=True)
-        write_jsonl(HERE / "train.jsonl", pool)
-        write_jsonl(HERE / "test.jsonl", test)
+        write(HERE / "train.jsonl", pool)
+        write(HERE / "test.jsonl", test)
 
 
 if __name__ == "__main__":
