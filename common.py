@@ -13,7 +13,7 @@ Records are JSON lines:
              loss is on the completions and on the end token after each, never on the prompt.
 
 A run folder:
-  runs/<name>/constants.json, metrics.jsonl, the two source files
+  runs/<name>/constants.json, metrics.jsonl, the source files
   runs/<name>/round_<t>/*.jsonl, model/, eval.json
 
 Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden size, V vocabulary.
@@ -186,7 +186,8 @@ def start_run(g, *problem_sets):
     """
     script, about = Path(g["__file__"]), constants_of(g["__file__"])
     constants = json.loads(json.dumps({name: g[name] for name in about if isinstance(g[name], FLAG_TYPES)}))
-    constants["contents"] = f"{seed_of(problem_sets, fingerprint(constants['MODEL'])):x}"  # of the data and the model
+    data = [seed_of(sorted(problem.items())) for problems in problem_sets for problem in problems]
+    constants["contents"] = f"{seed_of(data, fingerprint(constants['MODEL'])):x}"
     name = constants["RUN"] or f"{script.stem}-{constants['SEED']}"
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--run {name!r}: a run's name is made of letters, digits, '.', '-' and '_'")
@@ -231,7 +232,8 @@ def _describe(folder, script, constants, new):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"{folder}: {error.strerror}; start where runs/ can be written")
-    for source in (script, Path(__file__)):
+    here = Path(__file__).resolve()
+    for source in {script.resolve(), here, here.with_name("eval.py")}:
         copy = folder / source.name
         if not copy.exists():
             shutil.copyfile(source, copy)
@@ -465,13 +467,13 @@ def read_problem(record):
         raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
     if "####" in answer:  # GSM8K: a solution, one step a line with <<calculator notes>>, and the answer behind ####
         steps, answer = answer.rsplit("####", 1)
-        steps = re.sub(r"<<.*?>>", "", steps).strip().replace("\n", "\n\n")
-        solution = f"{steps}\n\n\\boxed{{{answer.strip()}}}"
+        solution = re.sub(r"<<.*?>>", "", steps).strip().replace("\n", "\n\n")
     if not answer.strip():
         return None
     problem = {"problem": text.strip(), "answer": answer.strip(), "kind": "math"}
     if isinstance(solution, str) and solution.strip():
-        problem["solution"] = solution.strip()
+        boxed = "" if last_boxed(solution) else f"\n\n\\boxed{{{answer.strip()}}}"  # what is learnt gives its answer
+        problem["solution"] = solution.strip() + boxed
     level = re.search(r"\d+", str(record.get("level", "")))
     if level:
         problem["level"] = int(level[0])
@@ -730,7 +732,7 @@ LOGITS = 2**26  # made at a time, 256 MB in float32
 def token_logprobs(hidden, weight, targets):
     """log p(target) of each position in float32, (P,), from hidden (P, H) and the head's weight (V, H).
 
-    Done in chunks whose logits are made again in the backward pass, so that no (P, V) tensor ever exists.
+    Done in chunks of at most LOGITS logits, which are made again in the backward pass.
     """
     def chunk(h, t):
         logits = (h @ weight.T).float() if h.dtype != torch.float64 else h @ weight.T
@@ -819,7 +821,7 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
     """Who computes what, when: [step][micro-batch] -> example numbers. Process r takes r, r + processes, ... of a step.
 
     A step is `batch_size` examples of the whole world (an epoch's last step may be smaller). Inside a step examples go,
-    longest first, to the emptiest micro-batch, with as few micro-batches as keep each within max_tokens (a longer
+    longest first, to the emptiest micro-batch, with as few micro-batches as so keep each within max_tokens (a longer
     example is alone) and their number a multiple of `processes`: both change memory and speed, never the step.
     """
     steps = []
@@ -849,7 +851,8 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
 
     loss(logprobs, batch) -> (sum, weight, metrics): the script's own. logprobs (P,) are those of the batch's targets;
     the sum is divided by the weight of the whole step (all micro-batches, all processes): neither changes the result.
-    AdamW, cosine from lr to 0 after a linear warm-up over that share of the steps; weights and moments in float32.
+    AdamW; lr rises linearly over the warm-up's share of the steps, then falls as a half cosine; all in float32 but the
+    compute on GPU.
     """
     if run.sampler:
         run.sampler.sleep()
@@ -886,7 +889,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
 
 
 def learning_rate_factor(step, steps, warmup):
-    """Linear from 0 to 1 over the first `warmup` share of the steps, then a half cosine to 0."""
+    """Rises linearly to 1 over the first `warmup` share of the steps, then falls towards 0 as a half cosine."""
     ramp = math.ceil(warmup * steps)
     if step < ramp:
         return (step + 1) / ramp

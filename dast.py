@@ -7,12 +7,12 @@ more answers for hard problems, and has them written at greater length.
   2. Round 0: M_1 = SFT of the base on D_o, the problems with their own worked solutions.
   3. Rounds t = 1..3, with the current model:
      a. draw answers: up to B_level of each problem, until T_level distinct correct ones are found   (P, proportion)
-        from prompts whose worked examples are as hard as the problem, so that answers lengthen      (L, length)
-     b. D_a = these correct ones, anew each round; train the base on D_u = D_a + D_o.
+        from prompts whose worked examples are as hard as the problem, meant to lengthen answers     (L, length)
+     b. D_a = these correct ones, anew each round; M_{t+1} = SFT of the base on D_u = D_a + D_o.
 
-Of the paper, only the abstract, part of the introduction and a caption are public, and the authors' unfinished code.
+Of the paper we could read the abstract, part of the introduction and a caption, and the authors' unfinished code.
 From the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; three rounds; the two controls. Ours: the
-rules that make them work (draw until T; examples from D_o) and the numbers, each marked at its constant.
+rules that make them work (draw until T; examples from D_o). Each constant says where its value is from.
 Differs from the paper in what cannot be known, and has SFT only (DAST-S; DAST-D, by DPO, is to come).
 
   torchrun dast.py --toy                                                 2 CPU cores: 2 min, 0.7 GB, 54 % (measured)
@@ -49,7 +49,7 @@ DRAWS_LIKE = ""  # a run folder: as many draws in each round as it made, spread 
 SIZE_LIKE = ""  # a run folder: D_a of each round as large as its own, by leaving out or repeating at random (ours)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws; training and tests show no examples (code)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of M_0's and the draws'; else no examples are shown (code)
 SHOTS = 8  # worked examples before a problem (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
@@ -110,8 +110,7 @@ def outcomes_of(responses):
 
 def choose(outcomes, target):
     """The draws that enter D_a: the first of each distinct correct text, `target` of them at most."""
-    first = {k: draw for draw, k in reversed(list(enumerate(outcomes))) if k}
-    return sorted(first.values())[:target]
+    return [draw for draw, k in enumerate(outcomes) if k and k not in outcomes[:draw]][:target]
 
 
 def draw_examples(problem, level, pools, shots, rng):
@@ -157,7 +156,7 @@ def fixed_examples(pool, shots, rng):
 
 
 def draw_limits(run, t, problems, level):
-    """[(T, B)] of round t, parallel to problems: by level with P; else equal draws for all, and no lower target."""
+    """[(T, B)] of round t, parallel to problems: by level with P; else T = B: every distinct correct answer counts."""
     if "P" in VARIANT:
         return [target_and_budget(level[p["id"]]) for p in problems]
     if DRAWS_LIKE:
@@ -209,6 +208,8 @@ def main():
             fail("--draws-like and --size-like make controls without P; with it, levels decide both")
         for t in range(1, ROUNDS + 1):
             of_other_run(other, t)
+    if PROMPT == "zero_shot" and "L" in VARIANT:
+        fail("--prompt zero_shot leaves L without its examples; take --variant P or ''")
     tokenizer = load_tokenizer(MODEL, PROMPT)
     problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     tests = load_problems(TEST_DATA, "test", DATA, N_TEST)
@@ -261,14 +262,14 @@ def main():
             return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
 
         def enough(responses):
-            return max(outcomes_of(responses)) == target[responses[0]["id"]]
+            return max(outcomes_of(responses)) >= target[responses[0]["id"]]  # distinct correct ones so far
 
         responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
             run, model, problems, [budget for _, budget in limits],
             same_level if "L" in VARIANT and solved else few_shot,
             enough=enough if "P" in VARIANT else None, round=t, phase="sample", **drawn))
 
-        # 3b. D_a = the chosen answers, D_u = D_a + D_o; train the base on it
+        # 3b. D_a = the chosen answers; M_{t+1} = SFT of the base on D_u = D_a + D_o
         size = sum(sum(s["copies"]) for s in of_other_run(SIZE_LIKE, t)) if SIZE_LIKE else 0
         selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
             problems, probe, responses, limits, size, run.rng(t, "size")))

@@ -135,7 +135,7 @@ def main():
     if PROMPT == "few_shot":
         examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p]
         examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
-    run = start_run({**globals(), "RUN": RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"}, sets, examples)
+    run = start_run({**globals(), "RUN": RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"}, *sets.values(), examples)
 
     def prompt(problem, draw):
         shown = [e for e in examples if e["problem"] != problem["problem"]][:SHOTS]

@@ -41,16 +41,18 @@ def difference(pairs, rng):
 
 
 def dast(seeds):
-    """Round 0, DAST (PL) and vanilla at DAST's draws, and vanilla at its number of examples too."""
-    arms = {"round 0": [], "DAST": [], "vanilla, same draws": [], "vanilla, same draws and size": []}
+    """Base and round 0, DAST (PL), vanilla at DAST's draws, and vanilla at its number of examples too."""
+    arms = {arm: [] for arm in ("base, examples in prompt", "round 0", "DAST", "vanilla, same draws",
+                                "vanilla, same draws and size")}
     for seed in seeds:
         one = run("dast.py", f"study-dast-{seed}", "--seed", seed)
         like = f"runs/{one.name}"
         vanilla = run("dast.py", f"study-vanilla-{seed}", "--seed", seed, "--variant", "", "--draws-like", like)
         sized = run("dast.py", f"study-sized-{seed}", "--seed", seed, "--variant", "", "--draws-like", like,
                     "--size-like", like)
+        arms["base, examples in prompt"].append(correct(one, "round_0/eval_base.json"))
         arms["round 0"].append(correct(one, "round_0/eval.json"))
-        for arm, folder in zip(list(arms)[1:], (one, vanilla, sized)):
+        for arm, folder in zip(list(arms)[2:], (one, vanilla, sized)):
             arms[arm].append(correct(folder, "round_3/eval.json"))
     rng = np.random.default_rng(0)
     print(f"\n{'arm':<30}{'accuracy by seed':<26}{'mean':<8}{'against round 0':<26}against vanilla, same draws")

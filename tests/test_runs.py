@@ -160,6 +160,7 @@ def test_changed_constants_are_refused(copy_of):
     (["--draws-like", "runs/one"], ["--draws-like"]),
     (["--variant", "", "--draws-like", "runs/none"], ["runs/none/round_1/selection.jsonl: no such file"]),
     (["--wandb", "--run", "w"], ["pip install wandb"]),
+    (["--prompt", "zero_shot"], ["leaves L without its examples"]),
 ])
 def test_bad_input_is_one_line(copy_of, flags, words):
     if "--wandb" in flags and find_spec("wandb"):
