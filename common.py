@@ -457,10 +457,8 @@ def read_problem(record):
     if not isinstance(text, str) or not text.strip():
         raise ValueError("no text under 'problem' or 'question'")
     answer, solution = record.get("answer"), record.get("solution")
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool) or isinstance(answer, float):
-        answer = str(answer)
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer).removesuffix(".0")
     if answer is None and isinstance(solution, str):
         answer = last_boxed(solution)
     if not isinstance(answer, str):

@@ -248,6 +248,20 @@ def test_prompts(alone):
     assert specials[1] not in completion  # a response that spells the end token has not ended
 
 
+def test_tokens_at_both_ends_where_a_tokenizer_adds_a_beginning(alone):
+    """As Llama's does: the end token of a chat is not the beginning, and a chat that brings one does not get two."""
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = alone.load_tokenizer(str(TOY / "model"), "chat")
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
+    chat = alone.make_prompt(tokenizer, "chat", {"problem": "1+1?"})
+    assert alone.end_token(tokenizer, "chat") == "<|im_end|>"
+    assert alone.encode(tokenizer, "1+1?")[0] == start != alone.encode(tokenizer, "1+1?")[1]
+    assert chat.startswith("<|im_start|>") and alone.encode(tokenizer, chat).count(start) == 2  # user's and assistant's
+
+
 def test_tokenizer_round_trips(alone):
     tokenizer = alone.load_tokenizer(str(TOY / "model"), "few_shot")
     solutions = [json.loads(line)["solution"] for line in open(TOY / "test.jsonl")]
