@@ -132,7 +132,8 @@ def override_from_cli(g):
     """Make a flag of every capital constant of a script and let the command line change them; `g` is its globals().
 
     Type from the default, help from the comment behind it; where the comment begins with values in quotes ("a" | "b"),
-    only those are legal. --toy applies the TOY dict first. A wrong flag ends the program with status 2 and one line.
+    only those are legal. Numbers are finite and not negative, and 0 is legal where it is the default or the comment
+    speaks of it. --toy applies the TOY dict first. A wrong flag ends the program with status 2 and one line.
     """
     script, flags = Path(g["__file__"]), []
     parser = argparse.ArgumentParser(prog=script.name, description=g["__doc__"], allow_abbrev=False,
@@ -150,9 +151,11 @@ def override_from_cli(g):
         if not isinstance(default, FLAG_TYPES):
             continue
         flags.append("--" + name.lower().replace("_", "-"))
-        options = {"type": functools.partial(_numbers, default) if isinstance(default, tuple) else type(default)}
+        options = {"type": str}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
+        elif not isinstance(default, str):
+            options = {"type": functools.partial(_numbers, default, bool(re.search(r"\b0\b", comment)))}
         if legal:
             options["choices"] = re.findall(r'"(\w*)"', legal[0])
         parser.add_argument(flags[-1], dest=name, default=argparse.SUPPRESS, **options,
@@ -163,11 +166,17 @@ def override_from_cli(g):
     g.update(given)
 
 
-def _numbers(default, text):
+def _numbers(default, zero, text):
+    """The number or the tuple of numbers that `text` means, of the default's type and length."""
+    old = default if isinstance(default, tuple) else (default,)
     try:
-        return tuple(type(old)(new) for old, new in zip(default, text.split(","), strict=True))
+        new = tuple(type(o)(n) for o, n in zip(old, text.split(","), strict=True))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{len(default)} comma-separated numbers are needed, not {text!r}")
+        what = {int: "whole number", float: "number"}[type(old[0])]
+        raise argparse.ArgumentTypeError(f"not {f'a {what}' if len(old) == 1 else f'{len(old)} of them'}: {text!r}")
+    if not all(math.isfinite(n) and (n > 0 or n == 0 and (zero or 0 in old or len(old) > 1)) for n in new):
+        raise argparse.ArgumentTypeError(f"out of range: {text!r}")
+    return new if isinstance(default, tuple) else new[0]
 
 
 def fail(message, status=1):
@@ -189,8 +198,8 @@ def start_run(g, *problem_sets):
     data = [seed_of(sorted(problem.items())) for problems in problem_sets for problem in problems]
     constants["contents"] = f"{seed_of(data, fingerprint(constants['MODEL'])):x}"
     name = constants["RUN"] or f"{script.stem}-{constants['SEED']}"
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        fail(f"--run {name!r}: a run's name is made of letters, digits, '.', '-' and '_'")
+    if not re.fullmatch(r"\w[\w.-]{0,199}", name):
+        fail(f"--run {name!r}: a run's name has up to 200 letters, digits, '.', '-' and '_'")
     wandb = None
     if constants["WANDB"]:
         try:
@@ -206,6 +215,8 @@ def start_run(g, *problem_sets):
                    for n in sorted({*old, *constants} - may_differ) if old.get(n) != constants.get(n)]
         if changed:
             fail(f"{folder} was made with other constants ({'; '.join(changed)}); take another --run or the old values")
+    elif any(folder.glob("*/")):
+        fail(f"{folder} has results but no constants.json that says what made them; take another --run")
     barrier()  # everybody has read what was there before rank 0 writes
     if rank() == 0:
         _describe(folder, script, constants, new=old is None)
@@ -307,7 +318,10 @@ def seed_of(*key):
 def read(path):
     """The records of a .jsonl file, or the object of a .json file."""
     with open(path) as file:
-        return [json.loads(line) for line in file] if path.suffix == ".jsonl" else json.load(file)
+        try:
+            return [json.loads(line) for line in file] if path.suffix == ".jsonl" else json.load(file)
+        except ValueError as error:
+            fail(f"{path} is damaged ({error}); remove it, and what was made after it is made again or checked")
 
 
 def write(path, value):
@@ -428,7 +442,7 @@ def load_problems(names, split, folder, limit=0):
 
 def _read_set(path):
     problems, empty = [], 0
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -457,12 +471,15 @@ def read_problem(record):
     if not isinstance(text, str) or not text.strip():
         raise ValueError("no text under 'problem' or 'question'")
     answer, solution = record.get("answer"), record.get("solution")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer).removesuffix(".0")
+    if isinstance(answer, float) and math.isfinite(answer):
+        answer = np.format_float_positional(answer, trim="-")
+    elif isinstance(answer, int) and not isinstance(answer, bool):
+        answer = str(answer)
     if answer is None and isinstance(solution, str):
         answer = last_boxed(solution)
     if not isinstance(answer, str):
         raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
+    f"{text}{answer}{solution}".encode()  # a ValueError where a character is cut in half
     if "####" in answer:  # GSM8K: a solution, one step a line with <<calculator notes>>, and the answer behind ####
         steps, answer = answer.rsplit("####", 1)
         solution = re.sub(r"<<.*?>>", "", steps).strip().replace("\n", "\n\n")
@@ -477,7 +494,7 @@ def read_problem(record):
         problem["level"] = int(level[0])
     tags = record.get("tags", record.get("subject", record.get("type")))
     if tags:
-        problem["tags"] = [tags] if isinstance(tags, str) else list(tags)
+        problem["tags"] = list(map(str, tags)) if isinstance(tags, list) else [str(tags)]
     return problem
 
 
@@ -486,7 +503,8 @@ def load_tokenizer(model, prompt):
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        fail(f"{model}: {str(error).strip().splitlines()[0]}")
+        missing = "no such folder here, and: " if not Path(model).exists() else ""
+        fail(f"{model}: {missing}{str(error).strip().splitlines()[0]}")
     if prompt == "chat" and not tokenizer.chat_template:
         fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
     return tokenizer
@@ -588,7 +606,10 @@ class Sampler:
             return
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
+        try:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
+        except OSError as error:
+            fail(f"{folder}: {str(error).strip().splitlines()[0]}")
         self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
         self.folder, self.parameters = folder, count_parameters(self.model)
 

@@ -50,7 +50,7 @@ SIZE_LIKE = ""  # a run folder: D_a of each round as large as its own, by leavin
 
 # Sampling
 PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of M_0's and the draws'; else no examples are shown (code)
-SHOTS = 8  # worked examples before a problem (code)
+SHOTS = 8  # worked examples before a problem; 0 is none (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
 TOP_P = 1.0  # 1: off (code)
@@ -59,10 +59,10 @@ MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (code)
 
 # Training
 LR = 2e-5  # peak; cosine to 0 (code)
-WARMUP = 0.05  # share of the steps (code)
+WARMUP = 0.05  # share of the steps; 0 is none (code)
 EPOCHS = 1  # passes over D_u (code)
 BATCH_SIZE = 32  # answers per optimizer step, over all GPUs (code)
-WEIGHT_DECAY = 0.01  # of AdamW (code)
+WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (code)
 CLIP = 0.3  # largest gradient norm (code)
 
 # Machine: may differ when a run goes on
@@ -122,7 +122,7 @@ def draw_examples(problem, level, pools, shots, rng):
     for near in [*reversed("EMHU"[:hardness + 1]), *"EMHU"[hardness + 1:]]:
         pool, missing = pools.get(near, []), shots - len(examples)
         drawn = rng.choice(len(pool), min(missing + 1, len(pool)), replace=False) if missing and pool else []
-        examples += [pool[i] for i in drawn if pool[i]["id"] != problem["id"]][:missing]
+        examples += [pool[i] for i in drawn if pool[i]["problem"] != problem["problem"]][:missing]
     return examples
 
 
@@ -208,8 +208,10 @@ def main():
             fail("--draws-like and --size-like make controls without P; with it, levels decide both")
         for t in range(1, ROUNDS + 1):
             of_other_run(other, t)
-    if PROMPT == "zero_shot" and "L" in VARIANT:
-        fail("--prompt zero_shot leaves L without its examples; take --variant P or ''")
+    if (PROMPT == "zero_shot" or SHOTS == 0) and "L" in VARIANT:
+        fail("without examples in the prompt L can do nothing; take --variant P or ''")
+    if not 1 > CUTS[0] >= CUTS[1] > 0:
+        fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
     tokenizer = load_tokenizer(MODEL, PROMPT)
     problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     tests = load_problems(TEST_DATA, "test", DATA, N_TEST)
@@ -226,7 +228,8 @@ def main():
     blind = fixed_examples(solved if len(solved) > shots else EXAMPLES, shots, run.rng("examples"))
 
     def few_shot(problem, draw):
-        return make_prompt(tokenizer, PROMPT, problem, [e for e in blind if e["id"] != problem["id"]][:shots], SYSTEM)
+        examples = [e for e in blind if e["problem"] != problem["problem"]][:shots]
+        return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
 
     def zero_shot(problem, draw):
         return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)

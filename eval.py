@@ -130,12 +130,15 @@ def main():
     if PROMPT == "few_shot" and not EXAMPLES_FROM:
         fail("--prompt few_shot needs --examples-from, a file of problems with solutions")
     tokenizer = load_tokenizer(MODEL, PROMPT)
-    sets = {name: load_problems(name, SPLIT, DATA, N_TEST) for name in SETS.split(",")}
+    names = SETS.split(",")
+    if len(set(map(slug, names))) < len(names):
+        fail("--sets: two names that differ in punctuation only would share a file; rename one")
+    sets = {name: load_problems(name, SPLIT, DATA, N_TEST) for name in names}
     examples = []
     if PROMPT == "few_shot":
         examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p]
         examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
-    run = start_run({**globals(), "RUN": RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"}, *sets.values(), examples)
+    run = start_run({**globals(), "RUN": RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]}, *sets.values(), examples)
 
     def prompt(problem, draw):
         shown = [e for e in examples if e["problem"] != problem["problem"]][:SHOTS]

@@ -21,6 +21,7 @@ VARIANT = "PL"  # "PL" | "": controls
 NAME = ""  # of anything
 CUTS = (0.7, 0.4)  # two numbers
 SEEDED = True  # or not
+N = 5  # at most; 0 is all
 
 TOY = dict(K_SAMPLES=2, NAME="toy")
 '''
@@ -43,7 +44,7 @@ def constants(alone, tmp_path, monkeypatch):
     ([], [10, 2e-05, "PL", "", (0.7, 0.4), True]),
     (["--toy"], [2, 2e-05, "PL", "toy", (0.7, 0.4), True]),
     (["--k-samples", "4", "--toy", "--no-seeded"], [4, 2e-05, "PL", "toy", (0.7, 0.4), False]),
-    (["--lr", "1e-3", "--variant", "", "--cuts", "0.5,0.25"], [10, 0.001, "", "", (0.5, 0.25), True]),
+    (["--n", "0", "--lr", "1e-3", "--variant", "", "--cuts", "0.5,0.25"], [10, 0.001, "", "", (0.5, 0.25), True]),
 ])
 def test_flags_are_the_constants(constants, flags, expected):
     assert constants(*flags) == expected
@@ -51,10 +52,13 @@ def test_flags_are_the_constants(constants, flags, expected):
 
 @pytest.mark.parametrize("flags, words", [
     (["--k-sample", "4"], ["--k-sample", "did you mean --k-samples?"]),
-    (["--k-samples", "many"], ["--k-samples", "invalid int value: 'many'"]),
+    (["--k-samples", "many"], ["--k-samples", "not a whole number: 'many'"]),
+    (["--k-samples", "0"], ["--k-samples", "out of range: '0'"]),
+    (["--k-samples", "-2"], ["--k-samples", "out of range: '-2'"]),
+    (["--lr", "nan"], ["--lr", "out of range: 'nan'"]),
     (["--variant", "PLX"], ["--variant", "'PLX'", "PL"]),
-    (["--cuts", "0.5"], ["--cuts", "2 comma-separated"]),
-    (["--cuts", "0.5,x"], ["--cuts", "2 comma-separated", "0.5,x"]),
+    (["--cuts", "0.5"], ["--cuts", "not 2 of them: '0.5'"]),
+    (["--cuts", "0.5,x"], ["--cuts", "not 2 of them: '0.5,x'"]),
     (["--toyy"], ["--toyy"]),
 ])
 def test_bad_flag_is_one_line_and_status_2(constants, capsys, flags, words):
@@ -83,7 +87,7 @@ def problems_from(common, tmp_path, capsys, *lines):
         return None, line
 
 
-GOOD = '{"problem": "1+1?", "answer": 2}'
+GOOD = '{"problem": "1+1?", "answer": 2.0}'
 
 
 @pytest.mark.parametrize("lines, words", [
@@ -94,6 +98,8 @@ GOOD = '{"problem": "1+1?", "answer": 2}'
     (['{"problem": " ", "answer": "2"}'], ["p.jsonl:1: no text under 'problem'"]),
     (["[1, 2]"], ["p.jsonl:1: not a JSON object"]),
     (["[" * 100_000], ["p.jsonl:1: not valid JSON"]),
+    (['{"problem": "cut \\ud83d", "answer": "2"}'], ["p.jsonl:1: 'utf-8' codec can't encode"]),
+    (['{"problem": "1+1?", "answer": NaN}'], ["p.jsonl:1: no 'answer'"]),
     ([], ["p.jsonl: no problem in it"]),
 ])
 def test_bad_problem_file_is_one_line(alone, tmp_path, capsys, lines, words):
@@ -113,14 +119,15 @@ def test_missing_set_is_one_line(alone, capsys, names, words):
 
 def test_records_of_every_form(alone, tmp_path, capsys):
     problems, _ = problems_from(
-        alone, tmp_path, capsys, GOOD, '{"problem": "p", "answer": 27.0}', "", '{"question": "q", "answer": " "}',
+        alone, tmp_path, capsys, "\ufeff" + GOOD, '{"problem": "p", "answer": 1e-7, "tags": 3}', "",
+        '{"question": "q", "answer": " "}',
         json.dumps({"question": "q", "answer": "48/2 = <<48/2=24>>24 in May.\n48+24 = <<48+24=72>>72.\n#### 1,072"}),
         json.dumps({"problem": "m", "solution": "First \\boxed{1}, so \\boxed{\\frac{1}{2}}.", "level": "Level 5",
                     "type": "Algebra"}))
     folder = tmp_path.name
     assert problems == [
         {"id": f"{folder}/p/1", "problem": "1+1?", "answer": "2", "kind": "math"},
-        {"id": f"{folder}/p/2", "problem": "p", "answer": "27", "kind": "math"},
+        {"id": f"{folder}/p/2", "problem": "p", "answer": "0.0000001", "kind": "math", "tags": ["3"]},
         {"id": f"{folder}/p/5", "problem": "q", "answer": "1,072", "kind": "math",
          "solution": "48/2 = 24 in May.\n\n48+24 = 72.\n\n\\boxed{1,072}"},
         {"id": f"{folder}/p/6", "problem": "m", "answer": "\\frac{1}{2}", "kind": "math", "level": 5,

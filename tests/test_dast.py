@@ -56,10 +56,12 @@ def test_draws_are_spread_evenly():
 
 
 def test_examples_are_others_of_the_same_level_then_of_easier_ones():
-    pools = {level: [{"id": f"{level}{i}"} for i in range(n)] for level, n in zip("EMHU", (9, 3, 2, 1))}
+    pools = {level: [{"id": f"{level}{i}", "problem": f"{level}{i}"} for i in range(n)]
+             for level, n in zip("EMHU", (9, 3, 2, 1))}
 
     def drawn(problem, level, shots, seed):
-        return [e["id"] for e in dast.draw_examples({"id": problem}, level, pools, shots, np.random.default_rng(seed))]
+        rng = np.random.default_rng(seed)
+        return [e["id"] for e in dast.draw_examples({"problem": problem}, level, pools, shots, rng)]
 
     for seed in range(20):
         assert len(set(drawn("E0", "E", 8, seed))) == 8 and "E0" not in drawn("E0", "E", 8, seed)

@@ -160,11 +160,16 @@ def test_changed_constants_are_refused(copy_of):
     (["--draws-like", "runs/one"], ["--draws-like"]),
     (["--variant", "", "--draws-like", "runs/none"], ["runs/none/round_1/selection.jsonl: no such file"]),
     (["--wandb", "--run", "w"], ["pip install wandb"]),
-    (["--prompt", "zero_shot"], ["leaves L without its examples"]),
+    (["--prompt", "zero_shot"], ["L can do nothing"]),
+    (["--cuts", "0.4,0.7"], ["--cuts", "the higher one"]),
+    (["--run", "orphan"], ["runs/orphan has results but no constants.json"]),
+    (["--model", "empty"], ["empty: ", "no file named model.safetensors"]),
 ])
 def test_bad_input_is_one_line(copy_of, flags, words):
     if "--wandb" in flags and find_spec("wandb"):
         pytest.skip("wandb is installed here")
+    (copy_of / "runs" / "orphan" / "round_0").mkdir(parents=True)
+    shutil.copytree(TOY / "model", copy_of / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     (copy_of / "bad.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n{"problem": \n')
     line = error_of(launch(copy_of, "dast.py", *SMOKE, *flags, check=False))
     assert all(word in line for word in words), line
@@ -240,3 +245,4 @@ def test_eval(tmp_path):
     launch(tmp_path, "eval.py", *flags[:-1], "few", *few)
     assert json.loads((tmp_path / "runs/few/eval.json").read_text())[f"{TOY}/test.jsonl"]["n"] == 12
     assert "--temperature" in error_of(launch(tmp_path, "eval.py", *flags, "--samples", "2", check=False))
+    assert "share a file" in error_of(launch(tmp_path, "eval.py", *flags, "--sets", "a/b.jsonl,a-b.jsonl", check=False))
