@@ -215,8 +215,8 @@ def start_run(g, *problem_sets):
                    for n in sorted({*old, *constants} - may_differ) if old.get(n) != constants.get(n)]
         if changed:
             fail(f"{folder} was made with other constants ({'; '.join(changed)}); take another --run or the old values")
-    elif any(folder.glob("*/")):
-        fail(f"{folder} has results but no constants.json that says what made them; take another --run")
+    elif any(folder.glob("*/")):  # a replay of recorded responses, or an accident
+        say(f"warning: {folder} has results but no constants.json; they are taken as they are")
     barrier()  # everybody has read what was there before rank 0 writes
     if rank() == 0:
         _describe(folder, script, constants, new=old is None)

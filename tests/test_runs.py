@@ -64,7 +64,8 @@ def test_two_processes_draw_and_decide_the_same(finished, copy_of):
     (two / "round_1").mkdir(parents=True)
     # the recorded answers of the first round are replayed, since weights that differ by 1e-6 may flip a token
     shutil.copy(one / "round_1" / "responses.jsonl", two / "round_1")
-    launch(copy_of, "dast.py", *SMOKE, "--run", "two", processes=2)
+    done = launch(copy_of, "dast.py", *SMOKE, "--run", "two", processes=2)
+    assert "runs/two has results but no constants.json; they are taken as they are" in done.stdout
     for name in ("round_0/probe.jsonl", "round_0/eval_base.json", "round_1/selection.jsonl", "round_1/train.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     for t in (0, 1):
@@ -162,13 +163,11 @@ def test_changed_constants_are_refused(copy_of):
     (["--wandb", "--run", "w"], ["pip install wandb"]),
     (["--prompt", "zero_shot"], ["L can do nothing"]),
     (["--cuts", "0.4,0.7"], ["--cuts", "the higher one"]),
-    (["--run", "orphan"], ["runs/orphan has results but no constants.json"]),
     (["--model", "empty"], ["empty: ", "no file named model.safetensors"]),
 ])
 def test_bad_input_is_one_line(copy_of, flags, words):
     if "--wandb" in flags and find_spec("wandb"):
         pytest.skip("wandb is installed here")
-    (copy_of / "runs" / "orphan" / "round_0").mkdir(parents=True)
     shutil.copytree(TOY / "model", copy_of / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     (copy_of / "bad.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n{"problem": \n')
     line = error_of(launch(copy_of, "dast.py", *SMOKE, *flags, check=False))
