@@ -321,7 +321,7 @@ def read(path):
         try:
             return [json.loads(line) for line in file] if path.suffix == ".jsonl" else json.load(file)
         except ValueError as error:
-            fail(f"{path} is damaged ({error}); remove it, and what was made after it is made again or checked")
+            fail(f"{path} is damaged ({error}); remove it and what was made after it, then run the command again")
 
 
 def write(path, value):
