@@ -222,8 +222,9 @@ def test_gsm8k_where_nearly_nothing_is_correct(shared, tmp_path):
                   shared / "data", "--n-train", "64", "--n-test", "16", "--k-probe", "1", "--k-samples", "1",
                   "--rounds", "1", "--shots", "1", "--max-new-tokens", "24", "--run", "gsm8k", processes=1)
     selection = lines(tmp_path / "runs/gsm8k/round_1/selection.jsonl")
-    if not any(s["chosen"] for s in selection):
-        assert "D_a is empty, the model stays as it is" in done.stdout
+    said = "D_a is empty, the model stays as it is" in done.stdout
+    assert said == (not any(s["chosen"] for s in selection))
+    assert (tmp_path / "runs/gsm8k/round_1/model").exists() != said
     assert "U 6" in done.stdout and (tmp_path / "runs/gsm8k/round_1/eval.json").exists()
 
 
