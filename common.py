@@ -15,14 +15,18 @@ Records are JSON lines:
 A run folder:
   runs/<name>/constants.json, metrics.jsonl, the source files
   runs/<name>/round_<t>/*.jsonl, model/, eval.json
+  runs/<name>/unfinished/    what the phase at work has so far; emptied when it ends
 
 Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden size, V vocabulary.
 """
 import argparse
+import contextlib
 import difflib
 import functools
 import gc
 import hashlib
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -92,10 +96,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch.distributed import get_rank as rank, get_world_size as world_size
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -103,12 +112,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not torch.cuda.is_available():  # vllm's wheel brings CUDA builds of these, which break transformers on a CPU torch
     for package in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(package, None)
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,  # noqa: E402
+                          GenerationConfig)
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()
 
 GROUP = 64  # requests that transformers.generate answers as one batch, whoever does it: part of the result
+IN_FLIGHT = 2048  # requests at a vLLM engine, waiting ones included: enough that it never runs dry
+ROW = "logprobs.json"  # in a model's folder: the trainer's log-probabilities of a row of tokens, to test the engine by
 STOP = "\n\nQuestion:"  # where a base model that was shown examples begins to invent the next one
 FLAG_TYPES = (bool, int, float, str, tuple)  # constants of these types have flags
 
@@ -196,7 +208,8 @@ def start_run(g, *problem_sets):
     script, about = Path(g["__file__"]), constants_of(g["__file__"])
     constants = json.loads(json.dumps({name: g[name] for name in about if isinstance(g[name], FLAG_TYPES)}))
     data = [seed_of(sorted(problem.items())) for problems in problem_sets for problem in problems]
-    constants["contents"] = f"{seed_of(data, fingerprint(constants['MODEL'])):x}"
+    constants["contents"] = f"{seed_of(data, fingerprint(local_folder(constants['MODEL']))):x}"
+    engine, why = engine_for(constants)
     name = constants["RUN"] or f"{script.stem}-{constants['SEED']}"
     if not re.fullmatch(r"\w[\w.-]{0,199}", name):
         fail(f"--run {name!r}: a run's name has up to 200 letters, digits, '.', '-' and '_'")
@@ -219,35 +232,48 @@ def start_run(g, *problem_sets):
         say(f"warning: {folder} has results but no constants.json; they are taken as they are")
     barrier()  # everybody has read what was there before rank 0 writes
     if rank() == 0:
-        _describe(folder, script, constants, new=old is None)
+        try:
+            _describe(folder, script, constants, new=old is None)
+        except OSError as error:
+            fail(f"{folder}: {error.strerror}; start where runs/ can be written")
     barrier()
     say(f"{script.name} {'goes on' if old else 'starts'} in {folder}\n  model    {constants['MODEL']}\n"
         f"  machine  {world_size()} x {processor()}, {threads_per_process()} cores each\n"
-        f"  seed     {constants['SEED']}")
-    return Run(folder, constants["SEED"], wandb and rank() == 0 and wandb.init(name=name, config=constants))
+        f"  sampler  {engine} ({why})\n  seed     {constants['SEED']}")
+    return Run(folder, constants, engine, wandb and rank() == 0 and wandb.init(name=name, config=constants))
 
 
 def fingerprint(model):
-    """Something that changes when the weights in a folder do: sizes and both ends of its files; "" for a Hub name."""
+    """Something that changes when the weights in a folder do: sizes and both ends of its files."""
     digest = hashlib.sha256()
     for path in sorted(Path(model).glob("*.safetensors")):
         with open(path, "rb") as file:
             digest.update(file.read(1 << 20))
             file.seek(max(0, size := path.stat().st_size) - min(size, 1 << 20))
             digest.update(file.read() + str(size).encode())
-    return digest.hexdigest() if Path(model).is_dir() else ""
+    return digest.hexdigest()
+
+
+def engine_for(constants):
+    """("vllm" or "transformers", why in a few words): what samples."""
+    wanted, has_vllm = constants["ENGINE"], importlib.util.find_spec("vllm") is not None
+    if wanted == "vllm" and not has_vllm:
+        fail("--engine vllm needs the package vllm: pip install -r requirements.txt")
+    if wanted:
+        return wanted, "asked for"
+    if not torch.cuda.is_available():
+        return "transformers", "no GPU"
+    return ("vllm", version("vllm")) if has_vllm else ("transformers", "slow: pip install vllm")
 
 
 def _describe(folder, script, constants, new):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"{folder}: {error.strerror}; start where runs/ can be written")
+    folder.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).resolve()
     for source in {script.resolve(), here, here.with_name("eval.py")}:
         copy = folder / source.name
         if not copy.exists():
-            shutil.copyfile(source, copy)
+            shutil.copyfile(source, copy.with_suffix(".part"))
+            copy.with_suffix(".part").rename(copy)
         elif copy.read_bytes() != source.read_bytes():
             say(f"warning: {source.name} has changed since {folder} was started")
     if new:
@@ -261,8 +287,9 @@ def _describe(folder, script, constants, new):
 class Run:
     """One folder runs/<name>: what was made stays made, so a rerun goes on after the last whole phase."""
 
-    def __init__(self, folder, seed, wandb):
-        self.folder, self.seed, self.wandb, self.sampler = folder, seed, wandb, None
+    def __init__(self, folder, constants, engine, wandb):
+        self.folder, self.unfinished, self.sampler = folder, folder / "unfinished", None
+        self.constants, self.seed, self.engine, self.wandb = constants, constants["SEED"], engine, wandb
         self.checker = Checker(min(8, threads_per_process()))
         self.metrics = read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
 
@@ -272,26 +299,35 @@ class Run:
         A name ending in .jsonl or .json: `make()` returns the records or the object (rank 0's counts). Any other name
         is a folder: `make(path)` fills it, and its path is returned. Half-made things have other names (.part).
         """
-        path, half = self.folder / name, self.folder / (name + ".part")
-        is_file = path.suffix in (".json", ".jsonl")
+        path, is_file = self.folder / name, name.endswith((".json", ".jsonl"))
         if not gather(path.exists())[0]:
-            if is_file:
-                made = make()
-                if rank() == 0:
-                    write(path, made)
-            else:
-                if rank() == 0:
-                    shutil.rmtree(half, ignore_errors=True)
-                    half.mkdir(parents=True)
-                barrier()
-                make(half)
-                if rank() == 0:
-                    for file in half.iterdir():
-                        flush(file)
-                    half.rename(path)
-                    flush(path.parent)
+            try:
+                self._make(path, make, is_file)
+            except (OSError, SafetensorError, CheckpointException) as error:
+                fail(f"{path} could not be made: {str(error).strip().splitlines()[-1]}; what is finished stays, so "
+                     "mend that and run the same command again")
             barrier()
         return read(path) if is_file else str(path)
+
+    def _make(self, path, make, is_file):
+        half = path.with_name(path.name + ".part")
+        if is_file:
+            made = make()
+            if rank() == 0:
+                write(path, made)
+        else:
+            if rank() == 0:
+                shutil.rmtree(half, ignore_errors=True)
+                half.mkdir(parents=True)
+            barrier()
+            make(half)
+            if rank() == 0:
+                for file in half.iterdir():
+                    flush(file)
+                half.rename(path)
+                flush(path.parent)
+        if rank() == 0:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def rng(self, *key):
         """A numpy generator that depends on the seed and `key` (round, problem id, draw, ...) and on nothing else."""
@@ -324,17 +360,30 @@ def read(path):
             fail(f"{path} is damaged ({error}); remove it and what was made after it, then run the command again")
 
 
+def read_what_is_whole(path):
+    """The records of a .jsonl file that a killed process may have left: lines that are cut short are passed over."""
+    records = []
+    with open(path) as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+    return records
+
+
 def write(path, value):
     """Write what `read` reads, under another name, flushed, then renamed: a file is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_name(path.name + ".part")
-    with open(half, "w") as file:
-        lines = map(json.dumps, value) if path.suffix == ".jsonl" else [json.dumps(value, indent=1)]
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    half.rename(path)
-    flush(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(half, "w") as file:
+            lines = map(json.dumps, value) if path.suffix == ".jsonl" else [json.dumps(value, indent=1)]
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        half.rename(path)
+        flush(path.parent)
+    except OSError as error:
+        fail(f"{path}: {error.strerror}; what is finished stays, so mend that and run the same command again")
 
 
 def flush(path):
@@ -498,13 +547,42 @@ def read_problem(record):
     return problem
 
 
-def load_tokenizer(model, prompt):
-    """The model's tokenizer; ends the program if the folder or the chat template that `prompt` needs is missing."""
+def local_folder(model):
+    """The folder of a model: itself, or where the files of that name on the Hub lie, downloaded if need be."""
+    if Path(model).is_dir():
+        return str(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        return snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])
+    except Exception as error:  # no network, no such name, no leave: the Hub's client raises many kinds
+        fail(f"{model}: no such folder here, and not to be had from the Hub: {str(error).strip().splitlines()[0]}")
+
+
+def check_weights(folder):
+    """End the program unless the safetensors files in a model's folder are all there and whole (by their headers)."""
+    paths, index = sorted(Path(folder).glob("*.safetensors")), Path(folder) / "model.safetensors.index.json"
+    if index.exists():
+        paths = [Path(folder) / name for name in sorted(set(read(index)["weight_map"].values()))]
+    if not paths:
+        fail(f"{folder}: no *.safetensors in it (weights in other formats can run code, and are not read)")
+    for path in paths:
+        try:
+            safe_open(path, "pt").__enter__()
+        except (OSError, SafetensorError) as error:
+            fail(f"{path} is damaged or missing ({str(error).splitlines()[0]}); bring it again, or remove the folder "
+                 "if a run made it, and what was made after it")
+
+
+def load_tokenizer(model, prompt):
+    """The model's tokenizer; ends the program where the model's files or the chat template that `prompt` needs are not
+    there."""
+    folder = local_folder(model)
+    check_weights(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
+            raise ValueError("there is no tokenizer in it")
     except (OSError, ValueError) as error:
-        missing = "no such folder here, and: " if not Path(model).exists() else ""
-        fail(f"{model}: {missing}{str(error).strip().splitlines()[0]}")
+        fail(f"{model}: {str(error).strip().splitlines()[0]}")
     if prompt == "chat" and not tokenizer.chat_template:
         fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
     return tokenizer
@@ -558,37 +636,115 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **
     greedy), max_new_tokens, and where wanted top_p, top_k.
     The recorded responses depend on the seed, the round and the requests, not on the number of processes.
     """
-    run.sampler = run.sampler or Sampler()
-    run.sampler.load(model)
-    run.checker.verdicts.clear()
-    draws = [draws] * len(problems) if isinstance(draws, int) else draws
-    recorded, done, costs, began = [[] for _ in problems], [n == 0 for n in draws], Counter(), time.time()
-    first, size = 0, max(draws, default=0) if enough is None else 1
-    with bar(sum(draws), f"round {round} {phase}") as progress:
-        while not all(done):  # in waves of draws [0], [1], [2, 3], [4..7], ...: `enough` spares most of the rest
-            requests = [(i, d) for i in range(len(problems)) if not done[i]
-                        for d in range(first, min(first + size, draws[i]))]
-            answers = run.sampler.answer([prompt(problems[i], d) for i, d in requests],
-                                         [seed_of(run.seed, round, phase, problems[i]["id"], d) for i, d in requests],
-                                         lambda k, text: run.checker.submit(problems[requests[k][0]], text), progress,
-                                         **settings)
-            for (i, d), (prompt_tokens, tokens, text, finish, correct, reason) in zip(requests, answers):
-                costs.update(spent_prompt_tokens=prompt_tokens, spent_tokens=tokens, spent_draws=1)
-                if done[i]:
-                    continue
-                recorded[i].append({"id": problems[i]["id"], "draw": d, "text": text, "tokens": tokens,
-                                    "finish": finish, "correct": correct})
-                costs.update({"prompt_tokens": prompt_tokens, "tokens": tokens, "draws": 1, "correct": int(correct),
-                              "cut": int(finish == "length"), f"check_{reason}": 1})
-                done[i] = d + 1 == draws[i] or enough is not None and enough(recorded[i])
-            first, size = first + size, max(1, first + size)
-    seconds = time.time() - began
-    run.log(round, phase, **costs, seconds=seconds,
-            flops=2 * run.sampler.parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"]))
+    sampler = run.sampler = run.sampler or (VllmSampler if run.engine == "vllm" else Sampler)(run)
+    model = local_folder(model)
+    check_weights(model)
+    sampler.read_tokenizer(model, **settings)
+    for problem in sorted(problems, key=lambda p: -len(prompt(p, 0)))[:GROUP]:
+        sampler.prompt_ids(problem, prompt(problem, 0))  # before the model is loaded; the others when their turn comes
+    loading = sampler.load(model)
+    work = Draws(run, problems, draws, prompt, enough, round, phase)
+    with bar(sum(work.draws), f"round {round} {phase}") as work.progress:
+        sampler.answer(work)
+    work.file.close()
+    costs, seconds = work.costs(), time.time() - work.began
+    run.log(round, phase, **costs, **loading, seconds=seconds,
+            flops=2 * sampler.parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"]))
     say(f"  round {round}  {phase:<9} {costs['draws']:>7,} answers of {costs['spent_draws']:,} drawn, "
         f"{costs['correct'] / max(1, costs['draws']):.1%} correct, {costs['spent_tokens'] / seconds:,.0f} tok/s, "
         f"{seconds:.1f} s")
-    return [response for of_problem in recorded for response in of_problem]
+    return [{key: answer[key] for key in ("id", "draw", "text", "tokens", "finish", "correct")}
+            for recorded in work.recorded for answer in recorded]
+
+
+class Draws:
+    """The draws of one sampling phase: which are due, which are answered, which of them count.
+
+    With `enough`, a problem's draws come in waves [0], [1], [2, 3], [4..7], ..., since most are not needed; else all at
+    once. Answers are kept in unfinished/ when their verdict is known, so that a killed phase goes on from there.
+    """
+
+    def __init__(self, run, problems, draws, prompt, enough, round, phase):
+        self.problems, self.enough, self.checker = problems, enough, run.checker
+        self.prompt = lambda i, d: (problems[i], prompt(problems[i], d))
+        self.draws = [draws] * len(problems) if isinstance(draws, int) else draws
+        self.seed = lambda i, d: seed_of(run.seed, round, phase, problems[i]["id"], d)
+        self.recorded, self.done = [[] for _ in problems], [n == 0 for n in self.draws]
+        self.answers, self.mine, self.pending = {}, [], []
+        self.cancelled = Counter(cancelled=0, tokens=0, prompt_tokens=0)
+        self.checker.verdicts.clear()
+        self.place, self.began = {p["id"]: i for i, p in enumerate(problems)}, time.time()
+        name = f"round_{round}-{phase}-{{}}.jsonl"
+        for path in sorted(run.unfinished.glob(name.format("*"))):
+            for answer in read_what_is_whole(path):
+                self.put(answer)
+                self.began = min(self.began, time.time() - answer["at"])
+        barrier()  # everybody has read before anybody writes on
+        run.unfinished.mkdir(parents=True, exist_ok=True)
+        self.file = open(run.unfinished / name.format(rank()), "a")
+        self.file.write("\n")  # behind a line that a kill cut short
+        self.kept, self.counter = len(self.answers), f"answered/{round}/{phase}"
+
+    def wave(self, i, number):
+        """The draws of problem i in a wave: a range, empty where it has enough before it."""
+        start, end = ((1 << number) >> 1, 1 << number) if self.enough else (0, self.draws[i]) if number == 0 else (0, 0)
+        over = self.done[i] and len(self.recorded[i]) <= start
+        return range(0) if over else range(start, min(end, self.draws[i]))
+
+    def check(self, i, draw, prompt_tokens, tokens, text, finish):
+        """Take in an answer and hand it to the checker; `settle` will record it."""
+        answer = {"id": self.problems[i]["id"], "draw": draw, "text": text, "tokens": tokens, "finish": finish,
+                  "prompt_tokens": prompt_tokens}
+        self.pending.append((answer, self.checker.submit(self.problems[i], text)))
+
+    def settle(self, wait=False):
+        """Record the answers whose verdicts are there (or, to wait, all): [(problem's place, draw)]."""
+        settled, waiting = [], []
+        for answer, verdict in self.pending:
+            if wait or verdict.done():
+                answer["correct"], answer["reason"] = verdict.result()
+                answer["at"] = round(time.time() - self.began, 3)
+                self.file.write(json.dumps(answer) + "\n")
+                self.mine.append(answer)
+                settled.append(self.put(answer))
+            else:
+                waiting.append((answer, verdict))
+        self.pending = waiting
+        self.file.flush()
+        if settled:  # by all processes together
+            self.progress.n = self.kept + _shared.add(self.counter, len(settled))
+            self.progress.refresh()
+        return settled
+
+    def put(self, answer):
+        """Take in a checked answer; those of its problem count in the order of the draws, until they are enough."""
+        i = self.place[answer["id"]]
+        self.answers.setdefault((i, answer["draw"]), answer)
+        while not self.done[i] and (i, len(self.recorded[i])) in self.answers:
+            self.recorded[i].append(self.answers[i, len(self.recorded[i])])
+            enough = self.enough is not None and self.enough(self.recorded[i])
+            self.done[i] = enough or len(self.recorded[i]) == self.draws[i]
+        return i, answer["draw"]
+
+    def exchange(self):
+        """Wait for the verdicts; then every process knows every process' answers."""
+        self.settle(wait=True)
+        for part in gather(self.mine):
+            for answer in part:
+                self.put(answer)
+        self.mine = []
+
+    def costs(self):
+        """Counts of the recorded draws, and what was spent on all of them."""
+        costs = Counter(draws=0, correct=0)
+        for answer in [*self.answers.values(), *gather(self.cancelled)]:
+            costs.update(spent_draws=answer.get("cancelled", 1), spent_tokens=answer["tokens"],
+                         spent_prompt_tokens=answer["prompt_tokens"])
+        for answer in itertools.chain(*self.recorded):
+            costs.update({"draws": 1, "tokens": answer["tokens"], "prompt_tokens": answer["prompt_tokens"],
+                          "correct": int(answer["correct"]), "cut": int(answer["finish"] == "length"),
+                          f"check_{answer['reason']}": 1})
+        return costs
 
 
 class Sampler:
@@ -596,22 +752,37 @@ class Sampler:
     whichever process takes it: the same row in another batch differs by 1e-6 in the logits, which may flip a token.
     """
 
-    def __init__(self):
+    def __init__(self, run):
         self.folder = self.model = None
-        self.calls = 0
+        self.counters = itertools.count()
 
-    def load(self, folder):
-        """Answer with the model in `folder` from now on."""
-        if folder == self.folder and self.model is not None:
-            return
+    def read_tokenizer(self, folder, style, max_new_tokens, **sampling):
+        """Prepare for a phase with these settings: what both engines share."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        try:
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
-        except OSError as error:
-            fail(f"{folder}: {str(error).strip().splitlines()[0]}")
+        end = self.tokenizer.convert_tokens_to_ids(end_token(self.tokenizer, style))
+        self.ends = sorted({self.tokenizer.eos_token_id, end})
+        self.stops = [] if style == "chat" else [STOP]
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.context = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+
+    def prompt_ids(self, problem, text):
+        """Token ids of a prompt; ends the program if they and an answer do not fit into the model's context."""
+        ids = encode(self.tokenizer, text)
+        if len(ids) + self.max_new_tokens > self.context:
+            fail(f"the prompt of {problem['id']} has {len(ids):,} tokens; with --max-new-tokens "
+                 f"{self.max_new_tokens} it exceeds the model's context of {self.context:,}; shorten either (--shots)")
+        return ids
+
+    def load(self, folder):
+        """Answer with the model in `folder` from now on; the seconds it took, for the metrics."""
+        if folder == self.folder and self.model is not None:
+            return {}
+        began = time.time()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
         self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
         self.folder, self.parameters = folder, count_parameters(self.model)
+        return {"load_seconds": time.time() - began}
 
     def sleep(self):
         """Give the model's memory back, to make room for training."""
@@ -619,45 +790,244 @@ class Sampler:
         if device().type == "cuda":
             torch.cuda.empty_cache()
 
-    def answer(self, texts, seeds, check, progress, **settings):
-        """[(prompt tokens, generated tokens, text, finish, correct, reason)] for the texts, on every process.
+    def claims(self):
+        """Numbers from 0 on, each of which goes to one process only: whoever is free takes the next piece of work."""
+        counter = f"sample/{next(self.counters)}"
+        return iter(lambda: _shared.add(counter, 1) - 1, -1)
 
-        check(k, text) hands the k-th text's answer to the checker, which works while the next group is generated. A
-        group draws from one generator, seeded with the seed of its first request.
-        """
-        ids = [encode(self.tokenizer, text) for text in texts]
-        order = sorted(range(len(ids)), key=lambda k: (len(ids[k]), k))  # neighbours in length: little padding
-        groups = [order[at:at + GROUP] for at in range(0, len(order), GROUP)]
-        self.calls, before, mine = self.calls + 1, progress.n, {}
-        while (g := _shared.add(f"sample/{self.calls}", 1) - 1) < len(groups):  # a shared counter: no fixed shares
-            torch.manual_seed(seeds[groups[g][0]])
-            for k, answer in zip(groups[g], self._generate([ids[k] for k in groups[g]], **settings)):
-                mine[k] = (len(ids[k]), *answer, check(k, answer[1]))
-            progress.n = before + sum(map(len, groups[:g + 1]))  # what all processes have taken
-            progress.refresh()
-        mine = {k: (*answer, *verdict.result()) for k, (*answer, verdict) in mine.items()}
-        everyone = {k: answer for part in gather(mine) for k, answer in part.items()}
-        return [everyone[k] for k in range(len(texts))]
+    def answer(self, work):
+        """Have all draws of `work` answered, one wave of all problems after the other. A group draws from one
+        generator, seeded with the seed of its first request."""
+        for wave in itertools.count():
+            requests = [(i, d) for i in range(len(work.problems)) for d in work.wave(i, wave)]
+            if not requests:
+                return
+            ids = {request: self.prompt_ids(*work.prompt(*request)) for request in requests}
+            order = sorted(requests, key=lambda r: (len(ids[r]), r))  # neighbours in length: little padding
+            groups = [order[at:at + GROUP] for at in range(0, len(order), GROUP)]
+            groups = [group for group in groups if not all(request in work.answers for request in group)]
+            for g in self.claims():
+                if g >= len(groups):
+                    break
+                torch.manual_seed(work.seed(*groups[g][0]))
+                for (i, d), answer in zip(groups[g], self._generate([ids[request] for request in groups[g]])):
+                    work.check(i, d, len(ids[i, d]), *answer)
+                work.settle()  # those before it: the checker works while the next group is generated
+            work.exchange()
 
-    def _generate(self, rows, style, temperature, max_new_tokens, top_p=1.0, top_k=0):
+    def _generate(self, rows):
         batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device())
-        sampling = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k) if temperature > 0 else \
+        sampling = dict(do_sample=True, **self.sampling) if self.sampling["temperature"] > 0 else \
             dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(end_token(self.tokenizer, style))}
-        stops = {} if style == "chat" else dict(stop_strings=[STOP], tokenizer=self.tokenizer)
+        stops = dict(stop_strings=self.stops, tokenizer=self.tokenizer) if self.stops else {}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         with torch.inference_mode():
-            out = self.model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends),
-                                      pad_token_id=self.tokenizer.pad_token_id, **sampling, **stops)
+            out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, eos_token_id=self.ends,
+                                      pad_token_id=self.tokenizer.pad_token_id, **{"top_k": 0, **sampling}, **stops)
         torch.set_num_threads(threads)
         answers = []
         for row in out[:, batch["input_ids"].shape[1]:].tolist():
-            size = next((at for at, t in enumerate(row) if t in ends or t == self.tokenizer.pad_token_id), len(row))
+            size = next((n for n, t in enumerate(row) if t in self.ends or t == self.tokenizer.pad_token_id), len(row))
             text, stop, _ = self.tokenizer.decode(row[:size], skip_special_tokens=True).partition(STOP)
             ended = not stop and size < len(row)  # by an end token; behind a stop string there is only padding
             answers.append((size + ended, text.strip(), "stop" if stop or ended else "length"))
         return answers
+
+
+class VllmSampler(Sampler):
+    """vLLM: one engine in each process, built once. It sleeps while the GPU trains, is given new weights without a
+    restart, and after each change has to show that it has them."""
+
+    def __init__(self, run):
+        super().__init__(run)
+        self.run, self.llm, self.awake = run, None, False
+        self.log = run.folder / f"vllm-{rank()}.log"
+
+    def load(self, folder):
+        if folder == self.folder and self.awake:
+            return {}
+        began, built, self.folder = time.time(), self.llm is None, None
+        try:
+            with output_to(self.log):
+                self._build(folder) if built else self._send(folder)
+        except Exception as error:  # whatever an engine may raise: its log has the whole story
+            fail(f"vLLM does not {'start' if built else 'take the weights of ' + folder}: "
+                 f"{(str(error).strip() or repr(error)).splitlines()[0]}; see {self.log}")
+        sent = time.time()
+        tested = self._test(folder)
+        self.folder, self.awake = folder, True
+        return {"start_seconds" if built else "load_seconds": sent - began, "test_seconds": time.time() - sent} | tested
+
+    def _build(self, folder):
+        # What vLLM does to its process: it reseeds the global generators (nobody here draws from them unseeded) and
+        # makes torch.set_num_threads do nothing, which the trainer needs.
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
+        for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            os.environ.setdefault(name, value)
+        set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+        from vllm import LLM, SamplingParams
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind
+        self.parameters_of = functools.partial(SamplingParams, output_kind=RequestOutputKind.FINAL_ONLY)
+        if device().type == "cuda":
+            machine = dict(enforce_eager=self.run.constants["EAGER"], enable_sleep_mode=True, max_model_len=-1,
+                           gpu_memory_utilization=self.run.constants["GPU_MEMORY"])
+        elif current_platform.is_cpu():  # a prompt in two pieces and a seed of its own would break the CPU's engine
+            tokens = min(self.context, 8192)
+            machine = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=tokens,
+                           max_model_len=tokens, kv_cache_memory_bytes=2**30)
+        else:
+            raise RuntimeError("there is no GPU, and the vLLM that is installed is not its CPU build")
+        # In this process, and after the process group exists: external_launcher, which takes the GPU of LOCAL_RANK
+        self.llm = LLM(folder, dtype=compute_dtype(), distributed_executor_backend="external_launcher",
+                       generation_config="vllm", use_tqdm_on_load=False, **machine)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+
+    def _send(self, folder):
+        on_gpu = device().type == "cuda"
+        if on_gpu and not self.awake:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": read_weights(folder)})
+        if on_gpu and not self.awake:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+
+    def _test(self, folder):
+        """End the program unless the engine has the weights of `folder`: bit for bit where it keeps them as they are,
+        and by the log-probabilities that the trainer left for a row of tokens."""
+        compared, wrong = self.llm.apply_model(functools.partial(compare_weights, folder))[0]
+        if wrong or not compared:
+            fail(f"vLLM does not have the weights of {folder}: {len(wrong)} of {compared} tensors differ {wrong[:1]}")
+        self.parameters, path = sum(t.numel() for n, t in read_weights(folder, tied=False)), Path(folder) / ROW
+        if not path.exists():
+            return {"tensors_equal": compared}
+        tokens, trainers = (read(path)[key] for key in ("tokens", "logprobs"))
+        with torch.compiler.set_stance("force_eager" if device().type == "cpu" else "default"):  # saves 5-20 s
+            [output] = self.llm.generate({"prompt_token_ids": tokens}, use_tqdm=False,
+                                         sampling_params=self.parameters_of(max_tokens=1, prompt_logprobs=0))
+        mine = [candidates[t].logprob for t, candidates in zip(tokens[1:], output.prompt_logprobs[1:])]
+        error = np.abs(np.subtract(mine, trainers))
+        if not (error.mean() <= 0.03 if compute_dtype() == torch.bfloat16 else error.max() <= 1e-4):
+            fail(f"vLLM's log-probabilities are not the trainer's of {folder}: up to {error.max():.2g} off")
+        return {"tensors_equal": compared, "logprob_error": float(error.max())}
+
+    def sleep(self):
+        if self.awake and device().type == "cuda":
+            self.llm.sleep(level=2)  # frees the weights too: the next load sends new ones
+            free, total = torch.cuda.mem_get_info()
+            say(f"  vLLM sleeps; {(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB of the GPU are still taken")
+        self.awake = False
+
+    def answer(self, work):
+        """Have all draws of `work` answered. A process takes a problem when it has room for more requests, and sees to
+        all its waves; checking goes on meanwhile."""
+        torch.set_num_threads(threads_per_process())
+        engine, claims = self.llm.llm_engine, self.claims()
+        self.context = min(self.context, engine.model_config.max_model_len)
+        room = min(IN_FLIGHT, math.ceil(sum(work.draws) / world_size()))
+        flying, awaited, waves = {}, {}, Counter()  # {request: vLLM's name of it}, {problem: its open draws}
+        left = True
+        while True:
+            while left and len(flying) < room:
+                i = next(claims)
+                left = i < len(work.problems)
+                if left:
+                    self._request(work, i, flying, awaited, waves)
+            if not flying and not work.pending:
+                break
+            for output in engine.step() if flying else ():
+                if output.finished:
+                    i, d = map(int, output.request_id.split("/"))
+                    del flying[i, d]
+                    answer = output.outputs[0]
+                    work.check(i, d, len(output.prompt_token_ids), len(answer.token_ids), answer.text.strip(),
+                               answer.finish_reason)
+            for i, d in work.settle():
+                awaited[i].discard(d)
+                if work.done[i]:
+                    self._cancel(work, [(i, d) for d in awaited[i] if (i, d) in flying], flying)
+                elif not awaited[i]:
+                    self._request(work, i, flying, awaited, waves)
+            if not flying and work.pending:
+                time.sleep(0.001)
+        work.exchange()
+
+    def _request(self, work, i, flying, awaited, waves):
+        """Ask for the draws of problem i's next wave that has unanswered ones."""
+        while draws := work.wave(i, waves[i]):
+            waves[i] += 1
+            awaited[i] = {d for d in draws if (i, d) not in work.answers}
+            for d in awaited[i]:
+                seed = work.seed(i, d) if self.sampling["temperature"] > 0 else None
+                flying[i, d] = self.llm.llm_engine.add_request(
+                    f"{i}/{d}", {"prompt_token_ids": self.prompt_ids(*work.prompt(i, d))}, self.parameters_of(
+                        max_tokens=self.max_new_tokens, seed=seed, stop=self.stops, stop_token_ids=self.ends,
+                        **self.sampling))
+            if awaited[i]:
+                return
+
+    def _cancel(self, work, requests, flying):
+        """Stop requests that are not needed any more; what they have cost is counted."""
+        states = self.llm.llm_engine.output_processor.request_states
+        for request in requests:
+            state = states[flying.pop(request)]
+            work.cancelled.update(cancelled=1, tokens=state.detokenizer.num_output_tokens(),
+                                  prompt_tokens=state.prompt_len)
+        self.llm.llm_engine.abort_request([f"{i}/{d}" for i, d in requests])
+
+
+def read_weights(folder, tied=True):
+    """(name, tensor) of everything in a folder's safetensors files, and of a tied head, which is in none of them:
+    without it vLLM's CPU build goes on with the old one, silently."""
+    embedding = None
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                tensor = file.get_tensor(name)
+                embedding = tensor if name.endswith("embed_tokens.weight") else embedding
+                yield name, tensor
+    if tied and AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings:
+        yield "lm_head.weight", embedding
+
+
+def compare_weights(folder, model):
+    """(how many parameters of vLLM's `model` could be compared with the files in `folder`, names of those that differ).
+
+    Queries, keys and values are one matrix there, as are gate and up; embeddings may have empty rows at the end. Its
+    CPU build packs the matrices away (they are empty): there norms, biases and embeddings are left.
+    """
+    sent, compared, wrong = dict(read_weights(folder)), 0, []
+    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    for name, parameter in model.named_parameters():
+        whole = next((w for w in fused if w in name and name not in sent), None)
+        parts = [name.replace(whole, part) for part in fused[whole]] if whole else [name]
+        if parameter.numel() and all(part in sent for part in parts):
+            tensor = torch.cat([sent[part] for part in parts]).to(parameter)
+            compared += 1
+            if not torch.equal(parameter[:len(tensor)], tensor):
+                wrong.append(name)
+    return compared, wrong
+
+
+@contextlib.contextmanager
+def output_to(path):
+    """Send all that this process prints, C++ libraries included, to the end of a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(path, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in zip((1, 2), saved):
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -783,6 +1153,12 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
     return out.transpose(1, 2)[real][None], None
 
 
+def sequence_logprobs(logprobs, batch):
+    """log p(completion | prompt) of each completion of a packed batch, (S,), from those of its tokens, (P,)."""
+    sums = torch.stack([part.sum() for part in logprobs.split(batch["counts"])])
+    return sums[:len(batch["example"])]  # the batch of a process without work has a sequence, but no example
+
+
 class Policy(torch.nn.Module):
     """A causal language model whose forward gives the log-probabilities of a packed batch's target tokens, (P,): the
     head sees no other position."""
@@ -812,27 +1188,27 @@ def tokenize(tokenizer, example):
 
 
 def pack(examples):
-    """One packed batch of tokenized examples: tensors, and which sequence and example each prediction belongs to.
+    """One packed batch of tokenized examples: tensors, how many targets each sequence has, and whose sequence it is.
 
     pack([[([1, 2], [3, 4])], [([5], [6])]]):
-      tokens 1 2 3 4 5 6, positions 0 1 2 3 0 1, starts 0 4 6, predict 1 2 4, targets 3 4 6, sequence 0 0 1, example 0 1
+      tokens 1 2 3 4 5 6, positions 0 1 2 3 0 1, starts 0 4 6, predict 1 2 4, targets 3 4 6, counts 2 1, example 0 1
     No example at all gives a single token that predicts nothing: what a process without work joins the others with.
     """
     sequences = [(prompt, completion) for example in examples for prompt, completion in example] or [([0], [])]
-    tokens, positions, starts, predict, targets, sequence = [], [], [0], [], [], []
-    for s, (prompt, completion) in enumerate(sequences):
+    tokens, positions, starts, predict, targets, counts = [], [], [0], [], [], []
+    for prompt, completion in sequences:
         first = max(1, len(prompt))  # without a prompt there is nothing to predict the first token from
         row = prompt + completion
         predict += range(starts[-1] + first - 1, starts[-1] + len(row) - 1)
         targets += row[first:]
-        sequence += [s] * len(row[first:])
+        counts.append(len(row[first:]))
         tokens += row
         positions += range(len(row))
         starts.append(len(tokens))
-    tensors = dict(tokens=tokens, positions=positions, predict=predict, targets=targets, sequence=sequence,
+    tensors = dict(tokens=tokens, positions=positions, predict=predict, targets=targets,
                    example=[e for e, example in enumerate(examples) for _ in example])
     batch = {name: torch.tensor(values, dtype=torch.long, device=device()) for name, values in tensors.items()}
-    return batch | {"starts": torch.tensor(starts, dtype=torch.int32, device=device()), "examples": len(examples),
+    return batch | {"starts": torch.tensor(starts, dtype=torch.int32, device=device()), "counts": counts,
                     "longest": max(len(p) + len(c) for p, c in sequences)}
 
 
@@ -865,46 +1241,133 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. Training
 
-def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batch_size, max_tokens, weight_decay, clip):
+def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batch_size, max_tokens, weight_decay, clip,
+          reference=False):
     """Train the model in folder `model` on examples and write the result to `folder`.
 
     loss(logprobs, batch) -> (sum, weight, metrics): the script's own. logprobs (P,) are those of the batch's targets;
     the sum is divided by the weight of the whole step (all micro-batches, all processes): neither changes the result.
+    With `reference`, batch["reference"] (S,) has log p(completion) of each completion under the model as it starts.
     AdamW; lr rises linearly over the warm-up's share of the steps, then falls as a half cosine; all in float32 but the
-    compute on GPU.
+    compute on GPU. A loss or gradient that is not finite ends the program. Goes on where a killed run was.
     """
     if run.sampler:
         run.sampler.sleep()
     torch.set_num_threads(threads_per_process())
+    model = local_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    began, tokenized = time.time(), [tokenize(tokenizer, e) for e in examples]
+    tokenized = [tokenize(tokenizer, e) for e in examples]
     lengths = [sum(len(p) + len(c) for p, c in example) for example in tokenized]
     plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
     network, policy, dtype = load_for_training(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    history = []
-    with bar(len(plan), f"round {round} train") as progress:
-        for step, micro_batches in enumerate(plan):
-            sums = Counter()
-            for examples_of in micro_batches[rank()::world_size()]:
-                batch = pack([tokenized[e] for e in examples_of])
+    progress = Progress(run, round, policy, optimizer)
+    epoch = plan[:math.ceil(len(examples) / batch_size)]
+    known = progress.reference_logprobs(tokenized, epoch) if reference else None
+    progress.load()
+    with bar(len(plan), f"round {round} train") as shown:
+        for step in range(len(progress.history), len(plan)):
+            sums = Counter(save=progress.due())
+            for micro_batch in plan[step][rank()::world_size()]:
+                batch = pack([tokenized[e] for e in micro_batch])
+                if reference:
+                    batch["reference"] = torch.tensor([r for e in micro_batch for r in known[e]], device=device())
                 total, weight, metrics = loss(policy(batch), batch)
                 total.backward()
-                sums.update({"loss": float(total.detach()), "weight": weight, **metrics})
-            history.append(sum_over_processes(sums))
-            norm = scale_and_clip(policy, world_size() / history[-1]["weight"], clip)
+                sums.update({"loss": total.detach(), "weight": weight, **metrics})
+            sums = sum_over_processes(sums)
+            save = sums.pop("save")
+            norm = scale_and_clip(policy, world_size() / sums["weight"], clip)
+            if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
+                fail(f"round {round}, training step {step + 1} of {len(plan)}: loss {sums['loss'] / sums['weight']}, "
+                     f"gradient norm {norm}; the last good model stays. The step's examples: "
+                     + ", ".join(examples[e]["id"] for micro_batch in plan[step] for e in micro_batch))
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate_factor(step, len(plan), warmup)
             optimizer.step()
             optimizer.zero_grad()
-            progress.set_postfix(loss=f"{history[-1]['loss'] / history[-1]['weight']:.3f}", norm=f"{norm:.2f}")
-            progress.update()
-    save_model(network, tokenizer, dtype, folder)
-    report_training(run, round, history, sum(lengths) * epochs, count_parameters(network), time.time() - began)
-    del network, policy, optimizer
+            progress.history.append(sums)
+            if save:
+                progress.save()
+            shown.set_postfix(loss=f"{sums['loss'] / sums['weight']:.3f}", norm=f"{norm:.2f}")
+            shown.update(len(progress.history) - shown.n)
+    save_model(network, tokenizer, dtype, folder, row_logprobs(policy, tokenized[0][0]))
+    report_training(run, round, progress.history, sum(lengths) * epochs, count_parameters(network), progress.seconds())
+    del network, policy, optimizer, progress
     gc.collect()  # FSDP's hooks refer to one another in circles
     if device().type == "cuda":
         torch.cuda.empty_cache()
+
+
+class Progress:
+    """What a training keeps in unfinished/, every SAVE_MINUTES, so that a killed one goes on: weights and AdamW's state
+    in shards that load at another number of processes, the losses so far, and the reference's log-probabilities."""
+
+    def __init__(self, run, round, policy, optimizer):
+        self.folder, self.name = run.unfinished, f"round_{round}-{{}}"
+        self.policy, self.optimizer, self.history = policy, optimizer, []
+        self.minutes, self.began = run.constants["SAVE_MINUTES"], time.time()
+        self.saved = self.began
+
+    def seconds(self):
+        return time.time() - self.began
+
+    def due(self):
+        """1 if it is time to save; rank 0's clock decides."""
+        return int(rank() == 0 and time.time() - self.saved >= 60 * self.minutes)
+
+    def save(self):
+        """Save under another name, then rename; the one before goes only then."""
+        path = self.folder / self.name.format(f"step_{len(self.history):07d}")
+        half = path.with_name(path.name + ".part")
+        model, optimizer = get_state_dict(self.policy, self.optimizer)
+        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=half)
+        if rank() == 0:
+            write(half / "progress.json", {"history": self.history, "seconds": self.seconds()})
+            half.rename(path)
+            for older in self.folder.glob(self.name.format("step_*")):
+                if older != path:
+                    shutil.rmtree(older)
+        barrier()
+        self.saved = time.time()
+
+    def load(self):
+        """Go on from the last state that was saved, if there is one."""
+        paths = [p for p in sorted(self.folder.glob(self.name.format("step_*"))) if p.suffix != ".part"]
+        if not gather(bool(paths))[0]:
+            return
+        model, optimizer = get_state_dict(self.policy, self.optimizer)
+        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=paths[-1])
+        set_state_dict(self.policy, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        left = read(paths[-1] / "progress.json")
+        self.history, self.began = left["history"], self.began - left["seconds"]
+        say(f"  training goes on after step {len(self.history):,}")
+
+    def reference_logprobs(self, examples, steps):
+        """[[log p of an example's first completion, of its second]], under the policy as it is; kept on disk.
+
+        By the same micro-batches as the first epoch, so that where policy and reference are equal, they are so exactly.
+        """
+        path = self.folder / self.name.format("reference.json")
+        if not gather(path.exists())[0]:
+            found = []
+            with torch.no_grad():
+                for micro_batch in (m for step in steps for m in step[rank()::world_size()]):
+                    batch = pack([examples[e] for e in micro_batch])
+                    sums = iter(sequence_logprobs(self.policy(batch), batch).tolist())
+                    found += [(e, [next(sums) for _ in examples[e]]) for e in micro_batch]
+            everyone = dict(pair for part in gather(found) for pair in part)
+            if rank() == 0:
+                write(path, [everyone[e] for e in range(len(examples))])
+            barrier()
+        return read(path)
+
+
+def row_logprobs(policy, sequence):
+    """{tokens, logprobs}: up to 256 tokens of a sequence, and log p of each but the first under the policy."""
+    tokens = (sequence[0] + sequence[1])[:256]
+    with torch.no_grad():
+        return {"tokens": tokens, "logprobs": policy(pack([[(tokens[:1], tokens[1:])]])).tolist()}
 
 
 def learning_rate_factor(step, steps, warmup):
@@ -957,8 +1420,9 @@ def scale_and_clip(policy, factor, clip):
 # ----------------------------------------------------------------------------------------------------------------------
 # 9. Saving
 
-def save_model(network, tokenizer, dtype, folder):
-    """Write a Hugging Face folder with weights of this dtype; rank 0 writes, all take part."""
+def save_model(network, tokenizer, dtype, folder, row):
+    """Write a Hugging Face folder with weights of this dtype, and `row` to test an engine by; rank 0 writes, all take
+    part."""
     state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         network.config.dtype = dtype
@@ -966,6 +1430,7 @@ def save_model(network, tokenizer, dtype, folder):
             name: tensor.to(dtype) for name, tensor in state.items()
             if name != "lm_head.weight" or not network.config.tie_word_embeddings})
         tokenizer.save_pretrained(folder)
+        write(folder / ROW, row)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,27 +8,31 @@ more answers for hard problems, and has them written at greater length.
   3. Rounds t = 1..3, with the current model:
      a. draw answers: up to B_level of each problem, until T_level distinct correct ones are found   (P, proportion)
         from prompts whose worked examples are as hard as the problem, meant to lengthen answers     (L, length)
-     b. D_a = these correct ones, anew each round; M_{t+1} = SFT of the base on D_u = D_a + D_o.
+     b. D_a = these correct ones, anew each round; M_{t+1} = SFT of the base on D_u = D_a + D_o          (DAST-S)
+        or DPO of M_1 on pairs of one of these and a wrong one to the same problem                       (DAST-D).
 
 Of the paper we could read the abstract, part of the introduction and a caption, and the authors' unfinished code.
 From the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; three rounds; the two controls. Ours: the
 rules that make them work (draw until T; examples from D_o). Each constant says where its value is from.
-Differs from the paper in what cannot be known, and has SFT only (DAST-S; DAST-D, by DPO, is to come).
+Differs from the paper in what cannot be known.
 
   torchrun dast.py --toy                                                 2 CPU cores: 2 min, 0.7 GB, 54 % (measured)
   torchrun dast.py --model Qwen/Qwen2.5-1.5B                             one GPU: not measured yet
   torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
 """
+import functools
 from collections import defaultdict
 from pathlib import Path
 
-from common import (fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
-                    sample, say, start_run, train)
+import torch.nn.functional as F
+
+from common import (fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read, sample,
+                    say, sequence_logprobs, start_run, train)
 from eval import evaluate, final_table, show_answers
 
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
-START = "base"  # "base" | "previous": what each round trains from (code: base)
+START = "base"  # "base" | "previous": what each round trains from; with DPO, "base" is M_1 of round 0 (code: base)
 TRAIN_DATA = "gsm8k,math"  # problem sets or .jsonl files, comma-separated (paper)
 TEST_DATA = "gsm8k,math"  # scored after each round, greedily (paper)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
@@ -37,7 +41,7 @@ ROUNDS = 3  # after round 0 (paper)
 SEED = 0  # of everything random (ours)
 
 # The method
-LOSS = "sft"  # "sft": DAST-S (paper)
+LOSS = "sft"  # "sft" | "dpo": DAST-S or DAST-D (paper)
 VARIANT = "PL"  # "PL" | "P" | "L" | "": which controls are on; none is vanilla rejection-sampling self-training (paper)
 K_PROBE = 10  # answers per problem that measure its difficulty (code)
 CUTS = (0.7, 0.4)  # p > 0.7 is E, 0.4 <= p <= 0.7 is M, 0 < p < 0.4 is H, p = 0 is U (code)
@@ -45,8 +49,9 @@ M_TARGET = 1  # unit of the targets (ours)
 TARGETS = (1, 2, 3, 4)  # distinct correct answers wanted at E, M, H, U, in units of M_TARGET (ours)
 K_SAMPLES = 10  # answers per problem without P, and the unit of the budgets with P (code)
 BUDGETS = (1, 2, 4, 8)  # draws allowed at E, M, H, U, in units of K_SAMPLES (ours)
+BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (code)
 DRAWS_LIKE = ""  # a run folder: as many draws in each round as it made, spread evenly; not with P (ours)
-SIZE_LIKE = ""  # a run folder: D_a of each round as large as its own, by leaving out or repeating at random (ours)
+SIZE_LIKE = ""  # a run folder: as many answers (pairs) trained on each round, by leaving out or repeating some (ours)
 
 # Sampling
 PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of M_0's and the draws'; else no examples are shown (code)
@@ -58,21 +63,27 @@ TOP_K = 40  # 0: off (code)
 MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (code)
 
 # Training
-LR = 2e-5  # peak; cosine to 0 (code)
+LR = 2e-5  # of SFT, its peak; cosine to 0 (code)
+LR_DPO = 1e-6  # of DPO, its peak (ours; the code's 2e-4 is for LoRA)
 WARMUP = 0.05  # share of the steps; 0 is none (code)
 EPOCHS = 1  # passes over D_u (code)
-BATCH_SIZE = 32  # answers per optimizer step, over all GPUs (code)
+BATCH_SIZE = 32  # answers (pairs) per optimizer step, over all GPUs (code)
 WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (code)
 CLIP = 0.3  # largest gradient norm (code)
 
 # Machine: may differ when a run goes on
 RUN = ""  # the folder under runs/; empty is script name and seed (ours)
 DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
+ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
+EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
+GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
 MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result (ours)
+SAVE_MINUTES = 10.0  # between two saves in the midst of training; 0 is after each step (ours)
 WANDB = False  # log to Weights & Biases too (ours)
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=200,
-           N_TEST=300, K_PROBE=5, K_SAMPLES=2, SHOTS=2, MAX_NEW_TOKENS=96, LR=3e-4, EPOCHS=3, CLIP=1.0, MAX_TOKENS=8192)
+           N_TEST=300, K_PROBE=5, K_SAMPLES=2, SHOTS=2, MAX_NEW_TOKENS=96, LR=3e-4, LR_DPO=3e-5, EPOCHS=3, CLIP=1.0,
+           EAGER=True, MAX_TOKENS=8192)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,6 +124,14 @@ def choose(outcomes, target):
     return [draw for draw, k in enumerate(outcomes) if k and k not in outcomes[:draw]][:target]
 
 
+def choose_pairs(responses, chosen, solved, rng):
+    """DAST-D: [(draw to prefer, draw to reject)], each chosen draw with another wrong one, at random; -1 is the worked
+    solution, which is preferred where no draw is right. Without a wrong draw (that has ended by itself) no pair."""
+    wrong = [r["draw"] for r in responses if not r["correct"] and r["finish"] == "stop"]
+    better = chosen or [-1] * (solved and not any(r["correct"] for r in responses))
+    return list(zip(better, rng.permutation(wrong).tolist()))
+
+
 def draw_examples(problem, level, pools, shots, rng):
     """L: `shots` worked solutions of other problems of the same level, drawn at random.
 
@@ -129,6 +148,15 @@ def draw_examples(problem, level, pools, shots, rng):
 def sft_loss(logprobs, batch):
     """L = - sum_t log pi(y_t | x, y_<t), a mean over the answer tokens y of the step; the prompts x are not learnt."""
     return -logprobs.sum(), len(logprobs), {}
+
+
+def dpo_loss(logprobs, batch):
+    """L = - log sigmoid(beta (log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x))), a mean over the pairs of the step
+    (Rafailov et al. 2023, eq. 7): y_w is the chosen answer, y_l the rejected one, ref the policy at its start."""
+    gain = sequence_logprobs(logprobs, batch) - batch["reference"]  # of y_w, y_l, y_w, y_l, ...
+    margin = BETA * (gain[0::2] - gain[1::2])
+    metrics = {"margin": margin.detach().sum(), "preferred": (margin > 0).sum()}
+    return -F.logsigmoid(margin).sum(), len(margin), metrics
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,22 +196,36 @@ def draw_limits(run, t, problems, level):
 def select(problems, probe, responses, limits, size, rng):
     """selection.jsonl: for each problem all that was decided, with the numbers it was decided from.
 
-    `copies` says how often each chosen answer is in D_a: once; with SIZE_LIKE, `size` examples spread over all of them.
+    `copies` says how often each chosen answer (with DPO each pair) is trained on: once; with SIZE_LIKE, `size` of them
+    spread over all. rng(*key): a generator for what is random.
     """
     probe, responses = by_problem(probe), by_problem(responses)
     selection = []
     for problem, (target, budget) in zip(problems, limits):
-        probed, outcomes = probe[problem["id"]], outcomes_of(responses[problem["id"]])
-        right, chosen = sum(r["correct"] for r in probed), choose(outcomes, target)
+        probed, drawn = probe[problem["id"]], responses[problem["id"]]
+        right, outcomes = sum(r["correct"] for r in probed), outcomes_of(drawn)
+        level, chosen = level_of(right, len(probed)), choose(outcomes, target)
+        solved = level == "U" and "solution" in problem
+        pairs = choose_pairs(drawn, chosen, solved, rng("pairs", problem["id"])) if LOSS == "dpo" else []
         selection.append({"id": problem["id"], "probe_correct": right, "probe_draws": len(probed),
-                          "pass_rate": right / len(probed), "level": level_of(right, len(probed)), "target": target,
-                          "budget": budget, "outcomes": outcomes, "chosen": chosen, "copies": [1] * len(chosen)})
-    total = sum(len(s["chosen"]) for s in selection)
+                          "pass_rate": right / len(probed), "level": level, "target": target, "budget": budget,
+                          "outcomes": outcomes, "chosen": chosen, "pairs": pairs,
+                          "copies": [1] * len(pairs if LOSS == "dpo" else chosen)})
+    total = sum(len(s["copies"]) for s in selection)
     if SIZE_LIKE and total:
-        copies = iter(spread_evenly(size, total, rng))
+        copies = iter(spread_evenly(size, total, rng("size")))
         for s in selection:
-            s["copies"] = [next(copies) for _ in s["chosen"]]
+            s["copies"] = [next(copies) for _ in s["copies"]]
     return selection
+
+
+def make_examples(tokenizer, selection, by_id, responses):
+    """D_a: the chosen answers as training examples, or the pairs (preferred, rejected)."""
+    text = {(r["id"], r["draw"]): r["text"] for r in responses}
+    text |= {(i, -1): problem.get("solution") for i, problem in by_id.items()}
+    return [make_example(tokenizer, PROMPT, by_id[s["id"]], *(text[s["id"], draw] for draw in draws), system=SYSTEM)
+            for s in selection for draws, n in zip(s["pairs"] or [[d] for d in s["chosen"]], s["copies"])
+            for _ in range(n)]
 
 
 def report_selection(run, t, selection, responses):
@@ -221,9 +263,9 @@ def main():
 
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
-    training = dict(lr=LR, warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS,
+    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS,
                     weight_decay=WEIGHT_DECAY, clip=CLIP)
-    loss = {"sft": sft_loss}[LOSS]
+    loss, lr = (sft_loss, LR) if LOSS == "sft" else (dpo_loss, LR_DPO)
     shots = SHOTS if PROMPT != "zero_shot" else 0
     blind = fixed_examples(solved if len(solved) > shots else EXAMPLES, shots, run.rng("examples"))
 
@@ -247,12 +289,13 @@ def main():
     model = MODEL
     d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM) for p in solved]
     if d_o:
-        model = run.once("round_0/model", lambda to: train(run, MODEL, d_o, loss, to, round=0, **training))
+        model = run.once("round_0/model", lambda to: train(run, MODEL, d_o, sft_loss, to, round=0, lr=LR, **training))
         scores["round 0"] = run.once("round_0/eval.json", lambda: evaluate(
             run, model, tests, zero_shot, round=0, **greedy))
     else:
         say("  round 0  skipped, and L off: the problems have answers but no worked solutions, so D_o is empty")
 
+    first = model
     for t in range(1, ROUNDS + 1):
         # 3a. Draw answers: with P until T distinct correct ones or B draws, else equally often for every problem;
         #     with L from examples of the problem's level, else from the fixed ones
@@ -272,21 +315,20 @@ def main():
             same_level if "L" in VARIANT and solved else few_shot,
             enough=enough if "P" in VARIANT else None, round=t, phase="sample", **drawn))
 
-        # 3b. D_a = the chosen answers; M_{t+1} = SFT of the base on D_u = D_a + D_o
+        # 3b. D_a = the chosen answers; M_{t+1} = SFT of the base on D_u = D_a + D_o, or DPO of M_1 on pairs
         size = sum(sum(s["copies"]) for s in of_other_run(SIZE_LIKE, t)) if SIZE_LIKE else 0
         selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
-            problems, probe, responses, limits, size, run.rng(t, "size")))
+            problems, probe, responses, limits, size, functools.partial(run.rng, t)))
         report_selection(run, t, selection, responses)
         show_answers(problems, responses)
-        text = {(r["id"], r["draw"]): r["text"] for r in responses}
-        d_a = [make_example(tokenizer, PROMPT, by_id[s["id"]], text[s["id"], draw], system=SYSTEM)
-               for s in selection for draw, n in zip(s["chosen"], s["copies"]) for _ in range(n)]
+        d_a = make_examples(tokenizer, selection, by_id, responses)
         if d_a:
-            d_u = run.once(f"round_{t}/train.jsonl", lambda: d_a + d_o)
-            start = MODEL if START == "base" else model
-            model = run.once(f"round_{t}/model", lambda to: train(run, start, d_u, loss, to, round=t, **training))
+            d_u = run.once(f"round_{t}/train.jsonl", lambda: d_a + d_o if LOSS == "sft" else d_a)
+            start = model if START == "previous" else MODEL if LOSS == "sft" else first
+            model = run.once(f"round_{t}/model", lambda to: train(
+                run, start, d_u, loss, to, round=t, lr=lr, reference=LOSS == "dpo", **training))
         else:
-            say(f"  round {t}  none of {len(responses):,} answers is correct: D_a is empty, the model stays as it is")
+            say(f"  round {t}  {len(responses):,} answers and D_a is empty, the model stays as it is")
         scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(
             run, model, tests, zero_shot, round=t, **greedy))
     final_table(run, scores)

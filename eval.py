@@ -33,6 +33,9 @@ TEMPERATURE = 0.0  # 0 is greedy
 MAX_NEW_TOKENS = 1024  # an answer is cut there
 
 # Machine: may differ when a run goes on
+ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers
+EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower
+GPU_MEMORY = 0.9  # share of a GPU that vLLM may fill
 RUN = ""  # the folder under runs/; empty is made from the names of model and sets
 DATA = "data"  # folder of the known problem sets, as data/gsm8k/test.jsonl
 WANDB = False  # log to Weights & Biases too

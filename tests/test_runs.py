@@ -1,11 +1,6 @@
 """Real runs of the scripts as a user starts them: the whole loop, one and two processes, interruption, bad input."""
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from importlib.util import find_spec
 
 import pytest
@@ -31,7 +26,14 @@ def files(run):
 
 def counts(run):
     """metrics.jsonl without its times."""
-    return [{k: v for k, v in m.items() if k not in ("seconds", "mfu")} for m in lines(run / "metrics.jsonl")]
+    return [{k: v for k, v in m.items() if not k.endswith("seconds") and k != "mfu"}
+            for m in lines(run / "metrics.jsonl")]
+
+
+def forget(run, last):
+    """Take away what a run made after the phase with this number."""
+    for name in PHASES[last + 1:]:
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
 
 
 def test_the_whole_loop_leaves_what_design_says(finished):
@@ -91,13 +93,11 @@ def test_a_finished_run_is_left_alone(copy_of):
 
 
 
-@pytest.mark.parametrize("last", [0, 2, 3, 5])
+@pytest.mark.parametrize("last", [0, 4])
 def test_a_rerun_goes_on_after_the_last_whole_phase(finished, copy_of, last):
     """As if killed while the phase after `last` was being written: the rest is made anew, bit for bit the same."""
     run = copy_of / "runs" / "one"
-    for name in PHASES[last + 1:]:
-        path = run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    forget(run, last)
     half = run / (PHASES[last + 1] + ".part")
     if half.suffix == ".part" and "model" in half.name:
         half.mkdir()
@@ -109,21 +109,72 @@ def test_a_rerun_goes_on_after_the_last_whole_phase(finished, copy_of, last):
     assert counts(run) == counts(finished / "runs" / "one")
 
 
-@pytest.mark.parametrize("seen", ["round_0/probe.jsonl", "round_1/selection.jsonl"])
-def test_a_killed_run_goes_on(finished, tmp_path, seen):
-    """SIGKILL to the whole process group as soon as a file is there: the rerun ends with the same files."""
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    victim = subprocess.Popen([sys.executable, str(ROOT / "dast.py"), *SMOKE, "--run", "one"], cwd=tmp_path,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.time() + 300
-    while not (tmp_path / "runs/one" / seen).exists() and time.time() < deadline:
-        time.sleep(0.02)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
-    assert not (tmp_path / "runs/one/round_1/eval.json").exists()
-    launch(tmp_path, "dast.py", *SMOKE, "--run", "one", processes=1)
-    assert files(tmp_path / "runs" / "one") == files(finished / "runs" / "one")
-    assert counts(tmp_path / "runs" / "one") == counts(finished / "runs" / "one")
+KILLED = """
+import os, signal, sys; sys.path.insert(0, {root!r})
+import common, {script} as script
+name, count = sys.argv.pop(1).split(":")
+owner = getattr(common, name.split(".")[0]) if "." in name else common
+method, calls = getattr(owner, name.split(".")[-1]), 0
+
+def dies(*arguments, **options):  # in the place of `method`: at its last call, SIGKILL as soon as it has done its work
+    global calls
+    calls += 1
+    result = method(*arguments, **options)
+    if calls == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(owner, name.split(".")[-1], dies)
+if hasattr(script, name):
+    setattr(script, name, dies)
+common.override_from_cli(vars(script))
+script.main()
+"""
+
+
+def killed(folder, script, place, *flags, processes=0):
+    """Start a script of which one process is killed at `place`, for example "Sampler._generate:7", its seventh call."""
+    (folder / "killed.py").write_text(KILLED.format(root=str(ROOT), script=script))
+    done = launch(folder, folder / "killed.py", place, *flags, processes=processes, check=False)
+    assert done.returncode != 0 and "Error" not in done.stderr.split("ChildFailedError")[0], done.stderr
+    return sorted(p.name for p in folder.glob("runs/*/unfinished/*"))
+
+
+@pytest.mark.parametrize("place, left", [
+    ("Sampler._generate:4", "round_1-sample-0.jsonl"),  # sampling: a wave has been generated, and not checked
+    ("Draws.put:60", "round_1-sample-0.jsonl"),  # checking: some verdicts are there
+    ("scale_and_clip:2", "round_1-step_0000001"),  # training: in the second step
+    ("Progress.save:2", "round_1-step_0000002"),  # just saved
+    ("save_model:1", "round_1-step_0000006"),  # the new model is written, and not yet renamed
+])
+def test_a_killed_run_goes_on(finished, copy_of, place, left):
+    """One SIGKILL inside a phase; the rerun goes on from what was kept and ends with the same files, bit for bit."""
+    flags, run = [*SMOKE, "--run", "one", "--save-minutes", "0"], copy_of / "runs" / "one"
+    forget(run, 2)
+    assert left in killed(copy_of, "dast", place, *flags)
+    done = launch(copy_of, "dast.py", *flags)
+    assert ("training goes on after step" in done.stdout) == ("step" in left)
+    assert files(run) == files(finished / "runs" / "one")
+    assert counts(run) == counts(finished / "runs" / "one")
+
+
+def test_two_processes_of_which_one_is_killed(tmp_path):
+    """Seven groups of requests, some answered when a process dies: the rerun asks for the rest only, in the same
+    groups."""
+    flags = ["--model", TOY / "model", "--sets", TOY / "test.jsonl", "--max-new-tokens", "32", "--n-test", "100",
+             "--samples", "4", "--temperature", "0.7"]
+    launch(tmp_path, "eval.py", *flags, "--run", "whole")
+    flags += ["--run", "killed"]
+    assert killed(tmp_path, "eval", "Sampler._generate:3", *flags, processes=2)
+    kept = [r for p in (tmp_path / "runs/killed/unfinished").iterdir() for r in lines_that_are_whole(p)]
+    assert 64 <= len(kept) < 400
+    launch(tmp_path, "eval.py", *flags, processes=2)
+    whole, again = (files(tmp_path / "runs" / name) for name in ("whole", "killed"))
+    assert whole == again
+
+
+def lines_that_are_whole(path):
+    return [json.loads(line) for line in open(path) if line.endswith("}\n")]
 
 
 def error_of(done, status=1):
