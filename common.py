@@ -1292,7 +1292,8 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
             shown.set_postfix(loss=f"{sums['loss'] / sums['weight']:.3f}", norm=f"{norm:.2f}")
             shown.update(len(progress.history) - shown.n)
     save_model(network, tokenizer, dtype, folder, row_logprobs(policy, tokenized[0][0]))
-    report_training(run, round, progress.history, sum(lengths) * epochs, count_parameters(network), progress.seconds())
+    report_training(run, round, progress.history, sum(lengths) * epochs, sum(lengths) * bool(reference),
+                    count_parameters(network), progress.seconds())
     del network, policy, optimizer, progress
     gc.collect()  # FSDP's hooks refer to one another in circles
     if device().type == "cuda":
@@ -1445,13 +1446,13 @@ def count_parameters(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def report_training(run, round, history, tokens, parameters, seconds):
+def report_training(run, round, history, tokens, reference_tokens, parameters, seconds):
     """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
     first, last = ({name: step[name] / step["weight"] for name in step if name != "weight"}
                    for step in (history[0], history[-1]))
-    flops = 6 * parameters * tokens
+    flops = parameters * (6 * tokens + 2 * reference_tokens)
     peak = next((p for name, p in PEAK_FLOPS.items() if name in processor()), None)
-    run.log(round, "train", steps=len(history), tokens=tokens, first_loss=first["loss"], **last, flops=flops,
-            seconds=seconds, **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
+    run.log(round, "train", steps=len(history), tokens=tokens, reference_tokens=reference_tokens,
+            first_loss=first["loss"], **last, flops=flops, seconds=seconds, **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")

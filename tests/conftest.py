@@ -1,4 +1,6 @@
 """Helpers of the tests: real commands in a folder of their own, and the shared material where it is."""
+import functools
+import json
 import os
 import shutil
 import subprocess
@@ -16,18 +18,42 @@ sys.path.insert(0, str(ROOT))
 SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--rounds", "1"]  # the whole loop in seconds
 
 
-def launch(folder, script, *flags, processes=0, check=True):
-    """Run a script of the project in `folder`, where its runs/ will be, with torchrun if `processes`."""
+def launch(folder, script, *flags, processes=0, check=True, bytes=0):
+    """Run a script of the project in `folder`, where its runs/ will be, with torchrun if `processes`.
+
+    Without it in a fork of a process that has the libraries: see fork_server.py. bytes: the largest file it may write.
+    """
     if not (folder / "tests").exists():
         (folder / "tests").symlink_to(ROOT / "tests")  # --toy names its files from the project's root
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    # "--" because torchrun would take --run for the beginning of its own --run-path
-    command = [*([*start, "--"] if processes else [sys.executable]), str(ROOT / script), *map(str, flags)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+    command = [str(ROOT / script), *map(str, flags)]
+    if processes:
+        # "--" because torchrun would take --run for the beginning of its own --run-path
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run([*start, "--", *command], cwd=folder, capture_output=True, text=True, timeout=600,
+                              env=environment())
+    else:
+        out, err = folder / "stdout.txt", folder / "stderr.txt"
+        server = fork_server()
+        print(json.dumps({"folder": str(folder), "command": command, "out": str(out), "err": str(err),
+                          "bytes": bytes}), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        done = subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
+        out.unlink()
+        err.unlink()
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def environment():
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+@functools.cache
+def fork_server():
+    program = str(ROOT / "tests" / "fork_server.py")
+    return subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                            env=environment())
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Long runs whose results stand in README: seeds and arms, resumable (each run is), outside CI.
 
   python tests/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
+  python tests/study.py dast-dpo       the same with --loss dpo
   python tests/study.py dast --quick   the same with one seed
 """
 import argparse
@@ -40,15 +41,16 @@ def difference(pairs, rng):
     return f"{np.mean([d.mean() for d in deltas]):+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
-def dast(seeds):
-    """Base and round 0, DAST (PL), vanilla at DAST's draws, and vanilla at its number of examples too."""
+def dast(seeds, loss):
+    """Base and round 0, DAST (PL), vanilla at DAST's draws, and vanilla at its number of examples (pairs) too."""
+    study, loss = "study" if loss == "sft" else f"study-{loss}", ("--loss", loss)
     arms = {arm: [] for arm in ("base, examples in prompt", "round 0", "DAST", "vanilla, same draws",
                                 "vanilla, same draws and size")}
     for seed in seeds:
-        one = run("dast.py", f"study-dast-{seed}", "--seed", seed)
+        one = run("dast.py", f"{study}-dast-{seed}", "--seed", seed, *loss)
         like = f"runs/{one.name}"
-        vanilla = run("dast.py", f"study-vanilla-{seed}", "--seed", seed, "--variant", "", "--draws-like", like)
-        sized = run("dast.py", f"study-sized-{seed}", "--seed", seed, "--variant", "", "--draws-like", like,
+        vanilla = run("dast.py", f"{study}-vanilla-{seed}", "--seed", seed, *loss, "--variant", "", "--draws-like", like)
+        sized = run("dast.py", f"{study}-sized-{seed}", "--seed", seed, *loss, "--variant", "", "--draws-like", like,
                     "--size-like", like)
         arms["base, examples in prompt"].append(correct(one, "round_0/eval_base.json"))
         arms["round 0"].append(correct(one, "round_0/eval.json"))
@@ -65,7 +67,7 @@ def dast(seeds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["dast"])
+    parser.add_argument("name", choices=["dast", "dast-dpo"])
     parser.add_argument("--quick", action="store_true", help="one seed")
     arguments = parser.parse_args()
-    {"dast": dast}[arguments.name]([0] if arguments.quick else [0, 1, 2])
+    dast([0] if arguments.quick else [0, 1, 2], "dpo" if arguments.name == "dast-dpo" else "sft")

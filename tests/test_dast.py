@@ -1,8 +1,10 @@
 """dast.py's rules against tables written out by hand, and its records against a recomputation."""
 import json
+import math
 
 import numpy as np
 import pytest
+import torch
 
 import dast
 
@@ -29,8 +31,8 @@ def lines(path):
 
 def draws(*texts):
     """Responses from notes: "x" is wrong, "cut:a" a correct text cut by the limit, anything else a correct text."""
-    return [{"text": text.removeprefix("cut:"), "correct": text != "x",
-             "finish": "length" if text.startswith("cut:") else "stop"} for text in texts]
+    return [{"draw": draw, "text": text.removeprefix("cut:"), "correct": not text.endswith("x"),
+             "finish": "length" if text.startswith("cut:") else "stop"} for draw, text in enumerate(texts)]
 
 
 @pytest.mark.parametrize("texts, outcomes, target, chosen", [
@@ -46,6 +48,25 @@ def draws(*texts):
 def test_choice(texts, outcomes, target, chosen):
     assert dast.outcomes_of(draws(*texts)) == outcomes
     assert dast.choose(outcomes, target) == chosen
+
+
+@pytest.mark.parametrize("texts, solved, chosen, pairs", [
+    ("x a x cut:b".split(), True, [1], [(1, {0, 2})]),  # a right one, and one of the two wrong ones
+    ("x a b c".split(), False, [1, 2, 3], [(1, {0})]),  # each wrong one once: the rest have no partner
+    ("a b".split(), False, [0, 1], []),
+    ("x x".split(), True, [], [(-1, {0, 1})]),  # unsolved: the worked solution is preferred
+    ("x x".split(), False, [], []),
+    ("x cut:a".split(), True, [], []),  # it was right, and cut: neither learnt nor replaced
+    ("cut:x x a".split(), False, [2], [(2, {1})]),  # what was cut is not rejected as if it had ended
+])
+def test_pairs(texts, solved, chosen, pairs):
+    seen = set()
+    for seed in range(20):
+        found = dast.choose_pairs(draws(*texts), chosen, solved, np.random.default_rng(seed))
+        assert [better for better, _ in found] == [better for better, _ in pairs]
+        assert all(worse in allowed for (_, worse), (_, allowed) in zip(found, pairs))
+        seen |= set(found)
+    assert seen == {(better, worse) for better, allowed in pairs for worse in allowed}
 
 
 def test_draws_are_spread_evenly():
@@ -105,8 +126,32 @@ def test_selection_alone_tells_every_decision(finished):
     assert [e["id"] for e in train[len(kept):]] == [s["id"] for s in selection]  # D_u = D_a, then D_o
 
 
+def test_dpo_loss_is_the_textbook_formula(monkeypatch):
+    """Against the closed form in float64, and its gradient; ln 2 exactly where policy and reference are equal."""
+    monkeypatch.setattr(dast, "BETA", 0.3)
+    rng = torch.Generator().manual_seed(0)
+    logprobs = torch.randn(9, dtype=torch.float64, generator=rng).sub(3).requires_grad_()
+    batch = {"counts": [2, 3, 1, 3], "example": torch.tensor([0, 0, 1, 1]),
+             "reference": torch.tensor([-5.0, -8.0, -2.5, -9.0], dtype=torch.float64)}
+    total, weight, metrics = dast.dpo_loss(logprobs, batch)
+    total.backward()
+    w1, l1, w2, l2 = (float(part.sum()) for part in logprobs.detach().split(batch["counts"]))
+    margins = [0.3 * ((w1 + 5.0) - (l1 + 8.0)), 0.3 * ((w2 + 2.5) - (l2 + 9.0))]
+    assert weight == 2 and float(total.detach()) == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), rel=1e-12)
+    slopes = [-0.3 / (1 + math.exp(m)) for m in margins]  # of the loss, in log p of the preferred answer's tokens
+    expected = [slopes[0]] * 2 + [-slopes[0]] * 3 + [slopes[1]] + [-slopes[1]] * 3
+    assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-12)
+    assert float(metrics["margin"]) == pytest.approx(sum(margins))
+    assert int(metrics["preferred"]) == sum(m > 0 for m in margins)
+    batch["reference"] = torch.tensor([w1, l1, w2, l2], dtype=torch.float64)
+    assert float(dast.dpo_loss(logprobs, batch)[0] / 2) == math.log(2)
+    nothing = dict(counts=[0], example=torch.tensor([]), reference=torch.tensor([]))
+    total, weight, _ = dast.dpo_loss(torch.zeros(0, requires_grad=True), nothing)
+    total.backward()  # a process without work joins the others
+    assert (float(total), weight) == (0.0, 0)
+
+
 def test_sft_loss_is_the_textbook_formula():
-    import torch
     logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([1, 6, 0, 3, 3])
     logprobs = logits.log_softmax(1)[range(5), targets]
