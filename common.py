@@ -26,6 +26,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -1139,8 +1140,11 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        options = {"enable_gqa": True}
+        if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+            k, v, options = *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)), {}
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-                          window_size=(-1, 0), enable_gqa=True)
+                          window_size=(-1, 0), **options)
         return out[None], None
     # On CPU: sequences side by side in a padded (S, heads, longest, D), for this one operation. Padding stands behind
     # the real tokens, so a causal mask hides it from them.
@@ -1453,6 +1457,7 @@ def report_training(run, round, history, tokens, reference_tokens, parameters, s
     flops = parameters * (6 * tokens + 2 * reference_tokens)
     peak = next((p for name, p in PEAK_FLOPS.items() if name in processor()), None)
     run.log(round, "train", steps=len(history), tokens=tokens, reference_tokens=reference_tokens,
-            first_loss=first["loss"], **last, flops=flops, seconds=seconds, **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
+            first_loss=first["loss"], **last, flops=flops, seconds=seconds,
+            **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")

@@ -49,7 +49,8 @@ def dast(seeds, loss):
     for seed in seeds:
         one = run("dast.py", f"{study}-dast-{seed}", "--seed", seed, *loss)
         like = f"runs/{one.name}"
-        vanilla = run("dast.py", f"{study}-vanilla-{seed}", "--seed", seed, *loss, "--variant", "", "--draws-like", like)
+        vanilla = run("dast.py", f"{study}-vanilla-{seed}", "--seed", seed, *loss, "--variant", "", "--draws-like",
+                      like)
         sized = run("dast.py", f"{study}-sized-{seed}", "--seed", seed, *loss, "--variant", "", "--draws-like", like,
                     "--size-like", like)
         arms["base, examples in prompt"].append(correct(one, "round_0/eval_base.json"))

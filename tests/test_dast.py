@@ -137,7 +137,8 @@ def test_dpo_loss_is_the_textbook_formula(monkeypatch):
     total.backward()
     w1, l1, w2, l2 = (float(part.sum()) for part in logprobs.detach().split(batch["counts"]))
     margins = [0.3 * ((w1 + 5.0) - (l1 + 8.0)), 0.3 * ((w2 + 2.5) - (l2 + 9.0))]
-    assert weight == 2 and float(total.detach()) == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), rel=1e-12)
+    closed_form = sum(math.log1p(math.exp(-m)) for m in margins)
+    assert weight == 2 and float(total.detach()) == pytest.approx(closed_form, rel=1e-12)
     slopes = [-0.3 / (1 + math.exp(m)) for m in margins]  # of the loss, in log p of the preferred answer's tokens
     expected = [slopes[0]] * 2 + [-slopes[0]] * 3 + [slopes[1]] + [-slopes[1]] * 3
     assert logprobs.grad.tolist() == pytest.approx(expected, rel=1e-12)

@@ -8,71 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, SMOKE, TOY, launch
+from conftest import SMOKE, TOY, launch
 
 if not find_spec("vllm"):
     if os.environ.get("CI"):
         raise ImportError("CI must have vLLM's CPU build; see .ci/run")
     pytest.skip("vLLM is not installed (on a CPU: its CPU build, as .ci/run does it)", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-UPDATES = """
-import json, sys; sys.path.insert(0, {root!r})
-import torch
-import common, dast
-MODEL = sys.argv[1]
-RUN = "updates"
-SEED = 0
-WANDB = False
-ENGINE = "vllm"
-SAVE_MINUTES = 10.0
-run = common.start_run(globals())
-problems = common.load_problems({problems!r}, "train", "")[:6]
-tokenizer = common.load_tokenizer(MODEL, "zero_shot")
-examples = [common.make_example(tokenizer, "zero_shot", p, p["solution"]) for p in problems]
-
-def draw(model, phase):
-    return common.sample(run, model, problems, 2, lambda p, d: common.make_prompt(tokenizer, "zero_shot", p), round=0,
-                         phase=phase, style="zero_shot", temperature=0.7, max_new_tokens=24)
-
-def train(start, name, lr):
-    return run.once(name, lambda to: common.train(run, start, examples, dast.sft_loss, to, round=0, lr=lr, warmup=0.0,
-        epochs=2, batch_size=6, max_tokens=9999, weight_decay=0.0, clip=1.0))
-
-def everything(folder, model):
-    "Names of all parameters that differ from the files; those that the CPU build packs away by an identity matrix."
-    sent, found = dict(common.read_weights(folder)), 0
-    wrong = list(common.compare_weights(folder, model)[1])
-    for name, layer in model.named_modules():
-        if getattr(layer, "weight", None) is not None and layer.weight.numel() == 0:
-            parts = {{"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}}
-            last = name.split(".")[-1]
-            weight = torch.cat([sent[name.replace(last, p) + ".weight"] for p in parts.get(last, (last,))])
-            mine = layer.quant_method.apply(layer, torch.eye(weight.shape[1]), None).T
-            found += 1
-            wrong += [] if torch.equal(mine, weight) else [name]
-    return found, wrong
-
-def refused(model, phase):
-    try:
-        draw(model, phase)
-    except SystemExit as stop:
-        return stop.code
-    return "not noticed"
-
-first = draw(MODEL, "before")
-new = train(MODEL, "round_0/new", 1e-3)
-second = draw(new, "after")
-found, wrong = run.sampler.llm.apply_model(lambda model: everything(new, model))[0]
-small, large = train(new, "round_0/small", 5e-7), train(new, "round_0/large", 1e-3)
-common.VllmSampler._send = lambda self, folder: None  # the update that is forgotten
-common.time.sleep = lambda seconds: None
-caught = [refused(small, "small"), refused(large, "large")]
-common.compare_weights = lambda folder, model: (1, [])  # and by the log-probabilities alone
-caught.append(refused(large, "logprobs"))
-common.say("RESULT " + json.dumps(dict(found=found, wrong=wrong, caught=caught, first=first, second=second)))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +35,13 @@ def untied(tmp_path_factory):
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_new_weights_and_forgotten_ones(tmp_path, untied, head, processes):
     """After training the engine has the trainer's weights, all of them bit for bit; a skipped update stops the run."""
-    (tmp_path / "updates.py").write_text(UPDATES.format(root=str(ROOT), problems=str(TOY / "train.jsonl")))
     model = TOY / "model" if head == "tied" else untied
-    done = launch(tmp_path, tmp_path / "updates.py", model, processes=processes)
+    done = launch(tmp_path, "tests/updates.py", model, processes=processes)
     result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
     assert result["found"] == 12 and result["wrong"] == []
     assert result["caught"] == [1, 1, 1]
     assert "tensors differ" in done.stderr and "log-probabilities are not the trainer's" in done.stderr
-    assert [(r["id"], r["draw"]) for r in result["first"]] == [(r["id"], r["draw"]) for r in result["second"]]
+    assert [(r["id"], r["draw"]) for r in result["before"]] == [(r["id"], r["draw"]) for r in result["after"]]
     before, after = (json.loads(line) for line in open(tmp_path / "runs/updates/metrics.jsonl")
                      if json.loads(line)["phase"] in ("before", "after"))
     assert before["start_seconds"] > 0 and before["tensors_equal"] > 10 and "logprob_error" not in before

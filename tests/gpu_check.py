@@ -1,0 +1,206 @@
+"""Everything that needs a GPU to be checked, in one command of under ten minutes on a machine with one GPU:
+
+  python tests/gpu_check.py                             where requirements.txt is installed
+  python tests/gpu_check.py --bundle vllm.tar.xz        where there is no network: an archive of packages to unpack and
+                                                        put on the path first (vLLM 0.26.0 and what it needs)
+  python tests/gpu_check.py --only attention,step       some of the checks
+  python tests/gpu_check.py --cpu --only step,updates   how far the checks themselves go without a GPU
+
+Each check is a process of its own with a time limit, so that one that fails does not hide the others. Prints a line and
+writes gpu_check/report.json after each ($OUT/report.json where $OUT is set). Status 0 if all passed.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "tests" / "toy"
+sys.path.insert(0, str(ROOT))
+LIMITS = {"machine": 90, "attention": 60, "step": 120, "updates": 150, "toy_sft": 240, "toy_dpo": 240}  # seconds
+
+
+def machine():
+    """What is here, and whether vLLM can be imported."""
+    from importlib.metadata import version
+
+    import torch
+    import transformers
+    found = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__,
+             "transformers": transformers.__version__, "python": sys.version.split()[0], "cuda": torch.version.cuda}
+    import common  # noqa: F401  on a CPU: vLLM cannot be imported before it has seen to torchvision
+    try:
+        import vllm
+        found["vllm"] = vllm.__version__
+    except Exception as error:
+        found["vllm"] = f"{type(error).__name__}: {str(error)[:300]}"
+    return found | {"passed": not found["vllm"].count(":"), "math-verify": version("math-verify")}
+
+
+def attention():
+    """packed_attention and its gradients, bfloat16 on GPU, against float64 on CPU, sequence by sequence."""
+    import common
+    import torch
+    lengths, heads, kv_heads, size = [1, 7, 130, 64, 513], 14, 2, 64
+    total, rng = sum(lengths), torch.Generator().manual_seed(0)
+    q, k, v, up = (torch.randn(1, h, total, size, generator=rng, dtype=torch.float64)
+                   for h in (heads, kv_heads, kv_heads, heads))
+    reference, parts = [x.clone().requires_grad_() for x in (q, k, v)], []
+    for start, length in zip([sum(lengths[:i]) for i in range(len(lengths))], lengths):
+        mine = [x[:, :, start:start + length] for x in reference]
+        parts.append(torch.nn.functional.scaled_dot_product_attention(*mine, is_causal=True, enable_gqa=True))
+    expected = torch.cat(parts, 2).transpose(1, 2)
+    expected.backward(up.transpose(1, 2))
+    dtype = common.compute_dtype()
+    ours = [x.to(common.device(), dtype).requires_grad_() for x in (q, k, v)]
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=common.device())
+    out, _ = common.packed_attention(None, *ours, None, cu_seq_lens_q=starts, max_length_q=max(lengths))
+    out.backward(up.transpose(1, 2).to(common.device(), dtype))
+    errors = {name: float((mine.detach().cpu().double() - theirs).norm() / theirs.norm()) for name, mine, theirs in [
+        ("out", out, expected.detach()), *((f"d{n}", a.grad, b.grad) for n, a, b in zip("qkv", ours, reference))]}
+    return {"relative_error": errors, "passed": max(errors.values()) < (1e-2 if dtype == torch.bfloat16 else 1e-5)}
+
+
+def random_model(folder):
+    """A Qwen2 of 40 million parameters with random weights, and the toy's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    config = Qwen2Config(hidden_size=896, intermediate_size=2432, num_hidden_layers=4, num_attention_heads=14,
+                         num_key_value_heads=2, vocab_size=4096, tie_word_embeddings=True)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
+
+
+def step():
+    """Loss and gradient of the SFT and the DPO loss on a packed batch, against transformers in float64 on CPU."""
+    import common
+    import dast
+    import torch
+    from transformers import AutoModelForCausalLM
+    common.setup()
+    folder = tempfile.mkdtemp()
+    random_model(folder)
+    rng = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(4096, (n,), generator=rng).tolist()  # noqa: E731
+    pairs = [[(prompt, draw(c)), (prompt, draw(d))] for prompt, c, d in
+             [(draw(p), c, d) for p, c, d in [(90, 200, 60), (1, 5, 300), (400, 40, 41), (30, 1, 128)]]]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    rows = [(p, c, plain(torch.tensor([p + c])).logits[0].log_softmax(1)) for pair in pairs for p, c in pair]
+    exact = torch.cat([x[range(len(p) - 1, len(p + c) - 1), c] for p, c, x in rows])
+    found = {}
+    for name, loss in ("sft", dast.sft_loss), ("dpo", dast.dpo_loss):
+        network, policy, _ = common.load_for_training(folder)
+        batch = common.pack(pairs)
+        with torch.no_grad():
+            reference = common.sequence_logprobs(policy(batch), batch)
+        first = float(loss(policy(batch), batch | {"reference": reference})[0]) / (4 if name == "dpo" else 1)
+        offset = torch.linspace(-20, 20, 8)  # some reference that is not the policy
+        total, weight, _ = loss(policy(batch), batch | {"reference": reference + offset.to(reference)})
+        (total / weight).backward()
+        whole = {"counts": batch["counts"], "example": batch["example"], "targets": batch["targets"]}
+        plain.zero_grad()
+        theirs = common.sequence_logprobs(exact, whole).detach() + offset.double()
+        expected, weight, _ = loss(exact, whole | {"reference": theirs})
+        (expected / weight).backward(retain_graph=True)
+        gradients = {n: p.grad for n, p in plain.named_parameters()}
+        mine = {n: p.grad.full_tensor().cpu().double() for n, p in network.named_parameters()}
+        distance = sum((mine[n] - g).square().sum() for n, g in gradients.items()).sqrt()
+        norm = sum(g.square().sum() for g in gradients.values()).sqrt()
+        found[name] = {"loss": float(total.detach()) / weight, "float64": float(expected.detach()) / weight,
+                       "gradient_error": float(distance / norm)}
+        if name == "dpo":
+            found["dpo"]["first_loss"] = first  # ln 2 = 0.6931472
+    errors = [abs(f["loss"] / f["float64"] - 1) for f in found.values()]
+    bounds = (1e-2, 5e-2) if common.compute_dtype() == torch.bfloat16 else (1e-5, 1e-4)
+    return found | {"passed": max(errors) < bounds[0] and abs(found["dpo"]["first_loss"] - 0.69314718) < 1e-6
+                    and max(f["gradient_error"] for f in found.values()) < bounds[1]}
+
+
+def run_script(folder, *command):
+    """A script in a folder of its own: (status, what it printed, seconds)."""
+    began = time.time()
+    (folder / "tests").symlink_to(ROOT / "tests")
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
+    print(done.stdout, done.stderr, file=sys.stderr)
+    logs = "".join(f.read_text()[-1500:] for f in folder.glob("runs/*/vllm-*.log")) if done.returncode else ""
+    return done.returncode, done.stdout + done.stderr + logs, time.time() - began
+
+
+def updates():
+    """The toy through real vLLM: sleep, new weights, the self-test, and three forgotten updates that must be caught."""
+    folder = Path(tempfile.mkdtemp())
+    status, said, seconds = run_script(folder, ROOT / "tests" / "updates.py", TOY / "model")
+    result = next((json.loads(line[7:]) for line in said.splitlines() if line.startswith("RESULT ")), None)
+    if result is None:
+        return {"passed": False, "status": status, "said": said[-3000:]}
+    metrics = [json.loads(line) for line in open(folder / "runs/updates/metrics.jsonl")]
+    return {"passed": result["caught"] == [1, 1, 1] and not result["wrong"], "caught": result["caught"],
+            "asleep": re.findall(r"vLLM sleeps.*", said), "seconds": seconds,
+            "engine": [{k: m[k] for k in m if k.endswith("_seconds") or k in ("tensors_equal", "logprob_error")}
+                       for m in metrics if m["phase"] in ("before", "after")]}
+
+
+def toy(loss):
+    """`dast.py --toy` whole: on a GPU by vLLM in bfloat16, with sleep and new weights four times."""
+    folder = Path(tempfile.mkdtemp())
+    status, said, seconds = run_script(folder, ROOT / "dast.py", "--toy", "--loss", loss)
+    if status:
+        return {"passed": False, "status": status, "said": said[-3000:]}
+    run = folder / "runs" / "dast-0"
+    scores = {path.parent.name: json.loads(path.read_text())["accuracy"] for path in sorted(run.glob("*/eval.json"))}
+    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    return {"passed": scores["round_3"] > scores["round_0"], "accuracy": scores, "seconds": seconds,
+            "starts": sum("start_seconds" in m for m in metrics), "asleep": re.findall(r"vLLM sleeps.*", said),
+            "phases": [{k: v for k, v in m.items() if k.endswith("seconds") or k in (
+                "round", "phase", "mfu", "spent_tokens", "logprob_error", "tensors_equal")} for m in metrics]}
+
+
+CHECKS = {"machine": machine, "attention": attention, "step": step, "updates": updates,
+          "toy_sft": lambda: toy("sft"), "toy_dpo": lambda: toy("dpo")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", help="an archive of packages, unpacked and put on the path")
+    parser.add_argument("--only", default=",".join(CHECKS), help="names of checks, comma-separated")
+    parser.add_argument("--cpu", action="store_true", help="without a GPU, which is not what this is for")
+    parser.add_argument("--check", choices=CHECKS, help="one check in this process; its result is the last line")
+    arguments = parser.parse_args()
+    if arguments.check:
+        print(json.dumps(CHECKS[arguments.check]()))
+        return
+    environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    if arguments.bundle:
+        site = tempfile.mkdtemp()
+        subprocess.run(["tar", "xf", arguments.bundle, "-C", site], check=True)
+        environment["PYTHONPATH"] = site
+    folder = Path(os.environ.get("OUT", ROOT / "gpu_check"))
+    folder.mkdir(exist_ok=True)
+    report = {}
+    for name in arguments.only.split(","):
+        began = time.time()
+        try:
+            done = subprocess.run([sys.executable, __file__, "--check", name], cwd=ROOT, capture_output=True, text=True,
+                                  timeout=LIMITS[name] * (10 if arguments.cpu else 1), env=environment)
+            (folder / f"{name}.log").write_text(done.stderr)
+            report[name] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {
+                "passed": False, "status": done.returncode, "said": done.stderr[-3000:]}
+        except subprocess.TimeoutExpired as error:
+            (folder / f"{name}.log").write_bytes(error.stderr or b"")
+            report[name] = {"passed": False, "said": f"not done after {error.timeout} s"}
+        if name == "machine" and not report[name].get("gpu") and not arguments.cpu:
+            sys.exit(f"no GPU here: {report[name]}")
+        report[name]["wall"] = round(time.time() - began, 1)
+        print(f"{'passed' if report[name]['passed'] else 'FAILED'}  {name:<10} {json.dumps(report[name])}", flush=True)
+        (folder / "report.json").write_text(json.dumps(report, indent=1))
+    sys.exit(not all(check["passed"] for check in report.values()))
+
+
+if __name__ == "__main__":
+    main()
