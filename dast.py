@@ -78,7 +78,7 @@ ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GP
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
 GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
 MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result (ours)
-SAVE_MINUTES = 10.0  # between two saves in the midst of training; 0 is after each step (ours)
+SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
 WANDB = False  # log to Weights & Biases too (ours)
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=200,

@@ -2,6 +2,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,22 @@ def test_records_of_every_form(alone, tmp_path, capsys):
         {"id": f"{folder}/p/6", "problem": "m", "answer": "\\frac{1}{2}", "kind": "math", "level": 5,
          "tags": ["Algebra"], "solution": "First \\boxed{1}, so \\boxed{\\frac{1}{2}}."}]
     assert "1 problem with an empty answer dropped" in capsys.readouterr().out
+
+
+def test_a_name_on_the_hub_is_its_folder_here(alone, tmp_path, monkeypatch, capsys):
+    """As the Hub's client leaves it; without network, a name that was never fetched is one clear line."""
+    import huggingface_hub.constants as hub
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "models--acme--tiny" / "snapshots" / ("0" * 40)
+    shutil.copytree(TOY / "model", snapshot)
+    (tmp_path / "models--acme--tiny" / "refs").mkdir()
+    (tmp_path / "models--acme--tiny" / "refs" / "main").write_text("0" * 40)
+    assert alone.local_folder("acme/tiny") == str(snapshot) and alone.local_folder(TOY) == str(TOY)
+    assert alone.load_tokenizer("acme/tiny", "chat").eos_token == "<|endoftext|>"
+    with pytest.raises(SystemExit):
+        alone.local_folder("acme/other")
+    assert "acme/other: no such folder here, and not to be had from the Hub" in capsys.readouterr().err
 
 
 def test_a_limit_takes_the_same_random_problems_every_time(alone):

@@ -301,8 +301,15 @@ def test_dpo(finished, copy_of):
     # and once more, killed in its second step: the reference is not computed again, and the result is the same
     left = killed(copy_of, "dast", "scale_and_clip:2", *flags, "--run", "again", processes=2)
     assert {"round_1-reference.json", "round_1-step_0000001"} <= set(left)
+    shutil.copytree(copy_of / "runs" / "again", copy_of / "runs" / "alone")
     launch(copy_of, "dast.py", *flags, "--run", "again", processes=2)
     assert files(run) == files(copy_of / "runs" / "again")
+    # what two processes have saved, one process loads: the step where it went on is done by it alone
+    done = launch(copy_of, "dast.py", *flags, "--run", "alone")
+    assert "training goes on after step 1" in done.stdout
+    a, b = (load_file(copy_of / "runs" / name / "round_1/model/model.safetensors") for name in ("dpo", "alone"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_variants(finished, copy_of):
