@@ -15,7 +15,7 @@ Records are JSON lines:
 A run folder:
   runs/<name>/constants.json, metrics.jsonl, the source files
   runs/<name>/round_<t>/*.jsonl, model/, eval.json
-  runs/<name>/unfinished/    what the phase at work has so far; emptied when it ends
+  runs/<name>/unfinished/    what the phase at work has so far; gone when it ends
 
 Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden size, V vocabulary.
 """
@@ -40,6 +40,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -200,6 +201,11 @@ def fail(message, status=1):
     sys.exit(status)
 
 
+def lines_of(error):
+    """What an exception says, as lines; there is at least one."""
+    return str(error).strip().splitlines() or [repr(error)]
+
+
 def start_run(g, *problem_sets):
     """Join the other processes, open the run folder that a script's constants name, print the header; the Run.
 
@@ -247,7 +253,7 @@ def start_run(g, *problem_sets):
 def fingerprint(model):
     """Something that changes when the weights in a folder do: sizes and both ends of its files."""
     digest = hashlib.sha256()
-    for path in sorted(Path(model).glob("*.safetensors")):
+    for path in weight_files(model):
         with open(path, "rb") as file:
             digest.update(file.read(1 << 20))
             file.seek(max(0, size := path.stat().st_size) - min(size, 1 << 20))
@@ -278,6 +284,7 @@ def _describe(folder, script, constants, new):
         elif copy.read_bytes() != source.read_bytes():
             say(f"warning: {source.name} has changed since {folder} was started")
     if new:
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)  # of a run with other constants, perhaps
         commit = subprocess.run("git rev-parse HEAD", cwd=script.resolve().parent, shell=True, capture_output=True)
         write(folder / "constants.json", {
             "constants": constants, "command": sys.argv, "git": commit.stdout.decode()[:40], "processes": world_size(),
@@ -305,8 +312,8 @@ class Run:
             try:
                 self._make(path, make, is_file)
             except (OSError, SafetensorError, CheckpointException) as error:
-                fail(f"{path} could not be made: {str(error).strip().splitlines()[-1]}; what is finished stays, so "
-                     "mend that and run the same command again")
+                fail(f"{path} could not be made: {lines_of(error)[-1]}; what is finished stays, so mend that and run "
+                     "the same command again")
             barrier()
         return read(path) if is_file else str(path)
 
@@ -342,7 +349,10 @@ class Run:
         else:
             self.metrics.append(line)
         if rank() == 0:
-            write(self.folder / "metrics.jsonl", self.metrics)
+            try:
+                write(self.folder / "metrics.jsonl", self.metrics)
+            except OSError as error:
+                fail(f"{self.folder}/metrics.jsonl: {error.strerror}; mend that and run the same command again")
             if self.wandb:
                 self.wandb.log({"round": round, **{f"{phase}/{name}": value for name, value in values.items()}})
 
@@ -361,30 +371,17 @@ def read(path):
             fail(f"{path} is damaged ({error}); remove it and what was made after it, then run the command again")
 
 
-def read_what_is_whole(path):
-    """The records of a .jsonl file that a killed process may have left: lines that are cut short are passed over."""
-    records = []
-    with open(path) as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-    return records
-
-
 def write(path, value):
     """Write what `read` reads, under another name, flushed, then renamed: a file is whole or not there."""
     half = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(half, "w") as file:
-            lines = map(json.dumps, value) if path.suffix == ".jsonl" else [json.dumps(value, indent=1)]
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        half.rename(path)
-        flush(path.parent)
-    except OSError as error:
-        fail(f"{path}: {error.strerror}; what is finished stays, so mend that and run the same command again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(half, "w") as file:
+        lines = map(json.dumps, value) if path.suffix == ".jsonl" else [json.dumps(value, indent=1)]
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    half.rename(path)
+    flush(path.parent)
 
 
 def flush(path):
@@ -398,6 +395,7 @@ def flush(path):
 # 2. Processes: the same under torchrun and plain python
 
 _shared = None  # a key-value store that all processes see
+_counters = itertools.count()  # in it: all processes open them in the same order
 
 
 def setup():
@@ -435,6 +433,13 @@ def say(text=""):
     """Print, on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(text, flush=True)
+
+
+def claims(n):
+    """Those of the numbers below n that this process gets: each goes to whoever asks next, so nobody waits for work."""
+    counter = f"claims/{next(_counters)}"
+    while (number := _shared.add(counter, 1) - 1) < n:
+        yield number
 
 
 def barrier():
@@ -548,6 +553,7 @@ def read_problem(record):
     return problem
 
 
+@functools.cache  # what the Hub has under a name may change; a run stays with what it began with
 def local_folder(model):
     """The folder of a model: itself, or where the files of that name on the Hub lie, downloaded if need be."""
     if Path(model).is_dir():
@@ -555,21 +561,27 @@ def local_folder(model):
     try:
         return snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])
     except Exception as error:  # no network, no such name, no leave: the Hub's client raises many kinds
-        fail(f"{model}: no such folder here, and not to be had from the Hub: {str(error).strip().splitlines()[0]}")
+        fail(f"{model}: no such folder here, and not to be had from the Hub: {lines_of(error)[0]}")
+
+
+def weight_files(folder):
+    """The safetensors files of a model, as its index says where it has one: a folder may hold the weights twice."""
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.exists():
+        return [Path(folder) / name for name in sorted(set(read(index)["weight_map"].values()))]
+    return sorted(Path(folder).glob("*.safetensors"))
 
 
 def check_weights(folder):
-    """End the program unless the safetensors files in a model's folder are all there and whole (by their headers)."""
-    paths, index = sorted(Path(folder).glob("*.safetensors")), Path(folder) / "model.safetensors.index.json"
-    if index.exists():
-        paths = [Path(folder) / name for name in sorted(set(read(index)["weight_map"].values()))]
+    """End the program unless the safetensors files of a model are all there and whole (by their headers)."""
+    paths = weight_files(folder)
     if not paths:
         fail(f"{folder}: no *.safetensors in it (weights in other formats can run code, and are not read)")
     for path in paths:
         try:
             safe_open(path, "pt").__enter__()
         except (OSError, SafetensorError) as error:
-            fail(f"{path} is damaged or missing ({str(error).splitlines()[0]}); bring it again, or remove the folder "
+            fail(f"{path} is damaged or missing ({lines_of(error)[0]}); bring it again, or remove the folder "
                  "if a run made it, and what was made after it")
 
 
@@ -583,7 +595,7 @@ def load_tokenizer(model, prompt):
         if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
             raise ValueError("there is no tokenizer in it")
     except (OSError, ValueError) as error:
-        fail(f"{model}: {str(error).strip().splitlines()[0]}")
+        fail(f"{model}: {lines_of(error)[0]}")
     if prompt == "chat" and not tokenizer.chat_template:
         fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
     return tokenizer
@@ -641,11 +653,18 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **
     model = local_folder(model)
     check_weights(model)
     sampler.read_tokenizer(model, **settings)
-    for problem in sorted(problems, key=lambda p: -len(prompt(p, 0)))[:GROUP]:
-        sampler.prompt_ids(problem, prompt(problem, 0))  # before the model is loaded; the others when their turn comes
+    longest = sorted(problems, key=lambda p: -len(prompt(p, 0)))[:GROUP]  # the other prompts when their turn comes
+    for problem in longest:
+        sampler.prompt_ids(problem, prompt(problem, 0))
+    gc.collect()  # what training had on the GPU: its graph's last pieces refer to one another
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
     loading = sampler.load(model)
+    for problem in longest:  # once more: an engine may have room for less than the model could take
+        sampler.prompt_ids(problem, prompt(problem, 0))
     work = Draws(run, problems, draws, prompt, enough, round, phase)
     with bar(sum(work.draws), f"round {round} {phase}") as work.progress:
+        work.progress.update(len(work.answers))
         sampler.answer(work)
     work.file.close()
     costs, seconds = work.costs(), time.time() - work.began
@@ -675,16 +694,17 @@ class Draws:
         self.cancelled = Counter(cancelled=0, tokens=0, prompt_tokens=0)
         self.checker.verdicts.clear()
         self.place, self.began = {p["id"]: i for i, p in enumerate(problems)}, time.time()
-        name = f"round_{round}-{phase}-{{}}.jsonl"
+        name = f"round_{round}-{phase}@{{}}.jsonl"
         for path in sorted(run.unfinished.glob(name.format("*"))):
-            for answer in read_what_is_whole(path):
-                self.put(answer)
-                self.began = min(self.began, time.time() - answer["at"])
+            for line in open(path):
+                with contextlib.suppress(ValueError):  # a line that a kill cut short
+                    answer = json.loads(line)
+                    self.put(answer)
+                    self.began = min(self.began, time.time() - answer["at"])
         barrier()  # everybody has read before anybody writes on
         run.unfinished.mkdir(parents=True, exist_ok=True)
         self.file = open(run.unfinished / name.format(rank()), "a")
-        self.file.write("\n")  # behind a line that a kill cut short
-        self.kept, self.counter = len(self.answers), f"answered/{round}/{phase}"
+        self.file.write("\n")  # behind such a line
 
     def wave(self, i, number):
         """The draws of problem i in a wave: a range, empty where it has enough before it."""
@@ -712,9 +732,7 @@ class Draws:
                 waiting.append((answer, verdict))
         self.pending = waiting
         self.file.flush()
-        if settled:  # by all processes together
-            self.progress.n = self.kept + _shared.add(self.counter, len(settled))
-            self.progress.refresh()
+        self.progress.update(len(settled) * world_size())  # the others are about as far
         return settled
 
     def put(self, answer):
@@ -755,7 +773,6 @@ class Sampler:
 
     def __init__(self, run):
         self.folder = self.model = None
-        self.counters = itertools.count()
 
     def read_tokenizer(self, folder, style, max_new_tokens, **sampling):
         """Prepare for a phase with these settings: what both engines share."""
@@ -772,7 +789,7 @@ class Sampler:
         ids = encode(self.tokenizer, text)
         if len(ids) + self.max_new_tokens > self.context:
             fail(f"the prompt of {problem['id']} has {len(ids):,} tokens; with --max-new-tokens "
-                 f"{self.max_new_tokens} it exceeds the model's context of {self.context:,}; shorten either (--shots)")
+                 f"{self.max_new_tokens} it exceeds the context of {self.context:,}; shorten either (--shots)")
         return ids
 
     def load(self, folder):
@@ -790,11 +807,7 @@ class Sampler:
         self.model = None
         if device().type == "cuda":
             torch.cuda.empty_cache()
-
-    def claims(self):
-        """Numbers from 0 on, each of which goes to one process only: whoever is free takes the next piece of work."""
-        counter = f"sample/{next(self.counters)}"
-        return iter(lambda: _shared.add(counter, 1) - 1, -1)
+        return {}
 
     def answer(self, work):
         """Have all draws of `work` answered, one wave of all problems after the other. A group draws from one
@@ -807,9 +820,7 @@ class Sampler:
             order = sorted(requests, key=lambda r: (len(ids[r]), r))  # neighbours in length: little padding
             groups = [order[at:at + GROUP] for at in range(0, len(order), GROUP)]
             groups = [group for group in groups if not all(request in work.answers for request in group)]
-            for g in self.claims():
-                if g >= len(groups):
-                    break
+            for g in claims(len(groups)):
                 torch.manual_seed(work.seed(*groups[g][0]))
                 for (i, d), answer in zip(groups[g], self._generate([ids[request] for request in groups[g]])):
                     work.check(i, d, len(ids[i, d]), *answer)
@@ -849,16 +860,21 @@ class VllmSampler(Sampler):
         if folder == self.folder and self.awake:
             return {}
         began, built, self.folder = time.time(), self.llm is None, None
-        try:
-            with output_to(self.log):
-                self._build(folder) if built else self._send(folder)
-        except Exception as error:  # whatever an engine may raise: its log has the whole story
-            fail(f"vLLM does not {'start' if built else 'take the weights of ' + folder}: "
-                 f"{(str(error).strip() or repr(error)).splitlines()[0]}; see {self.log}")
+        self._do("start" if built else f"take the weights of {folder}", self._build if built else self._send, folder)
         sent = time.time()
         tested = self._test(folder)
         self.folder, self.awake = folder, True
         return {"start_seconds" if built else "load_seconds": sent - began, "test_seconds": time.time() - sent} | tested
+
+    def _do(self, what, action, *arguments):
+        """Let the engine do something, with all that it prints in its log; if it cannot, the program ends."""
+        with output_to(self.log):
+            try:
+                return action(*arguments)
+            except Exception as error:  # an engine may raise anything
+                traceback.print_exc()
+                reason = lines_of(error)[0]
+        fail(f"vLLM does not {what}: {reason}; see {self.log}")
 
     def _build(self, folder):
         # What vLLM does to its process: it reseeds the global generators (nobody here draws from them unseeded) and
@@ -902,40 +918,40 @@ class VllmSampler(Sampler):
         if wrong or not compared:
             fail(f"vLLM does not have the weights of {folder}: {len(wrong)} of {compared} tensors differ {wrong[:1]}")
         self.parameters, path = sum(t.numel() for n, t in read_weights(folder, tied=False)), Path(folder) / ROW
+        self.context = min(self.context, self.llm.llm_engine.model_config.max_model_len)
         if not path.exists():
             return {"tensors_equal": compared}
-        tokens, trainers = (read(path)[key] for key in ("tokens", "logprobs"))
+        tokens, trainers, exact = (read(path)[key] for key in ("tokens", "logprobs", "exact"))
         with torch.compiler.set_stance("force_eager" if device().type == "cpu" else "default"):  # saves 5-20 s
             [output] = self.llm.generate({"prompt_token_ids": tokens}, use_tqdm=False,
                                          sampling_params=self.parameters_of(max_tokens=1, prompt_logprobs=0))
         mine = [candidates[t].logprob for t, candidates in zip(tokens[1:], output.prompt_logprobs[1:])]
         error = np.abs(np.subtract(mine, trainers))
-        if not (error.mean() <= 0.03 if compute_dtype() == torch.bfloat16 else error.max() <= 1e-4):
+        exact = exact and compute_dtype() == torch.float32  # else bfloat16 was in it, to compute with or to save
+        if not (error.max() <= 1e-4 if exact else error.mean() <= 0.03):
             fail(f"vLLM's log-probabilities are not the trainer's of {folder}: up to {error.max():.2g} off")
         return {"tensors_equal": compared, "logprob_error": float(error.max())}
 
     def sleep(self):
-        if self.awake and device().type == "cuda":
-            self.llm.sleep(level=2)  # frees the weights too: the next load sends new ones
-            free, total = torch.cuda.mem_get_info()
-            say(f"  vLLM sleeps; {(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB of the GPU are still taken")
-        self.awake = False
+        awake, self.awake = self.awake, False
+        if not awake or device().type != "cuda":
+            return {}
+        self._do("sleep", self.llm.sleep, 2)  # frees the weights too: the next load sends new ones
+        free, total = (number / 2**30 for number in torch.cuda.mem_get_info())
+        say(f"  vLLM sleeps; {total - free:.1f} of {total:.0f} GiB of the GPU are still taken"
+            + ", which training will miss" * (total - free > 0.1 * total))
+        return {"asleep_gib": total - free}
 
     def answer(self, work):
         """Have all draws of `work` answered. A process takes a problem when it has room for more requests, and sees to
         all its waves; checking goes on meanwhile."""
         torch.set_num_threads(threads_per_process())
-        engine, claims = self.llm.llm_engine, self.claims()
-        self.context = min(self.context, engine.model_config.max_model_len)
+        engine, problems = self.llm.llm_engine, claims(len(work.problems))
         room = min(IN_FLIGHT, math.ceil(sum(work.draws) / world_size()))
-        flying, awaited, waves = {}, {}, Counter()  # {request: vLLM's name of it}, {problem: its open draws}
-        left = True
+        flying, waves = {}, Counter()  # {(i, draw): vLLM's name of the request}, {i: its next wave}
         while True:
-            while left and len(flying) < room:
-                i = next(claims)
-                left = i < len(work.problems)
-                if left:
-                    self._request(work, i, flying, awaited, waves)
+            while len(flying) < room and (i := next(problems, None)) is not None:
+                self._request(work, i, flying, waves)
             if not flying and not work.pending:
                 break
             for output in engine.step() if flying else ():
@@ -945,28 +961,28 @@ class VllmSampler(Sampler):
                     answer = output.outputs[0]
                     work.check(i, d, len(output.prompt_token_ids), len(answer.token_ids), answer.text.strip(),
                                answer.finish_reason)
-            for i, d in work.settle():
-                awaited[i].discard(d)
+            for i, _ in work.settle():
+                wave = [(i, d) for d in work.wave(i, waves[i] - 1)]
                 if work.done[i]:
-                    self._cancel(work, [(i, d) for d in awaited[i] if (i, d) in flying], flying)
-                elif not awaited[i]:
-                    self._request(work, i, flying, awaited, waves)
+                    self._cancel(work, [request for request in wave if request in flying], flying)
+                elif all(request in work.answers for request in wave):
+                    self._request(work, i, flying, waves)
             if not flying and work.pending:
                 time.sleep(0.001)
         work.exchange()
 
-    def _request(self, work, i, flying, awaited, waves):
+    def _request(self, work, i, flying, waves):
         """Ask for the draws of problem i's next wave that has unanswered ones."""
-        while draws := work.wave(i, waves[i]):
+        while not work.done[i] and (wave := work.wave(i, waves[i])):
             waves[i] += 1
-            awaited[i] = {d for d in draws if (i, d) not in work.answers}
-            for d in awaited[i]:
+            due = [d for d in wave if (i, d) not in work.answers]
+            for d in due:
                 seed = work.seed(i, d) if self.sampling["temperature"] > 0 else None
                 flying[i, d] = self.llm.llm_engine.add_request(
                     f"{i}/{d}", {"prompt_token_ids": self.prompt_ids(*work.prompt(i, d))}, self.parameters_of(
                         max_tokens=self.max_new_tokens, seed=seed, stop=self.stops, stop_token_ids=self.ends,
                         **self.sampling))
-            if awaited[i]:
+            if due:
                 return
 
     def _cancel(self, work, requests, flying):
@@ -975,7 +991,7 @@ class VllmSampler(Sampler):
         for request in requests:
             state = states[flying.pop(request)]
             work.cancelled.update(cancelled=1, tokens=state.detokenizer.num_output_tokens(),
-                                  prompt_tokens=state.prompt_len)
+                                  prompt_tokens=0 if state.is_prefilling else state.prompt_len)
         self.llm.llm_engine.abort_request([f"{i}/{d}" for i, d in requests])
 
 
@@ -983,7 +999,7 @@ def read_weights(folder, tied=True):
     """(name, tensor) of everything in a folder's safetensors files, and of a tied head, which is in none of them:
     without it vLLM's CPU build goes on with the old one, silently."""
     embedding = None
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():
                 tensor = file.get_tensor(name)
@@ -1255,8 +1271,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
     AdamW; lr rises linearly over the warm-up's share of the steps, then falls as a half cosine; all in float32 but the
     compute on GPU. A loss or gradient that is not finite ends the program. Goes on where a killed run was.
     """
-    if run.sampler:
-        run.sampler.sleep()
+    slept = run.sampler.sleep() if run.sampler else {}
     torch.set_num_threads(threads_per_process())
     model = local_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -1295,27 +1310,22 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
                 progress.save()
             shown.set_postfix(loss=f"{sums['loss'] / sums['weight']:.3f}", norm=f"{norm:.2f}")
             shown.update(len(progress.history) - shown.n)
-    save_model(network, tokenizer, dtype, folder, row_logprobs(policy, tokenized[0][0]))
-    report_training(run, round, progress.history, sum(lengths) * epochs, sum(lengths) * bool(reference),
-                    count_parameters(network), progress.seconds())
-    del network, policy, optimizer, progress
-    gc.collect()  # FSDP's hooks refer to one another in circles
-    if device().type == "cuda":
-        torch.cuda.empty_cache()
+    row = row_logprobs(policy, max((sequence for e in tokenized for sequence in e), key=lambda s: len(s[0] + s[1])))
+    save_model(network, tokenizer, dtype, folder, row | {"exact": dtype == compute_dtype() == torch.float32})
+    report_training(run, round, progress, sum(lengths) * epochs, sum(lengths) * reference, count_parameters(network),
+                    slept)
 
 
 class Progress:
     """What a training keeps in unfinished/, every SAVE_MINUTES, so that a killed one goes on: weights and AdamW's state
-    in shards that load at another number of processes, the losses so far, and the reference's log-probabilities."""
+    in shards that load at another number of processes (12 bytes a parameter, twice while it saves), the losses so far,
+    and the reference's log-probabilities."""
 
     def __init__(self, run, round, policy, optimizer):
         self.folder, self.name = run.unfinished, f"round_{round}-{{}}"
         self.policy, self.optimizer, self.history = policy, optimizer, []
         self.minutes, self.began = run.constants["SAVE_MINUTES"], time.time()
         self.saved = self.began
-
-    def seconds(self):
-        return time.time() - self.began
 
     def due(self):
         """1 if it is time to save; rank 0's clock decides."""
@@ -1328,7 +1338,7 @@ class Progress:
         model, optimizer = get_state_dict(self.policy, self.optimizer)
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=half)
         if rank() == 0:
-            write(half / "progress.json", {"history": self.history, "seconds": self.seconds()})
+            write(half / "progress.json", {"history": self.history, "seconds": time.time() - self.began})
             half.rename(path)
             for older in self.folder.glob(self.name.format("step_*")):
                 if older != path:
@@ -1450,14 +1460,15 @@ def count_parameters(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def report_training(run, round, history, tokens, reference_tokens, parameters, seconds):
+def report_training(run, round, progress, tokens, reference_tokens, parameters, more):
     """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
+    history, seconds = progress.history, time.time() - progress.began
     first, last = ({name: step[name] / step["weight"] for name in step if name != "weight"}
                    for step in (history[0], history[-1]))
     flops = parameters * (6 * tokens + 2 * reference_tokens)
     peak = next((p for name, p in PEAK_FLOPS.items() if name in processor()), None)
     run.log(round, "train", steps=len(history), tokens=tokens, reference_tokens=reference_tokens,
-            first_loss=first["loss"], **last, flops=flops, seconds=seconds,
+            first_loss=first["loss"], **last, flops=flops, seconds=seconds, **more,
             **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")

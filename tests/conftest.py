@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact is exact on CPU; tests/gpu_check.py will be for the GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact is exact on CPU; tests/gpu_check.py is for the GPU
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy"
 SHARED = ROOT.parent / "shared"

@@ -143,8 +143,8 @@ def killed(folder, script, place, *flags, processes=0):
 
 
 @pytest.mark.parametrize("place, left", [
-    ("Sampler._generate:4", "round_1-sample-0.jsonl"),  # sampling: a wave has been generated, and not checked
-    ("Draws.put:60", "round_1-sample-0.jsonl"),  # checking: some verdicts are there
+    ("Sampler._generate:4", "round_1-sample@0.jsonl"),  # sampling: a wave has been generated, and not checked
+    ("Draws.put:60", "round_1-sample@0.jsonl"),  # checking: some verdicts are there
     ("scale_and_clip:2", "round_1-step_0000001"),  # training: in the second step
     ("Progress.save:2", "round_1-step_0000002"),  # just saved
     ("save_model:1", "round_1-step_0000006"),  # the new model is written, and not yet renamed

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import SMOKE, TOY, launch
+from test_runs import killed
 
 if not find_spec("vllm"):
     if os.environ.get("CI"):
@@ -31,45 +32,51 @@ def untied(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("head", ["tied", "untied"])
+TEXTS = {}  # of what was drawn before training, by model
+
+
+@pytest.mark.parametrize("head, processes", [("tied", 1), ("tied", 2), ("untied", 1), ("untied", 2), ("bfloat16", 1)])
 def test_new_weights_and_forgotten_ones(tmp_path, untied, head, processes):
     """After training the engine has the trainer's weights, all of them bit for bit; a skipped update stops the run."""
-    model = TOY / "model" if head == "tied" else untied
+    model = untied if head == "untied" else TOY / "model"
+    if head == "bfloat16":  # saved so, and trained and sampled in float32
+        model = tmp_path / "half"
+        shutil.copytree(TOY / "model", model)
+        weights = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     done = launch(tmp_path, "tests/updates.py", model, processes=processes)
     result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
-    assert result["found"] == 12 and result["wrong"] == []
+    assert result["same"] and result["found"] == 12 and result["wrong"] == []
     assert result["caught"] == [1, 1, 1]
     assert "tensors differ" in done.stderr and "log-probabilities are not the trainer's" in done.stderr
-    assert [(r["id"], r["draw"]) for r in result["before"]] == [(r["id"], r["draw"]) for r in result["after"]]
+    assert result["before"] != result["after"]
+    texts = [r["text"] for r in result["before"]]  # at another number of processes: nearly all the same
+    assert sum(a == b for a, b in zip(texts, TEXTS.setdefault(head, texts))) >= 11 and len(texts) == 12
     before, after = (json.loads(line) for line in open(tmp_path / "runs/updates/metrics.jsonl")
                      if json.loads(line)["phase"] in ("before", "after"))
     assert before["start_seconds"] > 0 and before["tensors_equal"] > 10 and "logprob_error" not in before
-    assert "start_seconds" not in after and after["load_seconds"] > 0 and after["logprob_error"] <= 1e-4
+    assert "start_seconds" not in after and after["load_seconds"] > 0
+    assert after["logprob_error"] <= (0.1 if head == "bfloat16" else 1e-4)
 
 
-def test_the_whole_loop_under_vllm(finished, tmp_path):
-    """Same requests as under transformers, one engine for the whole run, and the same decisions from one record."""
-    done = launch(tmp_path, "dast.py", *SMOKE, "--engine", "vllm", "--run", "v", "--rounds", "2")
-    run, other = tmp_path / "runs" / "v", finished / "runs" / "one"
+def test_the_whole_loop_under_vllm(tmp_path):
+    """Killed while the first answers are checked, and run again: one engine for the whole run, nothing asked twice."""
+    left = killed(tmp_path, "dast", "Draws.put:30", *SMOKE, "--engine", "vllm", "--run", "v")
+    assert left == ["round_0-probe@0.jsonl"]
+    kept = [json.loads(line) for line in open(tmp_path / "runs/v/unfinished" / left[0]) if line.endswith("}\n")]
+    done = launch(tmp_path, "dast.py", *SMOKE, "--engine", "vllm", "--run", "v")
+    run = tmp_path / "runs" / "v"
     assert done.stderr == "" and "INFO" not in done.stdout and "sampler  vllm" in done.stdout
     metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
     assert [m["phase"] for m in metrics if "start_seconds" in m] == ["probe"]  # never again
-    assert [(m["round"], m["phase"]) for m in metrics if "load_seconds" in m] == [(0, "eval"), (1, "eval"), (2, "eval")]
+    assert [(m["round"], m["phase"]) for m in metrics if "load_seconds" in m] == [(0, "eval"), (1, "eval")]
     assert all(m["logprob_error"] <= 1e-4 for m in metrics if "load_seconds" in m)
-    for t in (1, 2):
-        for s in map(json.loads, open(run / f"round_{t}" / "selection.jsonl")):
-            firsts = [d for d, k in enumerate(s["outcomes"]) if k and k not in s["outcomes"][:d]]
-            assert s["chosen"] == firsts and len(firsts) <= s["target"] and len(s["outcomes"]) <= s["budget"]
-            assert len(firsts) < s["target"] or firsts[-1] == len(s["outcomes"]) - 1  # later draws are not recorded
-    keys = [[(r["id"], r["draw"]) for r in map(json.loads, open(folder / "round_0" / "probe.jsonl"))]
-            for folder in (run, other)]
-    assert keys[0] == keys[1]
-    replay = tmp_path / "runs" / "replay"  # the decisions from transformers' answers
-    for name in ("round_0/probe.jsonl", "round_1/responses.jsonl"):
-        (replay / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(other / name, replay / name)
-    shutil.copytree(other / "round_0/model", replay / "round_0/model")
-    launch(tmp_path, "dast.py", *SMOKE, "--engine", "vllm", "--run", "replay")
-    for name in ("round_1/selection.jsonl", "round_1/train.jsonl"):
-        assert (replay / name).read_bytes() == (other / name).read_bytes()
+    for s in map(json.loads, open(run / "round_1" / "selection.jsonl")):
+        firsts = [d for d, k in enumerate(s["outcomes"]) if k and k not in s["outcomes"][:d]]
+        assert s["chosen"] == firsts and len(firsts) <= s["target"] and len(s["outcomes"]) <= s["budget"]
+        assert len(firsts) < s["target"] or firsts[-1] == len(s["outcomes"]) - 1  # later draws are not recorded
+    probe = {(r["id"], r["draw"]): r for r in map(json.loads, open(run / "round_0" / "probe.jsonl"))}
+    assert len(probe) == 54 and 0 < len(kept) < 54
+    assert all(probe[r["id"], r["draw"]]["text"] == r["text"] for r in kept)

@@ -3,6 +3,7 @@
   python tests/updates.py MODEL        in an empty folder; prints one line, RESULT and JSON
 """
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,6 +48,30 @@ def packed_away(folder, model):
     return found, wrong
 
 
+def same_requests():
+    """Whether vLLM is asked what transformers is asked: the same prompts, a group's seed that of its first request."""
+    asked, groups = {}, []
+    engine, request, generate = run.sampler.llm.llm_engine, run.sampler.llm.llm_engine.add_request, torch.manual_seed
+    engine.add_request = lambda name, prompt, params: (
+        asked.update({params.seed: prompt["prompt_token_ids"]}), request(name, prompt, params))[1]
+    draw(MODEL, "same")
+    del engine.add_request
+    common.barrier()
+    shutil.rmtree(run.unfinished, ignore_errors=True)  # else the answers that it keeps would be taken
+    common.barrier()
+    vllm, run.sampler = run.sampler, common.Sampler(run)
+    answer = run.sampler._generate
+    torch.manual_seed = lambda seed: (groups.append([seed]), generate(seed))[1]
+    run.sampler._generate = lambda rows: (groups[-1].append(rows), answer(rows))[1]
+    draw(MODEL, "same")
+    torch.manual_seed, run.sampler = generate, vllm
+    everyone = {seed: ids for part in common.gather(asked) for seed, ids in part.items()}
+    groups = [group for part in common.gather(groups) for group in part]
+    rows = [row for _, rows in groups for row in rows]
+    return len(everyone) == 12 and sorted(rows) == sorted(everyone.values()) and all(
+        everyone[seed] == rows[0] for seed, rows in groups)
+
+
 def refused(model, phase):
     """The exit status of a run whose engine should have this model and has another."""
     try:
@@ -62,13 +87,16 @@ if __name__ == "__main__":
     tokenizer = common.load_tokenizer(MODEL, "zero_shot")
     examples = [common.make_example(tokenizer, "zero_shot", p, p["solution"]) for p in problems]
     before = draw(MODEL, "before")
+    same = same_requests()
     new = train(MODEL, "round_0/new", 1e-3)
     after = draw(new, "after")
     found, wrong = run.sampler.llm.apply_model(lambda model: packed_away(new, model))[0]
-    small, large = train(new, "round_0/small", 5e-7), train(new, "round_0/large", 1e-3)
-    common.VllmSampler._send = lambda self, folder: None  # the update that is forgotten
+    small, large = train(new, "round_0/small", 5e-7), train(new, "round_0/large", 1e-2)
+    send = common.VllmSampler._send
+    common.VllmSampler._send = lambda self, folder: send(self, new)  # the update is forgotten: it keeps what it had
     common.time.sleep = lambda seconds: None
     caught = [refused(small, "small"), refused(large, "large")]
     common.compare_weights = lambda folder, model: (1, [])  # and by the log-probabilities alone
     caught.append(refused(large, "logprobs"))
-    common.say("RESULT " + json.dumps(dict(found=found, wrong=wrong, caught=caught, before=before, after=after)))
+    common.say("RESULT " + json.dumps(dict(same=same, found=found, wrong=wrong, caught=caught, before=before,
+                                             after=after)))
