@@ -406,7 +406,7 @@ def setup():
     if "RANK" in os.environ:
         _shared, my_rank, size = next(dist.rendezvous("env://"))
     else:
-        _shared, my_rank, size = dist.HashStore(), 0, 1
+        _shared, my_rank, size = dist.TCPStore("localhost", 0, 1, True), 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     # A barrier may wait through a whole sampling phase; torchrun, not a timeout, notices a dead process.
@@ -773,6 +773,7 @@ class Sampler:
 
     def __init__(self, run):
         self.folder = self.model = None
+        self.engine_context = math.inf  # tokens of a request that the engine has room for, if less than the model's
 
     def read_tokenizer(self, folder, style, max_new_tokens, **sampling):
         """Prepare for a phase with these settings: what both engines share."""
@@ -787,9 +788,10 @@ class Sampler:
     def prompt_ids(self, problem, text):
         """Token ids of a prompt; ends the program if they and an answer do not fit into the model's context."""
         ids = encode(self.tokenizer, text)
-        if len(ids) + self.max_new_tokens > self.context:
+        context = min(self.context, self.engine_context)
+        if len(ids) + self.max_new_tokens > context:
             fail(f"the prompt of {problem['id']} has {len(ids):,} tokens; with --max-new-tokens "
-                 f"{self.max_new_tokens} it exceeds the context of {self.context:,}; shorten either (--shots)")
+                 f"{self.max_new_tokens} it exceeds the context of {context:,}; shorten either (--shots)")
         return ids
 
     def load(self, folder):
@@ -899,6 +901,7 @@ class VllmSampler(Sampler):
         # In this process, and after the process group exists: external_launcher, which takes the GPU of LOCAL_RANK
         self.llm = LLM(folder, dtype=compute_dtype(), distributed_executor_backend="external_launcher",
                        generation_config="vllm", use_tqdm_on_load=False, **machine)
+        self.engine_context = self.llm.llm_engine.model_config.max_model_len
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
 
@@ -918,15 +921,14 @@ class VllmSampler(Sampler):
         if wrong or not compared:
             fail(f"vLLM does not have the weights of {folder}: {len(wrong)} of {compared} tensors differ {wrong[:1]}")
         self.parameters, path = sum(t.numel() for n, t in read_weights(folder, tied=False)), Path(folder) / ROW
-        self.context = min(self.context, self.llm.llm_engine.model_config.max_model_len)
         if not path.exists():
             return {"tensors_equal": compared}
         tokens, trainers, exact = (read(path)[key] for key in ("tokens", "logprobs", "exact"))
         with torch.compiler.set_stance("force_eager" if device().type == "cpu" else "default"):  # saves 5-20 s
-            [output] = self.llm.generate({"prompt_token_ids": tokens}, use_tqdm=False,
+            [output] = self.llm.generate({"prompt_token_ids": tokens[:self.engine_context - 1]}, use_tqdm=False,
                                          sampling_params=self.parameters_of(max_tokens=1, prompt_logprobs=0))
         mine = [candidates[t].logprob for t, candidates in zip(tokens[1:], output.prompt_logprobs[1:])]
-        error = np.abs(np.subtract(mine, trainers))
+        error = np.abs(np.subtract(mine, trainers[:len(mine)]))
         exact = exact and compute_dtype() == torch.float32  # else bfloat16 was in it, to compute with or to save
         if not (error.max() <= 1e-4 if exact else error.mean() <= 0.03):
             fail(f"vLLM's log-probabilities are not the trainer's of {folder}: up to {error.max():.2g} off")

@@ -65,7 +65,10 @@ def test_the_whole_loop_under_vllm(tmp_path):
     """Killed while the first answers are checked, and run again: one engine for the whole run, nothing asked twice."""
     left = killed(tmp_path, "dast", "Draws.put:30", *SMOKE, "--engine", "vllm", "--run", "v")
     assert left == ["round_0-probe@0.jsonl"]
-    kept = [json.loads(line) for line in open(tmp_path / "runs/v/unfinished" / left[0]) if line.endswith("}\n")]
+    path = tmp_path / "runs/v/unfinished" / left[0]
+    kept = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    kept[0]["text"] = "this was kept"
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in kept) + '{"id": "toy/tra')
     done = launch(tmp_path, "dast.py", *SMOKE, "--engine", "vllm", "--run", "v")
     run = tmp_path / "runs" / "v"
     assert done.stderr == "" and "INFO" not in done.stdout and "sampler  vllm" in done.stdout
@@ -79,4 +82,4 @@ def test_the_whole_loop_under_vllm(tmp_path):
         assert len(firsts) < s["target"] or firsts[-1] == len(s["outcomes"]) - 1  # later draws are not recorded
     probe = {(r["id"], r["draw"]): r for r in map(json.loads, open(run / "round_0" / "probe.jsonl"))}
     assert len(probe) == 54 and 0 < len(kept) < 54
-    assert all(probe[r["id"], r["draw"]]["text"] == r["text"] for r in kept)
+    assert all(probe[r["id"], r["draw"]]["text"] == r["text"] for r in kept)  # the changed one too
