@@ -142,9 +142,9 @@ def updates():
         return {"passed": False, "status": status, "said": said[-3000:]}
     metrics = [json.loads(line) for line in open(folder / "runs/updates/metrics.jsonl")]
     asleep = [m["asleep_gib"] for m in metrics if "asleep_gib" in m]
-    passed = result["caught"] == [1, 1, 1] and result["same"] and not result["wrong"] and max(asleep + [0]) < 8
-    return {"passed": passed, "caught": result["caught"], "same_requests": result["same"], "asleep_gib": asleep,
-            "seconds": seconds,
+    passed = result["caught"] == [1, 1, 1] and result["same"] and result["only_nine"] and max(asleep + [0]) < 8
+    return {"passed": passed, "asleep_gib": asleep, "seconds": seconds,
+            **{key: result[key] for key in ("caught", "same", "stopped", "only_nine")},
             "engine": [{k: m[k] for k in m if k.endswith("_seconds") or k in ("tensors_equal", "logprob_error")}
                        for m in metrics if m["phase"] in ("before", "after")]}
 

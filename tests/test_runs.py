@@ -219,7 +219,7 @@ def test_changed_constants_are_refused(copy_of):
     (["--model", "empty"], ["empty: no *.safetensors in it"]),
     (["--model", "words"], ["words: there is no tokenizer in it"]),
     (["--model", "cut"], ["cut/model.safetensors is damaged", "not fully covered"]),
-    (["--model", "short"], ["the prompt of toy/train/", "exceeds the model's context of 200", "--shots"]),
+    (["--model", "short"], ["the prompt of toy/train/", "exceeds the context of 200", "--shots"]),
     (["--engine", "vllm"], ["--engine vllm needs the package vllm"]),
 ])
 def test_bad_input_is_one_line(copy_of, flags, words):

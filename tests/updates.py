@@ -24,9 +24,9 @@ GPU_MEMORY = 0.5
 SAVE_MINUTES = 10.0
 
 
-def draw(model, phase):
-    return common.sample(run, model, problems, 2, lambda p, d: common.make_prompt(tokenizer, "zero_shot", p), round=0,
-                         phase=phase, style="zero_shot", temperature=0.7, max_new_tokens=24)
+def draw(model, phase, draws=2, enough=None):
+    return common.sample(run, model, problems, draws, lambda p, d: common.make_prompt(tokenizer, "zero_shot", p),
+                         round=0, phase=phase, enough=enough, style="zero_shot", temperature=0.7, max_new_tokens=24)
 
 
 def train(start, name, lr):
@@ -72,6 +72,17 @@ def same_requests():
         everyone[seed] == rows[0] for seed, rows in groups)
 
 
+def cancelled():
+    """How many requests are stopped because the draws before them were enough, and whether nine of 16 count."""
+    engine, abort, stopped = run.sampler.llm.llm_engine, run.sampler.llm.llm_engine.abort_request, []
+    engine.abort_request = lambda names: (stopped.extend(names), abort(names))[1]
+    responses = draw(MODEL, "enough", 16, lambda answers: len(answers) >= 9)
+    del engine.abort_request
+    drawn = {p["id"]: [r["draw"] for r in responses if r["id"] == p["id"]] for p in problems}
+    left = engine.get_num_unfinished_requests()
+    return sum(common.gather(len(stopped))), left == 0 and all(d == list(range(9)) for d in drawn.values())
+
+
 def refused(model, phase):
     """The exit status of a run whose engine should have this model and has another."""
     try:
@@ -87,7 +98,7 @@ if __name__ == "__main__":
     tokenizer = common.load_tokenizer(MODEL, "zero_shot")
     examples = [common.make_example(tokenizer, "zero_shot", p, p["solution"]) for p in problems]
     before = draw(MODEL, "before")
-    same = same_requests()
+    same, (stopped, only_nine) = same_requests(), cancelled()
     new = train(MODEL, "round_0/new", 1e-3)
     after = draw(new, "after")
     found, wrong = run.sampler.llm.apply_model(lambda model: packed_away(new, model))[0]
@@ -98,5 +109,5 @@ if __name__ == "__main__":
     caught = [refused(small, "small"), refused(large, "large")]
     common.compare_weights = lambda folder, model: (1, [])  # and by the log-probabilities alone
     caught.append(refused(large, "logprobs"))
-    common.say("RESULT " + json.dumps(dict(same=same, found=found, wrong=wrong, caught=caught, before=before,
-                                             after=after)))
+    common.say("RESULT " + json.dumps(dict(same=same, stopped=stopped, only_nine=only_nine, found=found, wrong=wrong,
+                                           caught=caught, before=before, after=after)))
