@@ -44,7 +44,7 @@ import traceback
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 CHECK_SECONDS = 5.0  # wall time after which a checking worker is killed; math-verify's own alarms (1 s each) come first
@@ -270,7 +270,7 @@ def engine_for(constants):
         return wanted, "asked for"
     if not torch.cuda.is_available():
         return "transformers", "no GPU"
-    return ("vllm", version("vllm")) if has_vllm else ("transformers", "slow: pip install vllm")
+    return ("vllm", "GPU") if has_vllm else ("transformers", "slow: pip install vllm")
 
 
 def _describe(folder, script, constants, new):
@@ -289,7 +289,8 @@ def _describe(folder, script, constants, new):
         write(folder / "constants.json", {
             "constants": constants, "command": sys.argv, "git": commit.stdout.decode()[:40], "processes": world_size(),
             "machine": " ".join([*platform.uname()[:5], processor(), f"{os.cpu_count()} cores"]), "versions": {
-                name: version(name) for name in ("torch", "transformers", "numpy", "math-verify")}})
+                name: version(name) for name in ("torch", "transformers", "numpy", "math-verify",
+                                                 *packages_distributions().get("vllm", ()))}})
 
 
 class Run:

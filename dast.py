@@ -223,9 +223,9 @@ def make_examples(tokenizer, selection, by_id, responses):
     """D_a: the chosen answers as training examples, or the pairs (preferred, rejected)."""
     text = {(r["id"], r["draw"]): r["text"] for r in responses}
     text |= {(i, -1): problem.get("solution") for i, problem in by_id.items()}
+    trained = {s["id"]: s["pairs"] if LOSS == "dpo" else [[draw] for draw in s["chosen"]] for s in selection}
     return [make_example(tokenizer, PROMPT, by_id[s["id"]], *(text[s["id"], draw] for draw in draws), system=SYSTEM)
-            for s in selection for draws, n in zip(s["pairs"] or [[d] for d in s["chosen"]], s["copies"])
-            for _ in range(n)]
+            for s in selection for draws, n in zip(trained[s["id"]], s["copies"]) for _ in range(n)]
 
 
 def report_selection(run, t, selection, responses):
