@@ -1,11 +1,12 @@
 """What the method scripts share: mechanics, and nothing about a method.
 
-Sections, each readable alone: 1 run, 2 processes, 3 problems and prompts, 4 sampling, 5 checking, 6 log-probabilities,
-7 packing, 8 training, 9 saving, 10 accounting.
+Sections, each readable alone: 1 checking, 2 run, 3 processes, 4 problems and prompts, 5 sampling, 6 log-probabilities,
+7 packing, 8 training, 9 saving, 10 accounting; at the end worked examples for prompts.
 
 Records are JSON lines:
-  problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags. id is set/split/line of
-             the source file, so that a dropped record shifts nobody's seed; kind is how to grade ("math").
+  problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags, choices. id is
+             set/split/line of the source file, so that a dropped record shifts nobody's seed; kind is how to grade:
+             "math", "choice" (answer is a letter), "label" (answer is one of choices), "yesno".
   response   {id, draw, text, tokens, finish, correct}: draw counts from 0 per problem and round, tokens is the number
              generated, finish is "stop" (ended by itself) or "length" (cut).
   selection  {id, ...}: every number the method decided from; each script says which.
@@ -37,60 +38,427 @@ import re
 import resource
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
+import unicodedata
 from collections import Counter, defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
-CHECK_SECONDS = 5.0  # wall time after which a checking worker is killed; math-verify's own alarms (1 s each) come first
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Checking: model output is untrusted text, so it is compared in processes that can be killed. This stands first, and
+# imports nothing big, because run as a program this file is such a process.
+
+CHECK_SECONDS = 2  # processor time after which a checking worker is killed; after half of it, it is asked to stop
 CHECK_BYTES = 2 << 30  # address space of a worker
+YES_NO = ("yes", "no")
+
+# The policy. A false "correct" weighs more than a false "wrong", since it becomes training data.
+# 1. What a response states: `final_answer`, one place in the text and never a number from anywhere.
+# 2. A letter, a label or yes/no is read by `letter_of` and `label_of`; two at once, or a denied one, are none.
+# 3. A mathematical answer is right if it is the gold text; else both are rewritten (`normalize`), and compared as text
+#    where that is enough (`equal_as_text`); else math-verify compares them, both in a box, in a process with limits.
+# 4. What math-verify takes for equal and is not, is wrong: `clearly_different`, `sound`. Units are not compared.
 
 
-def checking_worker():
-    """The program of a worker: a line [gold, answer] in, a line [correct, reason] out; "ready" before the first."""
+def last_boxed(text):
+    r"""The content of the last balanced \boxed{...} (or brace-less \boxed 9), or None. Linear in the text."""
+    opened, last = [], None
+    for mark in re.finditer(r"\\+boxed\s*\{|\\+boxed\s+([^\s{}$\\]+)|\\.|\{|\}", text, re.DOTALL):
+        token = mark[0]
+        if "boxed" in token and token.endswith("{"):
+            opened.append(mark.end())
+        elif "boxed" in token:
+            last = mark[1].rstrip(".,;:")
+        elif token == "{":
+            opened.append(None)
+        elif token == "}" and opened:
+            start = opened.pop()
+            if start is not None:
+                last = text[start:mark.start()]
+    return last
+
+
+STATED = re.compile(r"(?im)^[ \t]*A:(?=[ \t]*[-+$\\(.\d])|\banswer\**\s*(?:is|:)[\s:*]*")
+MATH = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]|\*\*([^*\n]+)\*\*", re.DOTALL)
+LONG = 2000  # characters, plus twice the gold's, beyond which an answer is not compared: it is not this one
+ONE_LINE = 200  # characters up to which a response of one line is taken to be nothing but an answer
+
+
+def final_answer(text):
+    r"""What a response states as its answer, as it is written there; None if it states none. In what stands behind the
+    last </think>, the first of these that there is:
+
+    the last balanced \boxed{}; the line behind the last "####"; the sentence behind the last "answer is", "answer:" or
+    (before a number) "A:" at the beginning of a line; the whole text, if it is one line of at most 200 characters.
+    """
+    text = text.rsplit("</think>", 1)[-1]
+    stated = last_boxed(text) if "boxed" in text else None
+    if stated is None and "####" in text:
+        stated = text.rsplit("####", 1)[1].strip().split("\n")[0]
+    marks = list(STATED.finditer(text if stated is None else stated))
+    if marks:
+        sentence = marks[-1].string[marks[-1].end():].strip().split("\n")[0]
+        sentence = re.split(r"[.!](?:\s|\**$)|<\|", sentence)[0]
+        stated = re.split(r"\b(?:is|are)\b", sentence)[-1]  # Answer: the number of ways is 12
+    elif stated is None and len(text) <= ONE_LINE and "\n" not in text.strip() and "boxed" not in text:
+        stated = text
+    return (stated or "").strip() or None
+
+
+def piece_of(sentence):
+    r"""The one piece of mathematics ($...$, \(...\), \[...\], bold) in a sentence of words; else the sentence."""
+    around, pieces = MATH.sub(" ", sentence), MATH.findall(sentence)
+    in_words = re.search(r"[^\W\d_]{2}", around) and not re.search(r"\bnot\b|n't\b|\\", around)
+    return "".join(pieces[0]) if len(pieces) == 1 and in_words else sentence
+
+
+WORD = r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|boldsymbol|underline|operatorname)\s*\{([^{}]{0,60})\}"
+NOT_UNITS = (r"(?i)\W*([ie]|percent|pct|[ap]\.?m\.?|.*\b(hundred|thousand|million|billion|trillion|dozen|or|and|to|not|"
+             r"than|most|least|more|less|mod|base)\b.*|.*\d.*)\W*")
+UNITS = (r"(?:square |cubic |sq |cu )?(?:degree|dollar|cent|euro|pound|inch(?:e(?=s))?|foot|feet|ft|yard|mile|cm|mm|km|"
+         r"mg|kg|(?:centi|kilo|milli)?met(?:er|re)|gram|ounce|oz|lb|gallon|lit(?:er|re)|ml|second|sec|minute|min|hour|"
+         r"hr|day|week|month|year|unit|mph|people|student|point|way|time)s?")
+REWRITE = [(re.compile(pattern), by) for pattern, by in (  # in this order
+    (r"(?<!\\)\\(?:text)?color\s*\{\w*\}|(?<!\\)\\[()\[\]]|\\?\$|\\displaystyle(?![a-z])", ""),
+    (r"(?<=\d)(?:,?\\!\s*|\{,\})+(?=\d{3})", ""),  # 1,\!000 and 1{,}000
+    (r"(?<!\\)\\[,;:> ]|~|\s+", " "),
+    (r"\\!", ""),
+    (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?! ?\d)", lambda m: m[0].replace(" ", "")),  # 1 000
+    (r"(?<!\\)\{\d{1,3}(?:,\d{3})+\}", lambda m: m[0].replace(",", "")),  # \frac{12}{5,525}
+    (r"^\s*[A-Za-z]\([^()=]*\)\s*=(?=[^=]*$)", ""),  # f(2) = 5
+    (r"\\(?:text|mbox)\s*\{\s*(?:percent|pct)\s*\}", r"\%"),
+    (r"^[=+\s*]+|(?:[.,;:\s*]|\\\\)+$", ""),  # what stands around: a full stop, **bold**
+    (rf"^\{{?\s*{WORD}\s*\}}?$", r"\1"),
+    (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (r"^(-?[\d.]+)[eE]([+-]?\d+)$", r"\1\\cdot10^{\2}"),  # 1e3
+    (rf"(?<=\S) *(?:{WORD}(?:\^\{{?\d\}}?)?|(?<=[\d}}\s])(?:{UNITS})(?:\^\{{?\d\}}?|\d)?)$",  # 4 feet, 5\text{ cm}^2
+     lambda m: m[0] if m[1] is not None and re.fullmatch(NOT_UNITS, m[1]) else ""),
+    (r"[.,;:\s]+$", ""),
+)]
+
+
+@functools.lru_cache(1 << 17)
+def normalize(answer):
+    r"""An answer as it goes to math-verify: what that does not read, or reads wrongly, rewritten. Linear in the text.
+
+    Digits of all scripts, full-width forms, superscripts and fractions of Unicode; $, \( and bold around it; thousands
+    apart by blanks or \, and \!; mixed fractions; 1e3; units behind a number; a full stop at the end.
+    """
+    if not answer.isascii():
+        answer = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)  # 10²³
+        answer = re.sub("√ *([0-9]+|[a-z]|\\([^()]*\\))", r"\\sqrt{\1}", "".join(map(_latex_of, answer)))
+    for pattern, by in REWRITE:
+        answer = pattern.sub(by, answer)
+    return answer
+
+
+def _latex_of(c):
+    """A character as LaTeX and ASCII have it."""
+    kind = unicodedata.decomposition(c).split(" ")[0]
+    if unicodedata.decimal(c, None) is not None:
+        return str(unicodedata.decimal(c))
+    if kind == "<fraction>":
+        above, _, below = unicodedata.normalize("NFKC", c).partition("\u2044")
+        return f"\\frac{{{above}}}{{{below}}}"
+    if kind in ("<wide>", "<noBreak>"):
+        return unicodedata.normalize("NFKC", c)
+    if unicodedata.category(c) == "Cf":  # invisible
+        return ""
+    return {"−": "-", "–": "-", "∞": "\\infty ", "°": "^\\circ ", "µ": "\\mu "}.get(c, c)
+
+
+def letter_of(answer, options=()):
+    """The letter of the option that an answer means, by its letter ("B", "(b)", "B. a dog", "option B: ...") or its
+    text; None if that is none, or two ("A or B"). Without options any letter will do."""
+    answer = re.sub(r"\\[()\[\]]|\\(?:left|right)(?![a-z])|\*\*|[$\"]", "", re.sub(WORD, r" \1 ", answer))
+    answer = re.sub(r"\( ?([A-Za-z]) ?\)", r"(\1)", " ".join(answer.split())).strip(".,:; ")
+    same = [chr(65 + i) for i, option in enumerate(options) if option.strip(". ").casefold() == answer.casefold()]
+    mark = re.match(r"(?:the )?(?:correct )?(?:(?:option|choice|answer)(?: is)?:? )?"
+                    r"(?:\(([a-z])\)|([a-z])(?=$|[).,:;]|( )))[).,:;]*(.*)", answer, re.IGNORECASE)
+    if len(same) == 1:
+        return same[0]
+    letter, blank, rest = ((mark[1] or mark[2]).upper(), mark[3], mark[4].strip()) if mark else ("", "", "")
+    letters = [chr(65 + i) for i in range(len(options) or 26)]
+    its_text = options[letters.index(letter)] if options and letter in letters else ""
+    if letter in letters and (not blank or rest.casefold() == its_text.casefold()):  # not the article of "A dog"
+        return None if re.match(r"(?:or|and|/|&)?\s*\(?[A-H]\)?(?![A-Za-z'])", rest) else letter
+    named = {*re.findall(r"\(([A-H])\)", answer)}  # "It is (B)"
+    return min(named) if len(named) == 1 and named <= {*letters} and not re.search(r"\bnot\b|n't\b", answer) else None
+
+
+def label_of(answer, labels):
+    """The one of the labels that an answer names; None if it names none or two, or denies one ("not neutral")."""
+    words = " ".join(re.findall(r"\w+", re.sub(r"\\[a-z]+", " ", answer).casefold()))
+    if labels == YES_NO:
+        words = re.sub(r"\btrue\b", "yes", re.sub(r"\bfalse\b", "no", words))
+    named = [label for label in labels if f" {label.casefold()} " in f" {words} "]
+    named = [label for label in named if not any(label in other and label != other for other in named)]
+    if len(named) != 1 or "not" in words.split() and not words.startswith(named[0].casefold()):
+        return None
+    return named[0]
+
+
+class Checker:
+    """Worker processes that compare answers with math-verify, or with a grader of one's own, each killed and replaced
+    when it hangs or dies."""
+
+    def __init__(self, workers, grader=""):
+        self.threads = ThreadPoolExecutor(workers)  # a thread waits for its worker; the work is done in the process
+        self.grader, self.idle, self.verdicts = grader, queue.SimpleQueue(), {}
+        for _ in range(workers):
+            self.idle.put(self._start())
+        if grader:  # somebody's file may not work at all
+            self.threads.submit(self._compare, ({"id": "", "problem": "", "answer": "", "kind": "math"}, "")).result()
+
+    def _start(self):
+        worker = subprocess.Popen([sys.executable, __file__, *filter(None, [self.grader])], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return worker, False  # not known to be ready: its imports take a second or two
+
+    def submit(self, problem, text):
+        """A Future of (correct, reason); reason is equal, different, no_answer, bad_gold, timeout, memory or crash,
+        or what a grader of one's own says."""
+        verdict, pair = (None, (problem, text)) if self.grader else judge(problem, text)
+        key = json.dumps(pair) if self.grader else pair or verdict
+        if len(self.verdicts) > 1 << 18:
+            self.verdicts.clear()  # a file of millions would fill the memory
+        if key not in self.verdicts:
+            if verdict:
+                self.verdicts[key] = Future()
+                self.verdicts[key].set_result(verdict)
+            else:
+                self.verdicts[key] = self.threads.submit(self._compare, pair)
+        return self.verdicts[key]
+
+    def _compare(self, pair, again=True):
+        worker, ready = self.idle.get()
+        try:
+            if not ready and (line := self._line(worker, 60)) != b"ready\n":
+                said = line.decode().strip() or "see what `python common.py` says"
+                fail(f"a checking worker does not start: {said}")
+            worker.stdin.write(json.dumps(pair).encode() + b"\n")
+            worker.stdin.flush()
+            verdict = tuple(json.loads(self._line(worker, 10 * CHECK_SECONDS)))
+            self.idle.put((worker, True))
+            return verdict
+        except (OSError, ValueError) as error:  # no answer in time; or it is dead, perhaps not by this case: try again
+            worker.kill()
+            late = worker.wait() == -signal.SIGXCPU or isinstance(error, TimeoutError)
+            self.idle.put(self._start())
+            if late:
+                return False, "timeout"
+            return self._compare(pair, again=False) if again else (False, "crash")
+
+    @staticmethod
+    def _line(worker, seconds):
+        if not select.select([worker.stdout], [], [], seconds)[0]:
+            raise TimeoutError
+        return worker.stdout.readline()
+
+
+def judge(problem, text):
+    """((correct, reason), None) where a response can be judged by its text, else (None, (gold, answer)): what
+    math-verify is to compare."""
+    gold, answer, kind = problem["answer"], final_answer(text), problem.get("kind", "math")
+    gold = last_boxed(gold) or gold if gold.count("boxed") == 1 else gold
+    if not gold.strip():
+        return (False, "bad_gold"), None
+    if answer is None:
+        return (False, "no_answer"), None
+    if kind != "math":
+        meant_by, options = (letter_of, ()) if kind == "choice" else (label_of, YES_NO)
+        options = problem.get("choices", options)
+        right, meant = meant_by(gold, options), meant_by(answer, options)
+        reason = "bad_gold" if right is None else "no_answer" if meant is None else "equal" if meant == right else ""
+        return (reason == "equal", reason or "different"), None
+    equal = answer == gold
+    if not equal and len(answer) <= LONG + 2 * len(gold):
+        answer = piece_of(answer) if piece_of(gold) == gold else answer
+        gold, answer = normalize(gold), normalize(answer)
+        if not answer:
+            return (False, "no_answer"), None
+        equal = equal_as_text(gold, answer)
+        if equal is None:
+            return None, (gold, answer)
+    return (equal, "equal" if equal else "different"), None
+
+
+def equal_as_text(gold, answer):
+    """Whether two normalized answers are equal; None where only math-verify can tell."""
+    if gold == answer:
+        return True
+    if re.fullmatch(r"-?\d+", gold) and re.fullmatch(r"-?\d+", answer):
+        return re.sub("^(-?)0+(?=.)", r"\1", gold) == re.sub("^(-?)0+(?=.)", r"\1", answer)
+    if re.fullmatch(r"[A-Z]|\([A-Z]\)( .*)?", gold):
+        return letter_of(answer) == letter_of(gold)
+    words = [re.sub(r"^(the|an?) ", "", a.casefold()) for a in (gold, answer)]
+    if re.fullmatch(r"[a-z' -]*[a-z]{2}[a-z' -]*", words[0]):  # else "listen" is "silent", a product of letters
+        return words[0] == words[1]
+    bases = [re.findall(r"\d_\{?(\d+)", a) for a in (gold, answer)]
+    if all(bases) and bases[0] != bases[1]:  # math-verify does not read them
+        return False
+    if any(re.search(r"(?<!frac )(?<!binom )\b\d+ \d", a) for a in (gold, answer)):
+        return False  # "7 8": math-verify multiplies
+    gold, answer = (re.sub(r"\\(?:left|right|[,;! ])|\s|(?<=\\)[dt](?=frac)", "", a) for a in (gold, answer))
+    return True if gold == answer else None
+
+
+def checking_worker(grader=""):
+    """The program of a worker: a line of JSON in, a line [correct, reason] out; "ready" before the first.
+
+    A line is [gold, answer] for math-verify or, with a grader of one's own ("file.py:function"), [problem, text].
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
     resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
-    import logging
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    from math_verify import LatexExtractionConfig, parse, verify
-    logging.disable(logging.CRITICAL)
-    boxed, golds = [LatexExtractionConfig(boxed_match_priority=0)], {}
+    class Late(BaseException):  # not an Exception: those are caught all over sympy
+        pass
 
-    def parsed(answer):
-        return parse(f"\\boxed{{{answer}}}", extraction_config=boxed, parsing_timeout=1)
+    def late(*_):
+        raise Late
 
-    def compare(gold, answer):
-        began = time.monotonic()
-        golds[gold] = golds.get(gold) or parsed(gold)  # once, unless it was too slow
-        correct = bool(golds[gold]) and verify(golds[gold], parsed(answer), timeout_seconds=1)
-        late = time.monotonic() - began >= 1
-        return correct, "equal" if correct else "timeout" if late else "different" if golds[gold] else "bad_gold"
-
-    compare("1", "\\frac{2}{2}")  # builds the parser
+    signal.signal(signal.SIGPROF, late)
+    try:
+        compare = own_grader(grader) if grader else math_verify_grader()
+    except Exception as error:  # whatever somebody's file raises
+        print(f"{type(error).__name__}: {error}".splitlines()[0], file=out, flush=True)
+        return
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        # Should the parent die while a case hangs, the kernel ends this process after 30 s of its own time.
+        # Limits in processor time, so that a verdict does not depend on what else runs here. Python may not get to
+        # ask (a huge power is one instruction): then the kernel ends this process.
         used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-        resource.setrlimit(resource.RLIMIT_CPU, (used + 30, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_CPU, (used + CHECK_SECONDS, resource.RLIM_INFINITY))
         try:
+            signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS / 2, 0.1)
             verdict = compare(*json.loads(line))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            verdict = bool(verdict[0]), str(verdict[1])
+        except Late:
+            verdict = False, "timeout"
         except MemoryError:
             verdict = False, "memory"
         except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
             verdict = False, "crash"
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(verdict), file=out, flush=True)
         if verdict[1] == "memory":
             return  # a new worker has its memory back
 
 
+def own_grader(name):
+    """The function that --grader file.py:function names."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"--grader {name}: not file.py:function")
+    spec = importlib.util.spec_from_file_location("grader", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)
+
+
+def math_verify_grader():
+    """compare(gold, answer) -> (correct, reason) by math-verify, both in a box, as `normalize` leaves them."""
+    import logging
+
+    import math_verify.parser
+    from antlr4.atn.ParserATNSimulator import ParserATNSimulator, PredictionMode
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    logging.disable(logging.CRITICAL)
+    # Units are ours to drop: math-verify takes the last letter of 2t for one.
+    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"))]
+    golds, mode, latex2sympy = {}, [PredictionMode.LL], math_verify.parser.latex2sympy
+    # ANTLR's two stages, as its authors advise: where the faster mode finds no error, it finds what the other would.
+    ParserATNSimulator.predictionMode = property(lambda self: mode[0], lambda self, _: None)
+
+    def in_two_stages(*arguments, **more):
+        try:
+            mode[0] = PredictionMode.SLL
+            return latex2sympy(*arguments, **more)
+        except Exception:
+            mode[0] = PredictionMode.LL
+            return latex2sympy(*arguments, **more)
+
+    math_verify.parser.latex2sympy = in_two_stages
+
+    def parsed(answer):
+        return parse(f"\\boxed{{{answer}}}", extraction_config=config, parsing_timeout=None)
+
+    def compare(gold, answer):
+        golds[gold] = golds.get(gold) or parsed(gold)
+        if not golds[gold]:
+            return False, "bad_gold"
+        answers = parsed(answer)
+        if not answers:
+            return False, "different"
+        pair = golds[gold][0], answers[0]
+        correct = not clearly_different(*pair) and verify(
+            golds[gold], answers, allow_set_relation_comp=True, timeout_seconds=None) and sound(*pair)
+        return correct, "equal" if correct else "different"
+
+    compare("1", "\\frac{2}{2}")  # builds the parser
+    return compare
+
+
+def clearly_different(gold, answer):
+    """Whether two parsed answers have other values at a point, or one is a number and the other a set or a tuple.
+
+    Told ten times faster than by simplifying their difference, as math-verify does. It also tells tiny numbers apart:
+    math-verify rounds at six decimals.
+    """
+    from latex2sympy2_extended import is_expr_of_only_symbols
+    from sympy import Expr, Set, Tuple, UnevaluatedExpr
+    pair = gold, answer
+    if not all(isinstance(side, Expr) for side in pair):
+        return any(isinstance(side, Expr) and not side.free_symbols for side in pair) and any(
+            isinstance(side, (Set, Tuple)) and len(side.args) > 1 for side in pair)
+    names = sorted({symbol.name.lower() for side in pair for symbol in side.free_symbols})
+    if any(side.has(UnevaluatedExpr) for side in pair) or names and all(map(is_expr_of_only_symbols, pair)):
+        return False  # a percentage; or letters, which may be a word
+    try:
+        gold, answer = (side.subs({symbol: 0.41 + 0.17 * names.index(symbol.name.lower())
+                                   for symbol in side.free_symbols}).doit().evalf() for side in pair)
+        return bool(abs(gold - answer) > 1e-3 * abs(gold))
+    except Exception:  # no number there, for one of many reasons
+        return False
+
+
+def sound(gold, answer):
+    """False of two things that math-verify takes for equal and that are not: an equation for a value (5 = 3, 2x = 6 or
+    a + b = 3 for 3), and equations in which a symbol is multiplied by a matrix, of which it reads nothing."""
+    from sympy import Add, Eq, MatrixBase, MatrixExpr, Mul, Number, Pow, simplify
+    from sympy.core.relational import Relational
+
+    def names_a_value(equation):
+        left = equation.lhs
+        if not equation.free_symbols:
+            return simplify(left - equation.rhs) == 0  # 3 + 4 = 7
+        return not (left.has(Add, Pow) or isinstance(left, Mul) and left.has(Number))  # x = 7
+
+    equations, relations = ([e for e in (side, *getattr(side, "args", ())) if isinstance(e, Relational)]
+                            for side in (answer, gold))
+    if equations and not relations:
+        return all(names_a_value(e) for e in equations if isinstance(e, Eq))
+    if isinstance(answer, Eq) and isinstance(gold, Eq):
+        if not (answer.free_symbols or gold.free_symbols):
+            return answer.rhs == gold.rhs
+        sides = [side for side in (*gold.args, *answer.args) if not isinstance(side, MatrixBase)]
+        return not any(side.has(MatrixBase, MatrixExpr) for side in sides)
+    return True
+
+
 if __name__ == "__main__":  # as a program this file is such a worker, and what follows (torch) is not for it
-    checking_worker()
+    checking_worker(*sys.argv[1:])
     sys.exit()
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two runs side by side spin, and crawl
@@ -101,6 +469,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch.distributed import get_rank as rank, get_world_size as world_size
 from torch.distributed.checkpoint.api import CheckpointException
@@ -128,7 +497,7 @@ FLAG_TYPES = (bool, int, float, str, tuple)  # constants of these types have fla
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 1. Run: constants from the command line, a folder that remembers, phases that are made once
+# 2. Run: constants from the command line, a folder that remembers, phases that are made once
 
 def constants_of(script):
     """{name: (group, comment)} of the capital constants in a script's text; a group is the comment line above them."""
@@ -215,7 +584,10 @@ def start_run(g, *problem_sets):
     script, about = Path(g["__file__"]), constants_of(g["__file__"])
     constants = json.loads(json.dumps({name: g[name] for name in about if isinstance(g[name], FLAG_TYPES)}))
     data = [seed_of(sorted(problem.items())) for problems in problem_sets for problem in problems]
-    constants["contents"] = f"{seed_of(data, fingerprint(local_folder(constants['MODEL']))):x}"
+    models = [fingerprint(local_folder(model)) for model in constants["MODEL"].split(",")]
+    grader = Path(constants["GRADER"].rpartition(":")[0])  # "." where there is none
+    grader = grader.read_text() if grader.is_file() else ""
+    constants["contents"] = f"{seed_of(data, *models, grader):x}"
     engine, why = engine_for(constants)
     name = constants["RUN"] or f"{script.stem}-{constants['SEED']}"
     if not re.fullmatch(r"\w[\w.-]{0,199}", name):
@@ -237,6 +609,9 @@ def start_run(g, *problem_sets):
             fail(f"{folder} was made with other constants ({'; '.join(changed)}); take another --run or the old values")
     elif any(folder.glob("*/")):  # a replay of recorded responses, or an accident
         say(f"warning: {folder} has results but no constants.json; they are taken as they are")
+    texts = Counter(text for problems in problem_sets for text in {p["problem"] for p in problems})
+    if twice := sum(n > 1 for n in texts.values()):
+        say(f"warning: {twice:,} problems are in more than one of the sets (is something scored that is trained on?)")
     barrier()  # everybody has read what was there before rank 0 writes
     if rank() == 0:
         try:
@@ -299,7 +674,7 @@ class Run:
     def __init__(self, folder, constants, engine, wandb):
         self.folder, self.unfinished, self.sampler = folder, folder / "unfinished", None
         self.constants, self.seed, self.engine, self.wandb = constants, constants["SEED"], engine, wandb
-        self.checker = Checker(min(8, threads_per_process()))
+        self.checker = Checker(min(8, threads_per_process()), constants["GRADER"])
         self.metrics = read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
 
     def once(self, name, make):
@@ -393,7 +768,7 @@ def flush(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Processes: the same under torchrun and plain python
+# 3. Processes: the same under torchrun and plain python
 
 _shared = None  # a key-value store that all processes see
 _counters = itertools.count()  # in it: all processes open them in the same order
@@ -460,33 +835,72 @@ def bar(total, what):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 3. Problems and prompts
+# 4. Problems and prompts
 
-SETS = {  # name: {split: file in the DATA folder}
-    "gsm8k": {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
-    "math": {"train": "math/train.jsonl", "test": "math/test.jsonl"},
+SETS = {  # name: {split: its file in the DATA folder, and where the Hub has it: owner/name:configuration@split}
+    "gsm8k": {"train": "gsm8k/train.jsonl openai/gsm8k:main@train", "test": "gsm8k/test.jsonl openai/gsm8k:main@test"},
+    "math": {"train": "math/train.jsonl DigitalLearningGmbH/MATH-lighteval@train",
+             "test": "math/test.jsonl DigitalLearningGmbH/MATH-lighteval@test"},
+    "math500": {"test": "math500/test.jsonl HuggingFaceH4/MATH-500@test"},
+    "aime24": {"test": "aime24/test.jsonl HuggingFaceH4/aime_2024@train"},
+    "aime25": {"test": "aime25/test.jsonl math-ai/aime25@test"},
+    "aime_1983_2023": {"train": "aime_1983_2023/train.jsonl"},
+    "amc23": {"test": "amc23/test.jsonl math-ai/amc23@test"},
+    "olympiadbench": {"test": "olympiadbench/test.jsonl Hothan/OlympiadBench:OE_TO_maths_en_COMP@train"},
+    "minerva_math": {"test": "minerva_math/test.jsonl math-ai/minervamath@test"},
+    "college_math": {"test": "college_math/test.jsonl di-zhang-fdu/College_Math_Test@test"},
+    "gaokao2023en": {"test": "gaokao2023en/test.jsonl MARIO-Math-Reasoning/Gaokao2023-Math-En@train"},
+    "theoremqa": {"test": "theoremqa/test.jsonl TIGER-Lab/TheoremQA@test"},
+    "tal_scq": {"train": "tal_scq5k/en_train.jsonl", "test": "tal_scq5k/en_test.jsonl"},
+    "svamp": {"train": "svamp/train.jsonl ChilleD/SVAMP@train", "test": "svamp/test.jsonl ChilleD/SVAMP@test"},
+    "adastar_svamp": {"train": "adastar_svamp/train.jsonl", "test": "adastar_svamp/test.jsonl"},
+    "adastar_gsm8k": {"test": "adastar_gsm8k/test.jsonl"},
+    "arc_challenge": {"train": "arc_challenge/train.jsonl allenai/ai2_arc:ARC-Challenge@train",
+                      "test": "arc_challenge/test.jsonl allenai/ai2_arc:ARC-Challenge@test"},
+    "commonsenseqa": {"train": "commonsenseqa/train_rand_split.jsonl tau/commonsense_qa@train",
+                      "test": "commonsenseqa/dev_rand_split.jsonl tau/commonsense_qa@validation"},
+    "anli_r1": {"train": "anli_r1/train_r1.jsonl facebook/anli@train_r1",
+                "test": "anli_r1/test_r1.jsonl facebook/anli@test_r1"},
+    "cladder": {"test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default"},
 }
+GRADE_SCHOOL = ("gsm8k", "adastar_gsm8k", "svamp", "adastar_svamp")  # sets of word problems; see `worked_examples`
+FIELDS = {  # the names that the sets give to the parts of a problem; the first that is there counts
+    "problem": ("problem", "question_concat", "question", "Question", "prompt"),
+    "answer": ("answer", "expected_answer", "final_answer", "Answer", "answerKey", "answer_value", "label"),
+    "solution": ("solution", "reference_solution", "reasoning", "answer_analysis"),
+    "level": ("level", "difficulty"),
+    "tags": ("tags", "subject", "type", "Type", "subfield", "data_topic", "knowledge_point_routes", "query_type"),
+}
+ENTAILMENT = ("entailment", "neutral", "contradiction")  # of the labels 0, 1, 2
 
 
 def load_problems(names, split, folder, limit=0):
     """The problems of sets ("gsm8k,math", "my/file.jsonl"), in order; of each `limit` random but fixed ones (0: all).
 
-    A known name is looked up in `folder`. A record has `problem` or `question`, and `answer`; that may stand behind
-    "####" (GSM8K) or, without an `answer`, in the last box of `solution` (MATH). A record that cannot be used ends the
-    program with file, line and reason; an empty answer in an existing field drops the record, counted and said.
+    A name of SETS is read from `folder` if its file is there, else from the Hub; "owner/name:configuration@split" is
+    a set of the Hub (this needs the package datasets). `read_problem` says what a record has. One that cannot be used
+    ends the program with file, line and reason; an empty answer drops the record, counted and said.
     """
     problems = []
     for name in filter(None, names.split(",")):
+        path, hub, where = Path(name), name, name
         if name in SETS:
-            path = Path(folder) / SETS[name][split]
-            hint = f"; --data names the folder that holds {SETS[name][split]}"
-        elif name.endswith(".jsonl"):
-            path, hint = Path(name), ""
+            if split not in SETS[name]:
+                fail(f"{name} has no {split} split, only {', '.join(SETS[name])}")
+            file, _, hub = SETS[name][split].partition(" ")
+            path, where = Path(folder) / file, f"{name}/{split}"
+        elif not re.fullmatch(r".*\.jsonl?|[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", name):
+            fail(f"unknown problem set {name!r}; known are {', '.join(SETS)}, paths that end in .jsonl or .json, and "
+                 "owner/name:configuration@split on the Hub")
+        if path.is_file():
+            where, records = path, _records_of_file(path)
+            ids = f"{path.resolve().parent.name}/{path.stem}"
+        elif name in SETS or not name.endswith((".jsonl", ".json")):
+            hint = f"{path}: no such file (--data names the folder that has it); " if name in SETS else ""
+            records, ids = _records_of_hub(hub, split, hint), re.sub(r"[:@]", "/", where)
         else:
-            fail(f"unknown problem set {name!r}; known are {', '.join(SETS)} and paths that end in .jsonl")
-        if not path.is_file():
-            fail(f"{path}: no such file{hint}")
-        found = _read_set(path)
+            fail(f"{path}: no such file")
+        found = _read_set(where, records, ids)
         problems += [found[i] for i in sorted(np.random.default_rng(0).permutation(len(found))[:limit or None])]
     if not problems:
         fail(f"no problem set is named ({names!r})")
@@ -496,62 +910,167 @@ def load_problems(names, split, folder, limit=0):
     return problems
 
 
-def _read_set(path):
-    problems, empty = [], 0
+def _records_of_file(path):
+    """(number, record) of a .jsonl file's lines, or of the list that a .json file is (or has under "data")."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                problem = read_problem(record)
-            except (ValueError, RecursionError) as error:
-                reason = "not valid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
-                fail(f"{path}:{number}: {reason}; mend or remove the line")
-            if problem is None:
-                empty += 1
-            else:
-                problems.append({"id": f"{path.resolve().parent.name}/{path.stem}/{number}", **problem})
+        if path.suffix == ".jsonl":
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            return
+        try:
+            records = json.load(file)
+        except (ValueError, RecursionError) as error:
+            fail(f"{path}: not valid JSON ({lines_of(error)[0]})")
+    records = records.get("data") if isinstance(records, dict) else records
+    if not isinstance(records, list):
+        fail(f"{path}: neither a list of problems nor an object with one under 'data'")
+    yield from enumerate(records, 1)
+
+
+def _records_of_hub(name, split, hint):
+    if not name:
+        fail(f"{hint}the Hub does not have it in a form that is read here")
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        fail(f"{hint}to get {name} from the Hub: pip install datasets")
+    repository, _, of = name.partition("@")
+    repository, _, configuration = repository.partition(":")
+    try:
+        return enumerate(load_dataset(repository, configuration or None, split=of or split), 1)
+    except Exception as error:  # no network, no such name: many kinds
+        fail(f"{hint}{name} is not to be had from the Hub: {lines_of(error)[0]}")
+
+
+def _read_set(where, records, ids):
+    problems, empty = [], 0
+    for number, record in records:
+        try:
+            problem = read_problem(json.loads(record) if isinstance(record, str) else record)
+        except (ValueError, RecursionError) as error:
+            reason = "not valid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
+            fail(f"{where}:{number}: {reason}; mend or remove it")
+        if problem is None:
+            empty += 1
+        else:
+            problems.append({"id": f"{ids}/{number}", **problem})
     if empty:
-        say(f"{path}: {empty} problem{'s' * (empty > 1)} with an empty answer dropped")
+        say(f"{where}: {empty} problem{'s' * (empty > 1)} with an empty answer dropped")
     if not problems:
-        fail(f"{path}: no problem in it")
+        fail(f"{where}: no problem in it")
     return problems
 
 
 def read_problem(record):
-    """One source record as a problem without its id; None if its answer is empty; ValueError if it cannot be used."""
+    """One source record as a problem without its id; None if its answer is empty; ValueError if it cannot be used.
+
+    FIELDS has the names that are looked for. An answer may be a number, stand behind "####" (GSM8K) or, where there
+    is none, in the last box of the solution (MATH). With `choices` the problem ends in lettered options, and the
+    answer is a letter. `kind` may be given; else it is told from the answer.
+    """
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    text = record.get("problem", record.get("question"))
+    text, answer, solution, level, tags = (next((record[n] for n in names if n in record), None)
+                                           for names in FIELDS.values())
+    solution = "\n\n".join(map(str, solution)) if isinstance(solution, list) else solution
+    choices, kind = record.get("choices") or record.get("answer_option_list"), record.get("kind")
+    if isinstance(text, dict):  # CommonsenseQA
+        text, choices = text.get("stem"), text.get("choices")
+    elif isinstance(record.get("Body"), str) and "question_concat" not in record:  # SVAMP
+        text = f"{record['Body']} {text}"
+    elif "premise" in record and "hypothesis" in record:  # ANLI
+        text = (f"Premise: {record['premise']}\nHypothesis: {record['hypothesis']}\nDoes the premise entail the "
+                "hypothesis? Answer entailment, neutral or contradiction.")
+        answer = ENTAILMENT[int(answer)] if str(answer) in ("0", "1", "2") else answer
+        kind, choices = "label", list(ENTAILMENT)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError("no text under 'problem' or 'question'")
-    answer, solution = record.get("answer"), record.get("solution")
-    if isinstance(answer, float) and math.isfinite(answer):
+        raise ValueError(f"no text under {' or '.join(map(repr, FIELDS['problem'][:3:2]))}")
+    answer, solution = _answer_and_solution(answer, solution)
+    if not answer:
+        return None
+    f"{text}{answer}{solution}".encode()  # a ValueError where a character is cut in half
+    problem = {"problem": text.strip(), "answer": answer, "kind": kind or _kind_of(answer, choices, record)}
+    if problem["kind"] not in ("math", "choice", "label", "yesno"):
+        raise ValueError(f"'kind' is {kind!r}, and not math, choice, label or yesno")
+    if choices:
+        _add_choices(problem, choices)
+    if isinstance(solution, str) and solution.strip():
+        boxed = "" if last_boxed(solution) else f"\n\n\\boxed{{{problem['answer']}}}"  # what is learnt gives its answer
+        problem["solution"] = solution.strip() + boxed
+    level = re.search(r"\d+", str(level))
+    if level:
+        problem["level"] = int(level[0])
+    if tags:
+        problem["tags"] = list(map(str, tags)) if isinstance(tags, list) else [str(tags)]
+    return problem
+
+
+def _answer_and_solution(answer, solution):
+    """The answer as text, and the solution, which may stand before the answer."""
+    if isinstance(answer, list):  # OlympiadBench: a list of one; TheoremQA: numbers
+        answer = answer[0] if len(answer) == 1 and isinstance(answer[0], str) else str(answer)
+    elif isinstance(answer, float) and math.isfinite(answer):
         answer = np.format_float_positional(answer, trim="-")
-    elif isinstance(answer, int) and not isinstance(answer, bool):
+    elif isinstance(answer, int):
         answer = str(answer)
     if answer is None and isinstance(solution, str):
         answer = last_boxed(solution)
     if not isinstance(answer, str):
         raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
-    f"{text}{answer}{solution}".encode()  # a ValueError where a character is cut in half
-    if "####" in answer:  # GSM8K: a solution, one step a line with <<calculator notes>>, and the answer behind ####
+    if "####" in answer:  # GSM8K: one step a line with <<calculator notes>>, and the answer
         steps, answer = answer.rsplit("####", 1)
         solution = re.sub(r"<<.*?>>", "", steps).strip().replace("\n", "\n\n")
-    if not answer.strip():
-        return None
-    problem = {"problem": text.strip(), "answer": answer.strip(), "kind": "math"}
-    if isinstance(solution, str) and solution.strip():
-        boxed = "" if last_boxed(solution) else f"\n\n\\boxed{{{answer.strip()}}}"  # what is learnt gives its answer
-        problem["solution"] = solution.strip() + boxed
-    level = re.search(r"\d+", str(record.get("level", "")))
-    if level:
-        problem["level"] = int(level[0])
-    tags = record.get("tags", record.get("subject", record.get("type")))
-    if tags:
-        problem["tags"] = list(map(str, tags)) if isinstance(tags, list) else [str(tags)]
-    return problem
+    return answer.strip(), solution
+
+
+def _kind_of(answer, choices, record):
+    if choices or record.get("Answer_type") == "option":
+        return "choice"
+    return "yesno" if answer.casefold() in ("yes", "no", "true", "false") else "math"
+
+
+def _add_choices(problem, choices):
+    """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
+    if isinstance(choices, dict):  # {"text": [...], "label": [...]}
+        choices = [{"text": t, "label": n} for t, n in zip(choices["text"], choices["label"])]
+    choices = [c[0] if isinstance(c, list) and len(c) == 1 else c for c in choices]
+    texts = [c.get("text", c.get("content")) if isinstance(c, dict) else c for c in choices]
+    if not all(isinstance(text, str) for text in texts) or len(texts) > 26:
+        raise ValueError("'choices' is not a list of at most 26 texts")
+    texts, answer = [text.strip() for text in texts], problem["answer"]
+    if problem["kind"] == "label":
+        if answer not in texts:
+            raise ValueError(f"the answer {answer!r} is none of the choices")
+    else:
+        labels = [str(c.get("label", c.get("aoVal"))) if isinstance(c, dict) else chr(65 + i)
+                  for i, c in enumerate(choices)]
+        labels = [label.upper() for label in labels]
+        place = labels.index(answer.upper()) if answer.upper() in labels else texts.index(answer) if answer in texts \
+            else None
+        if place is None:
+            raise ValueError(f"the answer {answer!r} is none of the choices")
+        problem["answer"] = chr(65 + place)
+        problem["problem"] += "".join(f"\n({chr(65 + i)}) {text}" for i, text in enumerate(texts))
+    problem["choices"] = texts
+
+
+def hold_out(problems, n, seed):
+    """(the others, n random problems that are put aside to be scored): the same for a seed, whatever else is read. A
+    problem whose text occurs twice is on one side only, so the second list may be a little longer."""
+    order = sorted({p["problem"] for p in problems}, key=lambda text: seed_of(seed, "held out", text))
+    texts, kept = set(), Counter(p["problem"] for p in problems)
+    for text in order:
+        if sum(kept[t] for t in texts) >= n:
+            break
+        texts.add(text)
+    return [p for p in problems if p["problem"] not in texts], [p for p in problems if p["problem"] in texts]
+
+
+def worked_examples(problem):
+    """Problems with solutions to show before one like `problem`: ours, of its family."""
+    family = problem["kind"]
+    if family == "math":
+        family = "grade-school" if problem["id"].split("/")[0] in GRADE_SCHOOL else "competition"
+    return [{"problem": text, "solution": solution} for text, solution in EXAMPLES[family]]
 
 
 @functools.cache  # what the Hub has under a name may change; a run stays with what it began with
@@ -626,6 +1145,18 @@ def end_token(tokenizer, prompt):
     return tokenizer.convert_ids_to_tokens(special[0]) if special else tokenizer.eos_token
 
 
+def end_ids(tokenizer, folder):
+    """Ids of the tokens that end an answer, of the base and of the chat kind: a tuned model may end either way,
+    whatever the form of the prompt."""
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        with contextlib.suppress(TemplateError):  # a template that wants other turns
+            ends.add(tokenizer.convert_tokens_to_ids(end_token(tokenizer, "chat")))
+    path = Path(folder) / "generation_config.json"
+    named = read(path).get("eos_token_id") if path.exists() else None
+    return sorted(ends.union(named if isinstance(named, list) else [named]) - {None})
+
+
 def make_example(tokenizer, prompt, problem, *completions, system=""):
     """A training example: the zero-shot form of the problem, and what is to be learnt from it."""
     return {"id": problem["id"], "prompt": make_prompt(tokenizer, prompt, problem, system=system),
@@ -639,7 +1170,7 @@ def encode(tokenizer, text):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Sampling: requests in, checked responses out
+# 5. Sampling: requests in, checked responses out
 
 def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **settings):
     """Draw answers with the model in folder `model` and check them: responses in the order of problems, then of draws.
@@ -691,7 +1222,7 @@ class Draws:
         self.draws = [draws] * len(problems) if isinstance(draws, int) else draws
         self.seed = lambda i, d: seed_of(run.seed, round, phase, problems[i]["id"], d)
         self.recorded, self.done = [[] for _ in problems], [n == 0 for n in self.draws]
-        self.answers, self.mine, self.pending = {}, [], []
+        self.answers, self.mine, self.pending, self.right, self.settled = {}, [], [], 0, 0
         self.cancelled = Counter(cancelled=0, tokens=0, prompt_tokens=0)
         self.checker.verdicts.clear()
         self.place, self.began = {p["id"]: i for i, p in enumerate(problems)}, time.time()
@@ -733,6 +1264,9 @@ class Draws:
                 waiting.append((answer, verdict))
         self.pending = waiting
         self.file.flush()
+        self.right += sum(self.answers[request]["correct"] for request in settled)
+        self.settled += len(settled)
+        self.progress.set_postfix_str(f"{self.right / max(1, self.settled):.1%} correct", refresh=False)
         self.progress.update(len(settled) * world_size())  # the others are about as far
         return settled
 
@@ -780,8 +1314,7 @@ class Sampler:
         """Prepare for a phase with these settings: what both engines share."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        end = self.tokenizer.convert_tokens_to_ids(end_token(self.tokenizer, style))
-        self.ends = sorted({self.tokenizer.eos_token_id, end})
+        self.ends = end_ids(self.tokenizer, folder)
         self.stops = [] if style == "chat" else [STOP]
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
         self.context = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
@@ -1048,88 +1581,6 @@ def output_to(path):
         for number, copy in zip((1, 2), saved):
             os.dup2(copy, number)
             os.close(copy)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Checking: model output is untrusted text, so it is compared in processes that can be killed
-
-def last_boxed(text):
-    r"""The content of the last balanced \boxed{...} (or brace-less \boxed 9), or None. Linear in the text."""
-    opened, last = [], None
-    for mark in re.finditer(r"\\boxed\s*\{|\\boxed\s+([^\s{}$\\]+)|\\.|\{|\}", text, re.DOTALL):
-        token = mark[0]
-        if token.startswith("\\boxed") and token.endswith("{"):
-            opened.append(mark.end())
-        elif token.startswith("\\boxed"):
-            last = mark[1].rstrip(".,;:")
-        elif token == "{":
-            opened.append(None)
-        elif token == "}" and opened:
-            start = opened.pop()
-            if start is not None:
-                last = text[start:mark.start()]
-    return last
-
-
-def final_answer(text):
-    """What a response says its answer is: the last box, else what stands behind the last "####"; None if neither."""
-    boxed = last_boxed(text)
-    if boxed is None and "####" in text:
-        boxed = text.rsplit("####", 1)[1].strip().split("\n")[0]
-    return boxed.strip() or None if boxed is not None else None
-
-
-class Checker:
-    """Worker processes that compare answers with math-verify, each killed and replaced when it hangs or dies."""
-
-    def __init__(self, workers):
-        self.threads = ThreadPoolExecutor(workers)  # a thread waits for its worker; the work is done in the process
-        self.idle = queue.SimpleQueue()
-        for _ in range(workers):
-            self.idle.put(self._start())
-        self.verdicts = {}
-
-    @staticmethod
-    def _start():
-        worker = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL)
-        return worker, False  # not known to be ready: its imports take a second or two
-
-    def submit(self, problem, text):
-        """A Future of (correct, reason); reason is equal, different, no_answer, bad_gold, timeout, memory or crash."""
-        gold, answer = problem["answer"], final_answer(text)
-        if (gold, answer) not in self.verdicts:
-            if answer is None or answer == gold:
-                verdict = Future()
-                verdict.set_result((answer == gold, "equal" if answer == gold else "no_answer"))
-            else:
-                verdict = self.threads.submit(self._compare, gold, answer)
-            self.verdicts[gold, answer] = verdict
-        return self.verdicts[gold, answer]
-
-    def _compare(self, gold, answer, again=True):
-        worker, ready = self.idle.get()
-        try:
-            if not ready and self._line(worker, 60) != b"ready\n":
-                fail("a checking worker does not start; see what `python common.py` says")
-            worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            worker.stdin.flush()
-            verdict = tuple(json.loads(self._line(worker, CHECK_SECONDS)))
-            self.idle.put((worker, True))
-            return verdict
-        except (OSError, ValueError) as error:  # no answer in time; or it is dead, perhaps not by this case: try again
-            worker.kill()
-            worker.wait()
-            self.idle.put(self._start())
-            if isinstance(error, TimeoutError):
-                return False, "timeout"
-            return self._compare(gold, answer, again=False) if again else (False, "crash")
-
-    @staticmethod
-    def _line(worker, seconds):
-        if not select.select([worker.stdout], [], [], seconds)[0]:
-            raise TimeoutError
-        return worker.stdout.readline()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1475,3 +1926,173 @@ def report_training(run, round, progress, tokens, reference_tokens, parameters, 
             **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Worked examples of our own, for prompts where the problems bring no solutions: by family, in the form that answers
+# should take
+
+EXAMPLES = {
+    "grade-school": [
+        ("Nora buys 3 notebooks at $2.50 each and a pen for $1.75. She pays with a $20 bill. How many dollars of "
+         "change does she get?",
+         "The notebooks cost 3*2.50 = 7.50 dollars.\n\nWith the pen she spends 7.50 + 1.75 = 9.25 dollars.\n\n"
+         "Her change is 20 - 9.25 = 10.75 dollars.\n\n\\boxed{10.75}"),
+        ("A ferry leaves at 9:40 am. It needs 35 minutes to cross, waits 15 minutes, and needs 40 minutes to come "
+         "back. How many minutes before noon is it back?",
+         "The trip takes 35 + 15 + 40 = 90 minutes.\n\nFrom 9:40 am to noon there are 140 minutes.\n\n"
+         "It is back 140 - 90 = 50 minutes before noon.\n\n\\boxed{50}"),
+        ("A 900-litre tank already holds 240 litres. One pump adds 18 litres a minute and another adds 12 litres a "
+         "minute. How many minutes do both pumps together need to fill the tank?",
+         "The tank still needs 900 - 240 = 660 litres.\n\nTogether the pumps add 18 + 12 = 30 litres a minute.\n\n"
+         "Filling takes 660/30 = 22 minutes.\n\n\\boxed{22}"),
+        ("Omar is 4 times as old as his niece. In 6 years he will be 3 times as old as she will be then. How old is "
+         "Omar now?",
+         "Let the niece be n years old, so Omar is 4n.\n\nIn 6 years, 4n + 6 = 3(n + 6) = 3n + 18.\n\n"
+         "So n = 12, and Omar is 4*12 = 48.\n\n\\boxed{48}"),
+        ("A coat is priced at $80. It is reduced by 25%, and then a 5% tax is added to the reduced price. How many "
+         "dollars does the coat cost in the end?",
+         "The reduction is 0.25*80 = 20 dollars, so the reduced price is 80 - 20 = 60 dollars.\n\n"
+         "The tax is 0.05*60 = 3 dollars.\n\nThe final cost is 60 + 3 = 63 dollars.\n\n\\boxed{63}"),
+        ("A farmer picks 240 melons. She sells 3/8 of them at the market and gives 1/5 of the rest to neighbors. How "
+         "many melons does she have left?",
+         "She sells 240*3/8 = 90 melons, which leaves 240 - 90 = 150.\n\nShe gives away 150/5 = 30 melons.\n\n"
+         "She has 150 - 30 = 120 melons left.\n\n\\boxed{120}"),
+        ("Kai's average on his first 4 quizzes is 81 points. What must he score on the fifth quiz so that the average "
+         "of all 5 is exactly 83 points?",
+         "The first 4 quizzes sum to 4*81 = 324 points.\n\nAll 5 must sum to 5*83 = 415 points.\n\n"
+         "He needs 415 - 324 = 91 points.\n\n\\boxed{91}"),
+        ("A painter mixes blue and white paint in the ratio 2 to 7 and gets 36 litres in all. How many more litres of "
+         "white than of blue does the mix hold?",
+         "There are 2 + 7 = 9 equal parts, so one part is 36/9 = 4 litres.\n\nWhite exceeds blue by 7 - 2 = 5 "
+         "parts.\n\nThat is 5*4 = 20 litres.\n\n\\boxed{20}"),
+    ],
+    "competition": [
+        ("Find the remainder when $x^5 + 2x^3 - 7$ is divided by $x^2 - 3$.",
+         "Modulo $x^2 - 3$ we may replace $x^2$ by $3$.\n\nThen $x^5 = (x^2)^2 x = 9x$ and $2x^3 = 2 \\cdot 3x = "
+         "6x$.\n\nThe remainder is $9x + 6x - 7 = 15x - 7$.\n\n\\boxed{15x - 7}"),
+        ("What is the remainder when $7^{53}$ is divided by $18$?",
+         "$7^2 = 49 \\equiv 13 \\pmod{18}$ and $7^3 \\equiv 7 \\cdot 13 = 91 \\equiv 1 \\pmod{18}$.\n\n"
+         "Since $53 = 3 \\cdot 17 + 2$, $7^{53} \\equiv 1^{17} \\cdot 7^2 \\equiv 13 \\pmod{18}$.\n\n\\boxed{13}"),
+        ("A bag holds $4$ red, $5$ green and $3$ blue marbles. Three marbles are drawn at random without replacement. "
+         "What is the probability that all three colors are drawn? Give a fraction in lowest terms.",
+         "There are $\\binom{12}{3} = 220$ equally likely draws.\n\nOne marble of each color can be drawn in "
+         "$4 \\cdot 5 \\cdot 3 = 60$ ways.\n\nThe probability is $\\frac{60}{220} = \\frac{3}{11}$.\n\n"
+         "\\boxed{\\frac{3}{11}}"),
+        ("In triangle $PQR$, $PQ = 6$, $PR = 10$ and $\\angle P = 60^\\circ$. Find $QR$ in simplest radical form.",
+         "By the law of cosines, $QR^2 = 6^2 + 10^2 - 2 \\cdot 6 \\cdot 10 \\cdot \\cos 60^\\circ$.\n\n"
+         "This is $36 + 100 - 60 = 76 = 4 \\cdot 19$.\n\nHence $QR = 2\\sqrt{19}$.\n\n\\boxed{2\\sqrt{19}}"),
+        ("Find all real $x$ with $\\frac{2x - 7}{x + 3} \\le 1$. Answer in interval notation.",
+         "Subtract $1$ from both sides: $\\frac{2x - 7 - (x + 3)}{x + 3} = \\frac{x - 10}{x + 3} \\le 0$.\n\n"
+         "The quotient is negative exactly for $-3 < x < 10$.\n\n"
+         "It is $0$ at $x = 10$ and undefined at $x = -3$.\n\n\\boxed{(-3, 10]}"),
+        ("Find the point $(x, y)$ on the line $3x + 4y = 50$ that is nearest to the origin.",
+         "The nearest point lies on the normal through the origin, so $(x, y) = (3t, 4t)$ for some $t$.\n\n"
+         "Then $9t + 16t = 50$, so $t = 2$.\n\nThe point is $(6, 8)$.\n\n\\boxed{(6, 8)}"),
+        ("Write $\\frac{(2 + i)^3}{1 - i}$ in the form $a + bi$ with real $a$ and $b$.",
+         "$(2 + i)^2 = 3 + 4i$, so $(2 + i)^3 = (3 + 4i)(2 + i) = 2 + 11i$.\n\nMultiply top and bottom by $1 + i$: "
+         "$\\frac{(2 + 11i)(1 + i)}{2} = \\frac{-9 + 13i}{2}$.\n\n\\boxed{-\\frac{9}{2} + \\frac{13}{2}i}"),
+        ("Let $A = \\begin{pmatrix} 2 & 1 \\\\ 0 & 2 \\end{pmatrix}$. Find $A^4$.",
+         "Squaring gives $A^2 = \\begin{pmatrix} 4 & 4 \\\\ 0 & 4 \\end{pmatrix}$.\n\nSquaring again, the diagonal "
+         "entries are $4 \\cdot 4 = 16$.\n\nThe upper right entry is $4 \\cdot 4 + 4 \\cdot 4 = 32$, and the lower "
+         "left entry stays $0$.\n\n\\boxed{\\begin{pmatrix} 16 & 32 \\\\ 0 & 16 \\end{pmatrix}}"),
+    ],
+    "choice": [
+        ("A closed glass bottle filled to the brim with water cracks overnight in a freezer. What best explains this?\n"
+         "(A) Glass melts in the cold\n(B) Water expands as it freezes\n(C) Cold air dissolves glass\n"
+         "(D) Ice weighs more than the water it formed from",
+         "The water in the freezer turns to ice.\n\nIce takes up more room than the same mass of water, and a full "
+         "bottle has no room to spare.\n\nSo the growing ice breaks the glass.\n\n\\boxed{B}"),
+        ("Tom wants soup to stay hot on a two-hour walk to a friend. What should he carry it in?\n(A) a paper cup\n"
+         "(B) an open glass bowl\n(C) a thin plastic bag\n(D) a closed vacuum flask\n(E) a metal plate",
+         "Soup stays hot if little heat can leave it.\n\nA cup, an open bowl, a thin bag and a plate all lose heat "
+         "quickly.\n\nA closed vacuum flask is made to hold heat in.\n\n\\boxed{D}"),
+        ("Two equal towels are equally wet. One hangs spread out in a dry wind and the other lies folded in a closed "
+         "box. Why does the hanging towel dry sooner?\n(A) More of its surface meets dry moving air\n"
+         "(B) It held less water at the start\n(C) Sound from the wind heats it\n(D) The box makes new water",
+         "Water leaves a towel by evaporating from its surface.\n\nSpreading it out gives more surface, and dry wind "
+         "carries the vapor away.\n\nIn the box little surface is open and the air soon becomes damp.\n\n\\boxed{A}"),
+        ("One machine makes 7 parts every 4 minutes and another makes 5 parts every 6 minutes. How many parts do they "
+         "make together in 2 hours?\n(A) 220\n(B) 250\n(C) 280\n(D) 300\n(E) 310",
+         "Two hours are 120 minutes.\n\nThe first makes 120/4*7 = 210 parts and the second 120/6*5 = 100 parts.\n\n"
+         "Together they make 210 + 100 = 310 parts.\n\n\\boxed{E}"),
+        ("Ines set her plug-in clock to ring at 6:00. She woke at 8:00 in a silent room, and the clock's display was "
+         "dark. What most likely happened?\n(A) She had set the clock to ring at 8:00\n(B) Noisy neighbors woke her\n"
+         "(C) The clock lost power in the night\n(D) The clock ran too fast",
+         "A dark display means that the clock has no power.\n\nWithout power it could not ring at 6:00.\n\n"
+         "The other options do not explain a dark display.\n\n\\boxed{C}"),
+        ("Two equal lamps are connected in parallel to one ideal battery. One lamp is unscrewed. What happens to the "
+         "other lamp?\n(A) It goes out\n(B) It becomes dimmer\n(C) It becomes brighter\n(D) It stays just as bright",
+         "In parallel, each lamp is connected to the full battery voltage.\n\nAn ideal battery keeps that voltage when "
+         "one lamp is removed.\n\nSo the current in the other lamp does not change.\n\n\\boxed{D}"),
+    ],
+    "label": [
+        ("Premise: The town library opened a second reading room after a gift from a retired teacher.\n"
+         "Hypothesis: The retired teacher had once worked in the town.\n"
+         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
+         "The premise says that a retired teacher gave a gift to the library.\n\nIt does not say where the teacher had "
+         "worked, so the hypothesis may be true or false.\n\n\\boxed{neutral}"),
+        ("Premise: Nine climbers set out, and exactly three of them reached the summit before the storm.\n"
+         "Hypothesis: Six of the climbers who set out did not reach the summit before the storm.\n"
+         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
+         "Exactly three of nine climbers reached the summit before the storm.\n\n"
+         "The other 9 - 3 = 6 did not, as the hypothesis says.\n\n\\boxed{entailment}"),
+        ("Premise: The corner bakery has been closed all day on every Monday since it opened in 2010.\n"
+         "Hypothesis: Customers bought bread in the corner bakery on a Monday in 2015.\n"
+         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
+         "Every Monday in 2015 falls after the opening, so the bakery was closed on all of them.\n\n"
+         "Customers cannot have bought bread there on such a day.\n\n\\boxed{contradiction}"),
+        ("Premise: Ada's third novel was translated into Dutch before it was printed in her own country.\n"
+         "Hypothesis: Ada has written more than one novel.\n"
+         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
+         "The premise speaks of Ada's third novel, so she has written at least three.\n\n"
+         "Three is more than one, so the hypothesis must be true.\n\n\\boxed{entailment}"),
+        ("Premise: The violinist played the concerto from memory, and the audience stood and clapped.\n"
+         "Hypothesis: The violinist had played the concerto in public before.\n"
+         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
+         "Playing from memory shows that the violinist knew the piece well.\n\nThat could come from practice alone, so "
+         "an earlier concert is possible but not certain.\n\n\\boxed{neutral}"),
+        ("Premise: The bridge was finished in March 1931, and the first train crossed it exactly two years later.\n"
+         "Hypothesis: A train crossed the bridge in 1932.\n"
+         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
+         "The first train crossed in March 1933.\n\nNo train can have crossed before the first one, so none crossed in "
+         "1932.\n\n\\boxed{contradiction}"),
+    ],
+    "yesno": [
+        ("Half of all patients are mild cases and half are severe. Severity is the only common cause of taking a drug "
+         "and of recovery. Mild cases recover in 90% with the drug and 85% without; severe cases in 50% with and 40% "
+         "without. Of those who take the drug 20% are mild; of the others 80% are mild.\n"
+         "Does taking the drug raise the chance of recovery over all patients?",
+         "Severity is a confounder, so we weigh both groups by their share of all patients.\n\n"
+         "If all took the drug: 0.5*0.90 + 0.5*0.50 = 0.70. If none did: 0.5*0.85 + 0.5*0.40 = 0.625.\n\n"
+         "0.70 > 0.625, so the drug raises the chance.\n\n\\boxed{yes}"),
+        ("In a school 30% of pupils are good at music and 30% are good at chess, independently. A club has as members "
+         "exactly the pupils who are good at music, at chess, or at both.\n"
+         "Among club members, are those good at music more likely to be good at chess than members overall?",
+         "A pupil is a member with chance 1 - 0.7*0.7 = 0.51. Among members the chance of chess is 0.3/0.51, about "
+         "0.59.\n\nAll who are good at music are members, so among them the chance of chess is still 0.30.\n\n"
+         "0.30 < 0.59: membership is a collider and makes the skills compete.\n\n\\boxed{no}"),
+        ("Frost comes on 20% of nights. A warning lamp lights on 90% of frost nights and on 10% of other nights. The "
+         "lamp has no effect on the weather. Tonight Ben switches the lamp on by hand, without knowing the weather.\n"
+         "Is the chance of frost tonight now higher than 20%?",
+         "Seeing the lamp light by itself would give 0.18/(0.18 + 0.08), about 0.69.\n\n"
+         "But Ben sets the lamp, which cuts its link with frost.\n\nThe chance of frost stays at 0.20.\n\n\\boxed{no}"),
+        ("A pump runs exactly when the mains or a generator gives power. The mains is on 90% of days and the generator "
+         "on 30% of days, independently. Today both were on and the pump ran.\n"
+         "Had the mains been off today, all else as it was, would the pump have run?",
+         "We know that the generator was on today, so its chance today is 1 and not 0.30.\n\n"
+         "Switching off the mains does not change the generator.\n\nThe generator alone makes the pump run.\n\n"
+         "\\boxed{yes}"),
+        ("A fertilizer raises the chance that a plant grows tall from 30% to 60%. Tall plants fall over in 50% of "
+         "cases, other plants in 10%. The fertilizer acts on falling only through height, and nothing else affects "
+         "both.\nDoes the fertilizer lower the chance that a plant falls over?",
+         "With fertilizer the chance of falling is 0.6*0.5 + 0.4*0.1 = 0.34.\n\n"
+         "Without it the chance is 0.3*0.5 + 0.7*0.1 = 0.22.\n\n0.34 > 0.22, so it raises the chance.\n\n\\boxed{no}"),
+        ("A fair coin decides who of many pupils gets a letter about a course. With the letter 60% go and 71% pass a "
+         "test; without it 20% go and 63% pass. The letter affects passing only through the course and keeps nobody "
+         "away.\nFor pupils who go only if they get the letter, does the course raise the chance of passing?",
+         "The coin is random, so the letter raises passing by 0.71 - 0.63 = 0.08 and going by 0.60 - 0.20 = 0.40.\n\n"
+         "Only the pupils whom the letter sends to the course can change, so their gain is 0.08/0.40 = 0.20.\n\n"
+         "A gain of 0.20 is positive.\n\n\\boxed{yes}"),
+    ],
+}

@@ -26,17 +26,18 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from common import (fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read, sample,
-                    say, sequence_logprobs, start_run, train)
+from common import (fail, hold_out, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
+                    sample, say, sequence_logprobs, start_run, train, worked_examples)
 from eval import evaluate, final_table, show_answers
 
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
 START = "base"  # "base" | "previous": what each round trains from; with DPO, "base" is M_1 of round 0 (code: base)
 TRAIN_DATA = "gsm8k,math"  # problem sets or .jsonl files, comma-separated (paper)
-TEST_DATA = "gsm8k,math"  # scored after each round, greedily (paper)
+TEST_DATA = "gsm8k,math"  # scored after each round, greedily; may be empty with HELD_OUT (paper)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (ours)
+HELD_OUT = 0  # training problems put aside, and scored like a test set; 0 is none (ours)
 ROUNDS = 3  # after round 0 (paper)
 SEED = 0  # of everything random (ours)
 
@@ -61,6 +62,7 @@ TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
 TOP_P = 1.0  # 1: off (code)
 TOP_K = 40  # 0: off (code)
 MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (code)
+GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
 
 # Training
 LR = 2e-5  # of SFT, its peak; cosine to 0 (code)
@@ -256,7 +258,8 @@ def main():
         fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
     tokenizer = load_tokenizer(MODEL, PROMPT)
     problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
-    tests = load_problems(TEST_DATA, "test", DATA, N_TEST)
+    problems, held_out = hold_out(problems, HELD_OUT, SEED)
+    tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])
     run = start_run(globals(), problems, tests)
     solved, by_id = [p for p in problems if "solution" in p], {p["id"]: p for p in problems}
     say(f"  data     {len(problems):,} training problems, {len(solved):,} with solutions; {len(tests):,} test problems")
@@ -267,10 +270,11 @@ def main():
                     weight_decay=WEIGHT_DECAY, clip=CLIP)
     loss, lr = (sft_loss, LR) if LOSS == "sft" else (dpo_loss, LR_DPO)
     shots = SHOTS if PROMPT != "zero_shot" else 0
-    blind = fixed_examples(solved if len(solved) > shots else EXAMPLES, shots, run.rng("examples"))
+    blind = fixed_examples(solved, shots, run.rng("examples"))
 
     def few_shot(problem, draw):
-        examples = [e for e in blind if e["problem"] != problem["problem"]][:shots]
+        pool = blind if len(solved) > shots else worked_examples(problem)
+        examples = [e for e in pool if e["problem"] != problem["problem"]][:shots]
         return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
 
     def zero_shot(problem, draw):
@@ -332,28 +336,6 @@ def main():
         scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(
             run, model, tests, zero_shot, round=t, **greedy))
     final_table(run, scores)
-
-
-# Worked examples for problems that come without solutions (ours), in the form that the answers should take.
-EXAMPLES = [{"id": f"example {i}", "problem": problem, "solution": solution} for i, (problem, solution) in enumerate([
-    ("A box holds 12 eggs. Mia buys 4 boxes and uses 9 eggs. How many eggs are left?",
-     "4 boxes hold 4*12 = 48 eggs.\n\n48 - 9 = 39 eggs are left.\n\n\\boxed{39}"),
-    ("A train covers 180 km in 2 hours. At the same speed, how many km does it cover in 5 hours?",
-     "The speed is 180/2 = 90 km per hour.\n\nIn 5 hours it covers 5*90 = 450 km.\n\n\\boxed{450}"),
-    ("A coat costs $80 and is sold at 25% off. What is the price now, in dollars?",
-     "The reduction is 0.25*80 = 20 dollars.\n\nThe price is 80 - 20 = 60 dollars.\n\n\\boxed{60}"),
-    ("Ben is 3 times as old as Ada. Together they are 48. How old is Ben?",
-     "If Ada is x, then x + 3x = 48.\n\nSo 4x = 48 and x = 12.\n\nBen is 3*12 = 36.\n\n\\boxed{36}"),
-    ("What is the sum of the first 10 positive even numbers?",
-     "They are 2(1 + 2 + ... + 10).\n\n1 + 2 + ... + 10 = 10*11/2 = 55.\n\n2*55 = 110.\n\n\\boxed{110}"),
-    ("Solve for x: 5x - 7 = 2x + 8.",
-     "Subtract 2x: 3x - 7 = 8.\n\nAdd 7: 3x = 15.\n\nDivide by 3: x = 5.\n\n\\boxed{5}"),
-    ("A fair die is thrown twice. What is the probability that both throws show a six?",
-     "Each throw shows a six with probability \\frac{1}{6}.\n\nThe throws are independent: "
-     "\\frac{1}{6}\\cdot\\frac{1}{6} = \\frac{1}{36}.\n\n\\boxed{\\frac{1}{36}}"),
-    ("A rectangle is 3 cm longer than it is wide, and its perimeter is 26 cm. What is its area in square cm?",
-     "With width w, 2(w + w + 3) = 26.\n\nSo w = 5.\n\nThe length is 8 and the area 5*8 = 40.\n\n\\boxed{40}"),
-])]
 
 
 if __name__ == "__main__":

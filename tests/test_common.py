@@ -95,7 +95,10 @@ GOOD = '{"problem": "1+1?", "answer": 2.0}'
     ([GOOD, '{"problem": "1+1?", '], ["p.jsonl:2: not valid JSON"]),
     ([GOOD, "", '{"problem": "1+1?"}'], ["p.jsonl:3: no 'answer'"]),
     (['{"problem": "1+1?", "answer": null}'], ["p.jsonl:1: no 'answer'"]),
-    (['{"problem": "1+1?", "answer": true}'], ["p.jsonl:1: no 'answer'"]),
+    (['{"problem": "1+1?", "answer": {}}'], ["p.jsonl:1: no 'answer'"]),
+    (['{"problem": "?", "answer": "2", "kind": "sum"}'], ["p.jsonl:1: 'kind' is 'sum', and not math, choice"]),
+    (['{"problem": "?", "answer": "C", "choices": ["a", "b"]}'], ["p.jsonl:1: the answer 'C' is none of the choices"]),
+    (['{"problem": "?", "answer": "A", "choices": [1, 2]}'], ["p.jsonl:1: 'choices' is not a list"]),
     (['{"problem": " ", "answer": "2"}'], ["p.jsonl:1: no text under 'problem'"]),
     (["[1, 2]"], ["p.jsonl:1: not a JSON object"]),
     (["[" * 100_000], ["p.jsonl:1: not valid JSON"]),
@@ -157,100 +160,6 @@ def test_a_limit_takes_the_same_random_problems_every_time(alone):
     assert some[0] == some[1] and len(some[0]) == 60 and {p["level"] for p in some[0]} == set(range(1, 7))
     lines = [int(p["id"].rsplit("/", 1)[1]) for p in some[0]]
     assert lines == sorted(lines) and lines[0] > 0
-
-
-@pytest.mark.parametrize("text, answer", [
-    ("so \\boxed{5}.", "5"), ("\\boxed{1} no, \\boxed{2}", "2"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-    ("\\boxed{1} and \\boxed{2", "1"), ("\\boxed 9", "9"), ("$\\boxed 9$.", "9"), ("\\boxed {17}", "17"),
-    ("\\boxed{a\\}b}", "a\\}b"), ("\\boxed{x \\boxed{3}}", "x \\boxed{3}"), ("\\boxed{{\\boxed{3}}", "3"),
-    ("} } \\boxed{4} }", "4"), ("none", None), ("\\boxed{", None), ("it is 7\n#### 1,200\nQuestion", "1,200"),
-    ("####", None), ("\\boxed{}", None)])
-def test_final_answer(alone, text, answer):
-    assert alone.final_answer(text) == answer
-
-
-def test_final_answer_is_linear(alone):
-    began = time.time()
-    assert alone.final_answer("\\boxed{" * 100_000) is None
-    assert alone.final_answer("step {x} " * 20_000 + "\\boxed{3}" + " {" * 100_000) == "3"
-    assert time.time() - began < 5  # a quadratic search takes minutes
-
-
-@pytest.fixture(scope="module")
-def checker():
-    import common
-    return common.Checker(2)
-
-
-@pytest.mark.parametrize("gold, text, correct, reason", [
-    ("7", "\\boxed{7}", True, "equal"), ("7", "\\boxed{7.0}", True, "equal"), ("7", "\\boxed{8}", False, "different"),
-    ("\\frac{1}{2}", "\\boxed{0.5}", True, "equal"), ("1,072", "\\boxed{1072}", True, "equal"),
-    ("7", "it is 7", False, "no_answer"),
-    ("x+1", "\\boxed{1+x}", True, "equal"), ("7", "\\boxed{7} but rather \\boxed{8}", False, "different"),
-    ("(1,2)", "\\boxed{(2,1)}", False, "different"), ("7", "\\boxed{}", False, "no_answer"),
-    ("7", "\\boxed{\x00\ud800}", False, "different")])
-def test_verdicts(checker, gold, text, correct, reason):
-    assert checker.submit({"answer": gold}, text).result() == (correct, reason)
-
-
-def test_a_hanging_or_dying_worker_is_replaced(monkeypatch):
-    import common
-    checker = common.Checker(1)
-
-    def verdict(answer):
-        return checker.submit({"answer": "4"}, f"\\boxed{{{answer}}}").result()
-
-    assert verdict("2+2") == (True, "equal")
-    worker, _ = checker.idle.get()
-    checker.idle.put((worker, True))
-    os.kill(worker.pid, signal.SIGSTOP)  # hangs: no alarm of its own can help it
-    monkeypatch.setattr(common, "CHECK_SECONDS", 0.5)
-    assert verdict("3+1") == (False, "timeout") and worker.poll() is not None
-    monkeypatch.undo()
-    assert verdict("1+3") == (True, "equal")
-    worker, _ = checker.idle.get()
-    checker.idle.put((worker, True))
-    worker.kill()  # between two cases: the next one is not to blame
-    assert verdict("0+4") == (True, "equal")
-    monkeypatch.setattr(checker, "_start", lambda: (subprocess.Popen(
-        [sys.executable, "-c", "print('ready', flush=True); input()"], stdin=-1, stdout=-1), False))
-    while not checker.idle.empty():
-        checker.idle.get()[0].kill()
-    checker.idle.put(checker._start())
-    assert verdict("4+0") == (False, "crash")  # dies of this case, twice
-    monkeypatch.setattr(checker, "_start", lambda: (subprocess.Popen(["true"], stdin=-1, stdout=-1), False))
-    checker.idle.get()
-    checker.idle.put(checker._start())
-    with pytest.raises(SystemExit):  # a checker that cannot start must not call everything wrong
-        verdict("5-1")
-
-
-def test_memory_of_a_worker_is_capped(monkeypatch):
-    import common
-    checker = common.Checker(1)
-    text = "\\boxed{" + "((" * 20_000 + "x" + "))" * 20_000 + "}"
-    correct, reason = checker.submit({"answer": "x"}, text).result()
-    assert not correct and reason in ("memory", "crash", "timeout", "different")
-    assert checker.submit({"answer": "4"}, "\\boxed{2+2}").result() == (True, "equal")
-
-
-def test_every_gsm8k_solution_is_correct(alone, checker, shared):
-    """Each gold solution as a response, in the file's own form (####) and in ours (a box), against its own answer."""
-    for split in ("train", "test"):
-        problems = alone.load_problems("gsm8k", split, shared / "data")
-        assert len(problems) == {"train": 7473, "test": 1319}[split]
-        source = [json.loads(line)["answer"] for line in open(shared / "data" / "gsm8k" / f"{split}.jsonl")]
-        for problem, text in zip(problems, source):
-            for response in (text, problem["solution"]):
-                assert checker.submit(problem, response).result() == (True, "equal"), problem["id"]
-
-
-def test_math_loads_with_its_known_traps(alone, checker, shared, capsys):
-    problems = alone.load_problems("math", "train", shared / "data")
-    assert len(problems) == 7498 and "2 problems with an empty answer dropped" in capsys.readouterr().out
-    by_id = {p["id"]: p for p in problems}
-    assert len(by_id) == 7498 and {p.get("level") for p in problems} == {1, 2, 3, 4, 5, None}
-    assert all(checker.submit(p, p["solution"]).result()[0] for p in problems)
 
 
 def test_prompts(alone):

@@ -367,20 +367,79 @@ def test_gsm8k_where_nearly_nothing_is_correct(shared, tmp_path):
 
 
 def test_eval(tmp_path):
-    flags = ["--model", TOY / "model", "--max-new-tokens", "96", "--n-test", "12", "--run", "e"]
-    sets = ["--sets", f"{TOY}/test.jsonl,{TOY}/train.jsonl"]
-    done = launch(tmp_path, "eval.py", *flags, *sets, "--samples", "3", "--temperature", "0.7")
+    sets = [f"{TOY}/{name}" for name in ("test.jsonl", "train.jsonl", "deep.json")]
+    flags = ["--model", f"{TOY}/model", "--sets", ",".join(sets), "--max-new-tokens", "96", "--n-test", "12",
+             "--samples", "3", "--temperature", "0.7", "--run", "e"]
+    done = launch(tmp_path, "eval.py", *flags)
     scores = json.loads((tmp_path / "runs/e/eval.json").read_text())
-    assert list(scores) == [f"{TOY}/test.jsonl", f"{TOY}/train.jsonl"]
-    for score in scores.values():
+    assert {model: list(of) for model, of in scores.items()} == {f"{TOY}/model": sets}
+    for score in scores[f"{TOY}/model"].values():
         assert score["n"] == 12 == sum(part["n"] for part in score["by_level"].values()) and score["samples"] == 3
+        assert score["n"] == sum(part["n"] for part in score["by_subject"].values()) and len(score["by_set"]) == 1
         assert 0 <= score["interval"][0] <= score["accuracy"] <= score["interval"][1] <= 1
-    assert "95 % interval" in done.stdout and "level 1" in done.stdout
+        assert list(score["pass_at"]) == ["1", "2", "3"] and list(score["maj_at"]) == ["2", "3"]
+        assert math.isclose(score["pass_at"]["1"]["accuracy"], score["accuracy"])
+        assert score["pass_at"]["3"]["accuracy"] == sum(n > 0 for n in score["correct"].values()) / 12
+    assert all(words in done.stdout for words in ("95 % interval", "level 1", "pass@3", "maj@2", "digit sums"))
     before = files(tmp_path / "runs" / "e")
-    launch(tmp_path, "eval.py", *flags, *sets, "--samples", "3", "--temperature", "0.7")
-    assert files(tmp_path / "runs" / "e") == before
-    few = ["--prompt", "few_shot", "--examples-from", TOY / "train.jsonl", "--shots", "2", "--sets", TOY / "test.jsonl"]
-    launch(tmp_path, "eval.py", *flags[:-1], "few", *few)
-    assert json.loads((tmp_path / "runs/few/eval.json").read_text())[f"{TOY}/test.jsonl"]["n"] == 12
+    (tmp_path / "runs/e/eval.json").unlink()
+    launch(tmp_path, "eval.py", *flags)
+    assert files(tmp_path / "runs" / "e") == before  # from the answers that are there
+
+
+def test_eval_of_several_models(tmp_path):
+    shutil.copytree(TOY / "model", tmp_path / "other")
+    done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,{tmp_path}/other", "--sets", TOY / "test.jsonl",
+                  "--max-new-tokens", "96", "--n-test", "6", "--run", "two")
+    first, second = json.loads((tmp_path / "runs/two/eval.json").read_text()).values()
+    assert first == second and "+0.0% [+0.0%, +0.0%] against" in done.stdout
+    assert len(lines(tmp_path / "runs/two/metrics.jsonl")) == 2
+
+
+def test_eval_shows_examples_and_scores_what_was_held_out(tmp_path):
+    flags = ["--model", TOY / "model", "--max-new-tokens", "96", "--sets", TOY / "train.jsonl", "--held-out", "6"]
+    few = [*flags, "--prompt", "few_shot", "--shots", "2"]
+    launch(tmp_path, "eval.py", *few, "--examples-from", TOY / "train.jsonl", "--run", "theirs")
+    launch(tmp_path, "eval.py", *few, "--run", "ours")
+    answers = {run: lines(next((tmp_path / "runs" / run).glob("*/held-out.jsonl"))) for run in ("theirs", "ours")}
+    assert {r["id"] for r in answers["ours"]} == {r["id"] for r in answers["theirs"]} and len(answers["ours"]) == 6
+    prompt_tokens = {run: lines(tmp_path / "runs" / run / "metrics.jsonl")[0]["prompt_tokens"] for run in answers}
+    assert prompt_tokens["ours"] > prompt_tokens["theirs"] > 6 * 60
     assert "--temperature" in error_of(launch(tmp_path, "eval.py", *flags, "--samples", "2", check=False))
-    assert "share a file" in error_of(launch(tmp_path, "eval.py", *flags, "--sets", "a/b.jsonl,a-b.jsonl", check=False))
+    assert "share a file" in error_of(launch(tmp_path, "eval.py", *flags[:-4], "--sets", "a/b.jsonl,a-b.jsonl",
+        check=False))
+
+
+STORED = [  # (record, correct, reason)
+    ({"answer": "1/2", "text": "so \\boxed{0.5}", "extra": [1, None]}, True, "equal"),
+    ({"answer": 7.0, "text": "the answer is 8."}, False, "different"),
+    ({"answer": "B", "text": "I think (B)", "choices": ["cat", "dog"]}, True, "equal"),
+    ({"answer": "dog", "text": "\\boxed{A}", "choices": ["cat", "dog"]}, False, "different"),
+    ({"answer": "", "text": "\\boxed{}"}, False, "bad_gold"), ({"answer": "yes", "text": "Yes."}, True, "equal"),
+    ({"answer": "She has 3\n#### 3", "text": "A: 3"}, True, "equal"), ({"answer": "2", "text": "\ud800\n"}, False,
+    "different"),
+    ({"answer": "2", "text": "none\nat all"}, False, "no_answer"),
+    ({"answer": "2", "text": "\\boxed{9^{9^{9^9}}}"}, False, "timeout"), ({"id": "toy/test/1", "text": "15"}, True,
+    "equal")]
+
+
+def test_regrade(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record, _, _ in STORED))
+    flags = ["--regrade", path, "--sets", TOY / "test.jsonl"]
+    done = launch(tmp_path, "eval.py", *flags)
+    assert lines(tmp_path / "answers.graded.jsonl") == [{**r, "correct": c, "reason": w} for r, c, w in STORED]
+    assert "5 of 11 correct (45.5%" in done.stdout and not (tmp_path / "runs").exists()
+    (tmp_path / "mine.py").write_text("def never(problem, text):\n    return False, problem['answer']\n")
+    launch(tmp_path, "eval.py", *flags, "--grader", "mine.py:never")
+    graded = lines(tmp_path / "answers.graded.jsonl")
+    assert not any(r["correct"] for r in graded) and graded[0]["reason"] == "1/2" and graded[-1]["reason"] == "15"
+    for line, words in {"{": "answers.jsonl:12: ", '{"text": "7"}': "no 'answer'",
+        '{"answer": "7"}': "a text under 'text'",
+                        '{"answer": [], "text": ""}': "",
+                            '{"answer": "C", "text": "", "choices": ["a"]}': "none of the choices"}.items():
+        before = (tmp_path / "answers.graded.jsonl").read_text()
+        path.write_text("".join(json.dumps(record) + "\n" for record, _, _ in STORED) + line + "\n")
+        done = launch(tmp_path, "eval.py", *flags, check=bool(not words))
+        assert not words or words in error_of(done) and (tmp_path / "answers.graded.jsonl").read_text() == before
+    assert "no such .jsonl file" in error_of(launch(tmp_path, "eval.py", "--regrade", "none.jsonl", check=False))

@@ -137,6 +137,7 @@ MODEL = {model!r}
 RUN = sys.argv[1]
 WANDB = False
 ENGINE = ""
+GRADER = ""
 SAVE_MINUTES = 10.0
 run = common.start_run(globals())
 examples = [json.loads(line) for line in open("examples.jsonl")]

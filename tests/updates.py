@@ -19,6 +19,7 @@ RUN = "updates"
 SEED = 0
 WANDB = False
 ENGINE = "vllm"
+GRADER = ""
 EAGER = True
 GPU_MEMORY = 0.5
 SAVE_MINUTES = 10.0

@@ -11,7 +11,7 @@ there is something to learn from one's own checked answers: to write every opera
 longer. Documents are plain text with 0-4 worked examples before the last question, chats, and questions with the answer
 as a hint; an author keeps to one way of writing, so the model copies the manner of its examples.
 
-  python tests/toy/make.py            writes tests/toy/{model,train.jsonl,test.jsonl}
+  python tests/toy/make.py            writes tests/toy/{model,train.jsonl,test.jsonl,deep.json}
 
 Figures in README hang on these files: they are not made again without a reason that is worth measuring everything anew.
 """
@@ -47,6 +47,9 @@ SEED = 0  # of everything
 
 # Machine: may differ when a run goes on
 RUN = "toy"  # name of the run folder
+ENGINE = ""  # "" | "vllm" | "transformers": what samples
+GRADER = ""  # a grader other than math-verify
+SAVE_MINUTES = 30.0  # between saves inside the training
 MAX_TOKENS = 8192  # tokens of a micro-batch
 WANDB = False  # log to Weights & Biases too
 
@@ -109,12 +112,13 @@ def write_solution(start, chain, style, rng, slip=0.0):
     return "\n\n".join([*lines, f"\\boxed{{{x}}}"])
 
 
-def problem_set(count, seen, rng):
+def problem_set(count, seen, rng, shortest=1, longest=6):
     """`count` problems, as many of each level, none of them in `seen`; the solutions are by people, who do not slip and
     who write more of their work down the longer it is."""
     records = []
     while len(records) < count:
-        depth, family = len(records) % 6 + 1, rng.choice(list(FAMILIES))
+        depth = shortest + len(records) % (longest - shortest + 1)
+        family = rng.choice(list(FAMILIES))
         problem, (start, chain) = make_problem(depth, family, rng)
         if problem["problem"] in seen:
             continue
@@ -123,6 +127,11 @@ def problem_set(count, seen, rng):
         style = rng.choices(["careful", "named", "brisk"], [careful * 0.7, careful * 0.3, 1 - careful])[0]
         records.append({**problem, "solution": write_solution(start, chain, style, rng)})
     return records
+
+
+def deep_set():
+    """120 problems of 7 and 8 operations, longer than any other: does what is learnt carry over?"""
+    return problem_set(120, set(), random.Random(7), 7, 8)
 
 
 def author_of(rng, bare):
@@ -223,6 +232,7 @@ def main():
         shutil.copytree(model, HERE / "model", dirs_exist_ok=True)
         write(HERE / "train.jsonl", pool)
         write(HERE / "test.jsonl", test)
+        write(HERE / "deep.json", deep_set())
 
 
 if __name__ == "__main__":

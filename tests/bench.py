@@ -1,0 +1,78 @@
+"""Speed of what is ours beside the plain way to do the same: python tests/bench.py checking [../shared].
+
+checking: MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model outputs,
+judged by plain math-verify (parse and verify, as its README says) and by the Checker, in turn, in processes of their
+own. Seconds are of the processor, all processes together, starts left out: their ratio is one per core. Verdicts that
+differ are printed, and how the wall time falls with the number of workers.
+"""
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def responses(shared, n):
+    """{what it is: [(problem, text)]}."""
+    import common
+    problems = common.load_problems("math", "test", shared / "data", n)
+    cases = map(json.loads, open(shared / "graders" / "cases.jsonl"))
+    return {"model outputs": [({"id": c["id"], "answer": c["gold"]}, c["response_or_answer"]) for c in cases
+                              if "Qwen2.5-Math" in c["source"]],
+            "wrong answers": [(p, q["solution"]) for p, q in zip(problems, problems[1:])],
+            "reference solutions": [(p, p["solution"]) for p in problems]}
+
+
+def processor_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def plainly(pairs):
+    from math_verify import parse, verify
+    parse("\\boxed{1}")
+    began = processor_seconds(os.getpid())
+    verdicts = [verify(parse(f"\\boxed{{{problem['answer']}}}"), parse(text)) for problem, text in pairs]
+    return verdicts, processor_seconds(os.getpid()) - began, 0
+
+
+def by_checker(pairs, workers=1):
+    import common
+    checker = common.Checker(workers)
+    ready = [checker.submit({"answer": "3"}, f"\\boxed{{\\frac{{{i}}}{{2}}}}") for i in range(50 * workers)]
+    assert not any(future.result()[0] for future in ready[:6])
+    pids = [os.getpid(), *Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()]
+    began, wall = sum(map(processor_seconds, pids)), time.time()
+    verdicts = [future.result()[0] for future in [checker.submit(*pair) for pair in pairs]]
+    wall = time.time() - wall
+    return verdicts, sum(map(processor_seconds, pids)) - began, wall
+
+
+def checking(shared):
+    for what, pairs in responses(shared, 2000).items():
+        totals = [0.0, 0.0]
+        for _ in range(3):
+            for i, way in enumerate((plainly, by_checker)):
+                with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                    verdicts, seconds, _ = fresh.apply(way, (pairs,))
+                totals[i] += seconds / 3
+                plain, ours = (verdicts, None) if i == 0 else (plain, verdicts)
+        print(f"{what}: {len(pairs):,} responses, plain {totals[0]:.2f} s, ours {totals[1]:.2f} s, "
+              f"ratio {totals[0] / totals[1]:.1f}, {sum(p != o for p, o in zip(plain, ours))} verdicts differ")
+        for (problem, text), p, o in zip(pairs, plain, ours):
+            if p != o:
+                print(f"  {problem['id']}: plain {p}, ours {o}, gold {problem['answer']!r}")
+    pairs = responses(shared, 2000)["wrong answers"]
+    for workers in range(1, os.cpu_count() + 1):
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            print(f"wrong answers, {workers} workers: {fresh.apply(by_checker, (pairs, workers))[2]:.1f} s")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["checking"]:
+        sys.exit(__doc__)
+    checking(Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
