@@ -897,7 +897,8 @@ def load_problems(names, split, folder, limit=0):
             ids = f"{path.resolve().parent.name}/{path.stem}"
         elif name in SETS or not name.endswith((".jsonl", ".json")):
             hint = f"{path}: no such file (--data names the folder that has it); " if name in SETS else ""
-            records, ids = _records_of_hub(hub, split, hint), re.sub(r"[:@]", "/", where)
+            ids = where if name in SETS else re.sub(r"[:@]", "/", name if "@" in name else f"{name}@{split}")
+            records = _records_of_hub(hub, split, hint)
         else:
             fail(f"{path}: no such file")
         found = _read_set(where, records, ids)
@@ -1062,6 +1063,8 @@ def hold_out(problems, n, seed):
         if sum(kept[t] for t in texts) >= n:
             break
         texts.add(text)
+    if len(texts) == len(order):
+        fail(f"--held-out {n} leaves nothing of the {len(problems)} problems")
     return [p for p in problems if p["problem"] not in texts], [p for p in problems if p["problem"] in texts]
 
 
@@ -1069,7 +1072,7 @@ def worked_examples(problem):
     """Problems with solutions to show before one like `problem`: ours, of its family."""
     family = problem["kind"]
     if family == "math":
-        family = "grade-school" if problem["id"].split("/")[0] in GRADE_SCHOOL else "competition"
+        family = "grade-school" if {*problem["id"].split("/")} & {*GRADE_SCHOOL} else "competition"
     return [{"problem": text, "solution": solution} for text, solution in EXAMPLES[family]]
 
 

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Checker, bar, fail, final_answer, hold_out, letter_of, load_problems, load_tokenizer, local_folder,
-                    make_prompt, normalize, override_from_cli, piece_of, rank, read, read_problem, sample, say, setup,
-                    start_run, threads_per_process, worked_examples)
+from common import (YES_NO, Checker, bar, fail, final_answer, hold_out, label_of, letter_of, load_problems,
+                    load_tokenizer, local_folder, make_prompt, normalize, override_from_cli, piece_of, rank, read,
+                    read_problem, sample, say, setup, start_run, threads_per_process, worked_examples)
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
 SETS = "gsm8k,math"  # problem sets or .jsonl files, comma-separated
 SPLIT = "test"  # "test" | "train": of the sets known by name
 N_TEST = 0  # problems of each set, drawn at random once and for all; 0 is all
-HELD_OUT = 0  # score those that a method put aside with this HELD_OUT and SEED; 0 scores all
+HELD_OUT = 0  # score those that a method put aside with this HELD_OUT, SEED and (as N_TEST) N_TRAIN; 0 scores all
 SEED = 0  # of the draws, of which examples are shown, and of what is put aside
 REGRADE = ""  # a .jsonl file of answers to check again; no model is used then
 
@@ -96,8 +96,12 @@ def vote_of(problem, response):
     """What a response votes for: all right answers are one, wrong ones are told apart by their value, if that is a
     plain number or a letter, else by their normalized text."""
     answer = True if response["correct"] else final_answer(response["text"])
-    if answer in (True, None) or problem["kind"] != "math":
-        return letter_of(answer, problem.get("choices", ())) or answer if isinstance(answer, str) else answer
+    if answer in (True, None):
+        return answer
+    if problem["kind"] == "choice":
+        return letter_of(answer, problem.get("choices", ())) or answer
+    if problem["kind"] != "math":
+        return label_of(answer, problem.get("choices", YES_NO)) or answer
     answer = normalize(piece_of(answer[:1000]))
     number = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", answer)
     plain = re.fullmatch(r"-?\d{1,20}(\.\d{1,20}|/0*[1-9]\d{0,19})?", number)
@@ -224,8 +228,9 @@ def stored_problem(record, known):
         if record.get("id") not in known:
             raise ValueError("no 'answer', and no problem of --sets has its id")
         return known[record["id"]]
-    problem = read_problem({"problem": "-", **{key: record[key] for key in ("problem", "answer", "choices", "kind")
-                                               if key in record}})
+    text = record.get("problem")
+    problem = read_problem({"problem": text if isinstance(text, str) and text.strip() else "-", **{
+        key: record[key] for key in ("answer", "choices", "kind") if key in record}})
     return {"id": str(record.get("id", "")), **(problem or {"answer": "", "problem": "", "kind": "math"})}
 
 

@@ -42,6 +42,8 @@ def test_votes():
     assert len(half) == 1 and half != {vote("\\boxed{-1/2}")} and vote("\\boxed{1/0}") == "1/0"
     assert vote("\\boxed{x + 1}") == vote("$\\boxed{x  +  1}$.") != vote("\\boxed{x}")
     options = {"kind": "choice", "choices": ["cat", "dog"]}
+    yesno = {"kind": "yesno"}
+    assert vote("No, it does not.", **yesno) == vote("\\boxed{\\text{false}}", **yesno) == "no"
     assert vote("\\boxed{B}", **options) == vote("(B) dog", **options) == vote("dog", **options) == "B"
 
 

@@ -128,7 +128,8 @@ def test_a_set_of_the_hub(tmp_path, monkeypatch, capsys):
     for split, n in (("train", 3), ("validation", 2)):
         (tmp_path / "acme" / "sums" / f"{split}.jsonl").write_text("".join(
             json.dumps({"question": f"{i}+1?", "answer": f"It is.\n#### {i + 1}"}) + "\n" for i in range(n)))
-    assert [p["id"] for p in common.load_problems("acme/sums", "train", "")] == [f"acme/sums/{i}" for i in (1, 2, 3)]
+    found = common.load_problems("acme/sums", "train", "")
+    assert [p["id"] for p in found] == [f"acme/sums/train/{i}" for i in (1, 2, 3)]
     found = common.load_problems("acme/sums@validation", "train", "")
     assert [(p["id"], p["answer"]) for p in found] == [("acme/sums/validation/1", "1"), ("acme/sums/validation/2", "2")]
     with pytest.raises(SystemExit):
@@ -145,6 +146,8 @@ def test_hold_out():
     assert {p["id"] for p in again} == {p["id"] for p in aside} != {p["id"] for p in common.hold_out(problems, 15,
         1)[1]}
     assert common.hold_out(problems, 0, 0) == (problems, [])
+    with pytest.raises(SystemExit):
+        common.hold_out(problems, 50, 0)
 
 
 def test_worked_examples_are_in_the_form_that_is_to_be_learnt():
