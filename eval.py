@@ -234,41 +234,49 @@ def stored_problem(record, known):
     return {"id": str(record.get("id", "")), **(problem or {"answer": "", "problem": "", "kind": "math"})}
 
 
+def stored_lines(path):
+    """(number, text) of the lines of a file that are not blank."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
 def regrade(path):
     """Check the answers of a file of records again: the same records, with `correct` and `reason`, beside it."""
     if path.suffix != ".jsonl" or not path.is_file():
         fail(f"--regrade {path}: no such .jsonl file")
     known, count = {}, 0
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:  # all of it is looked at before any is checked
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                if isinstance(record, dict) and "answer" not in record and "id" in record and not known:
-                    known = {p["id"]: p for name in SETS.split(",") for p in load_problems(name, SPLIT, DATA)}
-                stored_problem(record, known)
-            except (ValueError, RecursionError) as error:
-                fail(f"{path}:{number}: {error}; mend or remove the line")
-            count += 1
+    for number, line in stored_lines(path):  # all of it is looked at before any is checked
+        try:
+            record = json.loads(line)
+            if isinstance(record, dict) and "answer" not in record and "id" in record and not known:
+                known = {p["id"]: p for name in SETS.split(",") for p in load_problems(name, SPLIT, DATA)}
+            stored_problem(record, known)
+        except (ValueError, RecursionError) as error:
+            fail(f"{path}:{number}: {error}; mend or remove the line")
+        count += 1
     setup()
     if rank() > 0:
         return
-    checker, waiting, reasons, right = Checker(threads_per_process(), GRADER), deque(), Counter(), 0
+    checker, waiting, reasons = Checker(threads_per_process(), GRADER), deque(), Counter()
     graded = path.with_suffix(".graded.jsonl")
     half = graded.with_name(graded.name + ".part")
-    with open(path, encoding="utf-8", errors="surrogateescape") as file, open(half, "w") as out, \
-            bar(count, "checked") as progress:
-        lines = iter(file)
-        while line := next(lines, None) or waiting:
-            if line is not waiting:
-                record = json.loads(line)
-                waiting.append((record, checker.submit(stored_problem(record, known), record["text"])))
-            while waiting and (line is waiting or waiting[0][1].done() or len(waiting) > 10_000):
+    with open(half, "w") as out, bar(count, "checked") as progress:
+        def write_known(most):
+            """Write the verdicts that are known, in the order of the records, until at most `most` are awaited."""
+            while waiting and (len(waiting) > most or waiting[0][1].done()):
                 record, verdict = waiting.popleft()
                 correct, reason = verdict.result()
                 out.write(json.dumps({**record, "correct": correct, "reason": reason}) + "\n")
-                reasons[reason], right = reasons[reason] + 1, right + correct
+                reasons.update({reason: 1, True: correct})
+                progress.set_postfix_str(f"{reasons[True] / max(1, progress.n):.1%} correct", refresh=False)
                 progress.update()
-                progress.set_postfix_str(f"{right / progress.n:.1%} correct" if progress.n else "")
+
+        for _, line in stored_lines(path):
+            record = json.loads(line)
+            waiting.append((record, checker.submit(stored_problem(record, known), record["text"])))
+            write_known(10_000)
+        write_known(0)
+    right = reasons.pop(True, 0)
     half.rename(graded)
     low, high = binomial_interval(right, count) if count else (0, 1)
     say(f"{right:,} of {count:,} correct ({right / max(1, count):.1%}, 95 % interval {low:.1%} - {high:.1%}): "
