@@ -411,13 +411,19 @@ def math_verify_grader():
 
 
 def clearly_different(gold, answer):
-    """Whether two parsed answers have other values at a point, or one is a number and the other a set or a tuple.
+    """Whether two parsed answers have other values at a point, or one is a number and the other a set or a tuple, or
+    both are equations without a common symbol.
 
     Told ten times faster than by simplifying their difference, as math-verify does. It also tells tiny numbers apart:
     math-verify rounds at six decimals.
     """
     from latex2sympy2_extended import is_expr_of_only_symbols
-    from sympy import Expr, Set, Tuple, UnevaluatedExpr
+    from sympy import Eq, Expr, Set, Tuple, UnevaluatedExpr
+    if isinstance(gold, Eq) and isinstance(answer, Eq):
+        if not gold.free_symbols & answer.free_symbols:
+            return gold.rhs != answer.rhs
+        if gold.lhs == answer.lhs and gold.lhs.is_Symbol:  # y = this and y = that
+            gold, answer = gold.rhs, answer.rhs
     pair = gold, answer
     if not all(isinstance(side, Expr) for side in pair):
         return any(isinstance(side, Expr) and not side.free_symbols for side in pair) and any(
@@ -434,8 +440,8 @@ def clearly_different(gold, answer):
 
 
 def sound(gold, answer):
-    """False of two things that math-verify takes for equal and that are not: an equation for a value (5 = 3, 2x = 6 or
-    a + b = 3 for 3), and equations in which a symbol is multiplied by a matrix, of which it reads nothing."""
+    """False of what math-verify takes for equal and is not: an equation for a value (5 = 3, 2x = 6 or a + b = 3 for 3),
+    and equations with a symbol times a matrix, of which it reads nothing."""
     from sympy import Add, Eq, MatrixBase, MatrixExpr, Mul, Number, Pow, simplify
     from sympy.core.relational import Relational
 
@@ -450,8 +456,6 @@ def sound(gold, answer):
     if equations and not relations:
         return all(names_a_value(e) for e in equations if isinstance(e, Eq))
     if isinstance(answer, Eq) and isinstance(gold, Eq):
-        if not (answer.free_symbols or gold.free_symbols):
-            return answer.rhs == gold.rhs
         sides = [side for side in (*gold.args, *answer.args) if not isinstance(side, MatrixBase)]
         return not any(side.has(MatrixBase, MatrixExpr) for side in sides)
     return True

@@ -69,6 +69,8 @@ DIFFERENT = [
     "7 or more"),
     ("7", "7 \\text{ or } 8"), ("8 \\text{ A.M.}", "8 \\text{ P.M.}"), ("E", "D"), ("E", "\\mathrm{E}*2"),
     ("y=c\\begin{pmatrix}4\\\\3\\end{pmatrix}", "x^2+50=0"), ("0.33", "1/3"), ("3", "The result is not $3$"),
+    ("x^2+50=0", "I_p=\\frac{3}{13}(8 \\cos 50 t-\\sin 50 t)"), ("y=\\cos 10 t+2 \\sin 10 t",
+    "y=\\cos 30 t+8 \\sin 30 t"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "(1,2)"), ("1+\\frac1{e}", "1-\\frac1{e}"), ("7", "[0,10]")]
 
 
