@@ -69,7 +69,7 @@ YES_NO = ("yes", "no")
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} (or brace-less \boxed 9), or None. Linear in the text."""
     opened, last = [], None
-    for mark in re.finditer(r"\\+boxed\s*\{|\\+boxed\s+([^\s{}$\\]+)|\\.|\{|\}", text, re.DOTALL):
+    for mark in re.finditer(r"(?<!\\)\\+boxed(?:\s*\{|\s+([^\s{}$\\]+))|\\.|\{|\}", text, re.DOTALL):
         token = mark[0]
         if "boxed" in token and token.endswith("{"):
             opened.append(mark.end())
@@ -84,7 +84,8 @@ def last_boxed(text):
     return last
 
 
-STATED = re.compile(r"(?im)^[ \t]*A:(?=[ \t]*[-+$\\(.\d])|\banswer\**\s*(?:is|:)[\s:*]*")
+STATED = r"(?i)\banswer\**\s*(?:is|:)(?!\**\s*(?:correct|helpful|clear|right|reasonable|wrong)\b)(?:[\s:*]|\\\[|\$\$)*"
+LAST_LINE = r"^[ \t]*A:(?=[ \t]*[-+$\\(.\d])"  # of GSM8K's early solutions
 MATH = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]|\*\*([^*\n]+)\*\*", re.DOTALL)
 LONG = 2000  # characters, plus twice the gold's, beyond which an answer is not compared: it is not this one
 ONE_LINE = 200  # characters up to which a response of one line is taken to be nothing but an answer
@@ -100,45 +101,66 @@ def final_answer(text):
     text = text.rsplit("</think>", 1)[-1]
     stated = last_boxed(text) if "boxed" in text else None
     if stated is None and "####" in text:
-        stated = text.rsplit("####", 1)[1].strip().split("\n")[0]
-    marks = list(STATED.finditer(text if stated is None else stated))
+        line, _, more = text.rsplit("####", 1)[1].strip().partition("\n")
+        stated = line if not more or re.search(r"\d", line) and ":" not in line else None  # else a heading
+    where, said = (text, f"{STATED}|{LAST_LINE}") if stated is None else (stated, STATED)
+    marks = list(re.finditer(said, where, re.MULTILINE))
     if marks:
-        sentence = marks[-1].string[marks[-1].end():].strip().split("\n")[0]
-        sentence = re.split(r"[.!](?:\s|\**$)|<\|", sentence)[0]
-        stated = re.split(r"\b(?:is|are)\b", sentence)[-1]  # Answer: the number of ways is 12
+        sentence = re.split(r"[.!](?:\s|\**$)|<\|", where[marks[-1].end():].strip().split("\n")[0])[0]
+        sentence = re.split(r",?\s(?:because|since|as|so|which|where|when)\b", sentence)[0]
+        stated = re.sub(r"^[A-Za-z](?:[^\d$\\(*,;:]|\$[A-Za-z]+\$)*\b(?:is|are) ", "", sentence)  # the sum is 12
     elif stated is None and len(text) <= ONE_LINE and "\n" not in text.strip() and "boxed" not in text:
         stated = text
     return (stated or "").strip() or None
 
 
+OTHERWISE = (r"(?i)\b(?:not|never|no|or|and|between|than|least|most|approximately|about|almost|nearly|minus|negative|"
+             r"plus|twice|half|double|triple|multiples?|power|square|cube|root|all|any|except|but|if|when|for|unlike|"
+             r"dozen|(?:hundred|thousand|million|billion|trillion)s?)\b|n't|\\")
+
+
 def piece_of(sentence):
-    r"""The one piece of mathematics ($...$, \(...\), \[...\], bold) in a sentence of words; else the sentence."""
-    around, pieces = MATH.sub(" ", sentence), MATH.findall(sentence)
-    in_words = re.search(r"[^\W\d_]{2}", around) and not re.search(r"\bnot\b|n't\b|\\", around)
-    return "".join(pieces[0]) if len(pieces) == 1 and in_words else sentence
+    r"""The one piece of mathematics ($...$, \(...\), \[...\], bold) in a sentence of words that do not change what it
+    says ("not", "million"); else the sentence."""
+    pieces = list(MATH.finditer(sentence))
+    if len(pieces) != 1:
+        return sentence
+    before, after = sentence[:pieces[0].start()].rstrip(), sentence[pieces[0].end():].lstrip()
+    joined = re.search(r"[\d+\-*/=^<>]$", before) or re.match(r"[\d+\-*/=^<>%]", after)
+    words = f"{before} {after}"
+    if joined or not re.search(r"[^\W\d_]{2}", words) or re.search(OTHERWISE, words):
+        return sentence
+    return next(filter(None, pieces[0].groups()))
 
 
+UNIT_WORD = r"\\(?:text|mbox|textbf|textrm|mathrm)\s*\{([^{}]{0,60})\}"
 WORD = r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|boldsymbol|underline|operatorname)\s*\{([^{}]{0,60})\}"
-NOT_UNITS = (r"(?i)\W*([ie]|percent|pct|[ap]\.?m\.?|.*\b(hundred|thousand|million|billion|trillion|dozen|or|and|to|not|"
-             r"than|most|least|more|less|mod|base)\b.*|.*\d.*)\W*")
+NOT_UNITS = (r"(?i)\W*([ie]|pi|percent|pct|[ap]\.?m\.?|.*\b((hundred|thousand|million|billion|trillion|dozen|tenth)s?"
+             r"|or|and|to|not|than|most|least|more|less|mod|base|is|if|plus|minus|below|above|remainder|wrong|"
+             r"sin|cos|tan|log|exp|sqrt|root|pi)\b.*"
+             r"|.*\d.*)\W*")
 UNITS = (r"(?:square |cubic |sq |cu )?(?:degree|dollar|cent|euro|pound|inch(?:e(?=s))?|foot|feet|ft|yard|mile|cm|mm|km|"
          r"mg|kg|(?:centi|kilo|milli)?met(?:er|re)|gram|ounce|oz|lb|gallon|lit(?:er|re)|ml|second|sec|minute|min|hour|"
          r"hr|day|week|month|year|unit|mph|people|student|point|way|time)s?")
+MIXED = (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}")  # 1 1/2
 REWRITE = [(re.compile(pattern), by) for pattern, by in (  # in this order
     (r"(?<!\\)\\(?:text)?color\s*\{\w*\}|(?<!\\)\\[()\[\]]|\\?\$|\\displaystyle(?![a-z])", ""),
     (r"(?<=\d)(?:,?\\!\s*|\{,\})+(?=\d{3})", ""),  # 1,\!000 and 1{,}000
     (r"(?<!\\)\\[,;:> ]|~|\s+", " "),
     (r"\\!", ""),
+    MIXED,
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?! ?\d)", lambda m: m[0].replace(" ", "")),  # 1 000
     (r"(?<!\\)\{\d{1,3}(?:,\d{3})+\}", lambda m: m[0].replace(",", "")),  # \frac{12}{5,525}
     (r"^\s*[A-Za-z]\([^()=]*\)\s*=(?=[^=]*$)", ""),  # f(2) = 5
     (r"\\(?:text|mbox)\s*\{\s*(?:percent|pct)\s*\}", r"\%"),
     (r"^[=+\s*]+|(?:[.,;:\s*]|\\\\)+$", ""),  # what stands around: a full stop, **bold**
-    (rf"^\{{?\s*{WORD}\s*\}}?$", r"\1"),
-    (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (rf"^\{{?\s*{WORD}\s*\}}?$", lambda m: m[1].strip()),
     (r"^(-?[\d.]+)[eE]([+-]?\d+)$", r"\1\\cdot10^{\2}"),  # 1e3
-    (rf"(?<=\S) *(?:{WORD}(?:\^\{{?\d\}}?)?|(?<=[\d}}\s])(?:{UNITS})(?:\^\{{?\d\}}?|\d)?)$",  # 4 feet, 5\text{ cm}^2
-     lambda m: m[0] if m[1] is not None and re.fullmatch(NOT_UNITS, m[1]) else ""),
+    (rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\\pi ))\s*(?:{UNIT_WORD}(?:\^\{{?\d\}}?)?|(?:{UNITS})(?:\^\{{?\d\}}?|\d)?)$",
+     lambda m: m[0] if m[1] is not None and re.fullmatch(NOT_UNITS, m[1]) else ""),  # 4 feet, 5\text{ cm}^2
+    (r"^(-?\d[\d.,]*)( [a-z]{3,}(?: [a-z]+){0,3})$",
+     lambda m: m[0] if re.fullmatch(NOT_UNITS, m[2]) else m[1]),  # 18 eggs
+    MIXED,
     (r"[.,;:\s]+$", ""),
 )]
 
@@ -176,32 +198,43 @@ def _latex_of(c):
 def letter_of(answer, options=()):
     """The letter of the option that an answer means, by its letter ("B", "(b)", "B. a dog", "option B: ...") or its
     text; None if that is none, or two ("A or B"). Without options any letter will do."""
-    answer = re.sub(r"\\[()\[\]]|\\(?:left|right)(?![a-z])|\*\*|[$\"]", "", re.sub(WORD, r" \1 ", answer))
-    answer = re.sub(r"\( ?([A-Za-z]) ?\)", r"(\1)", " ".join(answer.split())).strip(".,:; ")
-    same = [chr(65 + i) for i, option in enumerate(options) if option.strip(". ").casefold() == answer.casefold()]
-    mark = re.match(r"(?:the )?(?:correct )?(?:(?:option|choice|answer)(?: is)?:? )?"
-                    r"(?:\(([a-z])\)|([a-z])(?=$|[).,:;]|( )))[).,:;]*(.*)", answer, re.IGNORECASE)
+    def plain(text):
+        text = re.sub(r"\\[()\[\]]|\\(?:left|right)(?![a-z])|\*\*|[$\"]", "", re.sub(
+            WORD.replace("{0,60}", "*"), r" \1 ", text))
+        return re.sub(r"\( ?([A-Za-z]) ?\)", r"(\1)", " ".join(text.split())).strip(".,:; ")
+
+    answer, options = plain(answer), [plain(option).casefold() for option in options]
+    letters = [chr(65 + i) for i in range(len(options) or 26)]
+    if alone := re.fullmatch(r"\(?([A-Za-z])\)?", answer):
+        return alone[1].upper() if alone[1].upper() in letters else None
+    same = [letter for letter, option in zip(letters, options) if option == answer.casefold()]
     if len(same) == 1:
         return same[0]
+    mark = re.match(r"(?:the )?(?:correct )?(?:(?:option|choice|answer)(?: is)?:? )?"
+                    r"(?:\(([a-z])\)|([a-z])(?=$|[).,:;]|( )))[).,:;]*(.*)", answer, re.IGNORECASE)
     letter, blank, rest = ((mark[1] or mark[2]).upper(), mark[3], mark[4].strip()) if mark else ("", "", "")
-    letters = [chr(65 + i) for i in range(len(options) or 26)]
     its_text = options[letters.index(letter)] if options and letter in letters else ""
-    if letter in letters and (not blank or rest.casefold() == its_text.casefold()):  # not the article of "A dog"
-        return None if re.match(r"(?:or|and|/|&)?\s*\(?[A-H]\)?(?![A-Za-z'])", rest) else letter
+    if letter in letters and its_text and rest.casefold() == its_text:
+        return letter
+    if letter in letters and not blank:  # with a blank it may be the article of "A dog"
+        another = re.match(r"(?:or|and|/|&)?\s*\(?[A-H]\)?(?![A-Za-z' ])|(?:or|and|is (?:not|wrong|incorrect))\b", rest)
+        return None if another or re.search(r"\([A-H]\)|\b[A-H][.)]", rest) else letter
     named = {*re.findall(r"\(([A-H])\)", answer)}  # "It is (B)"
-    return min(named) if len(named) == 1 and named <= {*letters} and not re.search(r"\bnot\b|n't\b", answer) else None
+    denied = re.search(OTHERWISE + r"|\b(?:neither|nor|cannot|wrong|incorrect|anything)\b", answer)
+    return min(named) if len(named) == 1 and named <= {*letters} and not denied else None
 
 
 def label_of(answer, labels):
     """The one of the labels that an answer names; None if it names none or two, or denies one ("not neutral")."""
-    words = " ".join(re.findall(r"\w+", re.sub(r"\\[a-z]+", " ", answer).casefold()))
-    if labels == YES_NO:
-        words = re.sub(r"\btrue\b", "yes", re.sub(r"\bfalse\b", "no", words))
-    named = [label for label in labels if f" {label.casefold()} " in f" {words} "]
+    text = " ".join(re.sub(r"\\[a-z]+|[{}$*\"]", " ", answer).casefold().split())
+    if labels == YES_NO:  # "no" begins other sentences too: "no way to tell"
+        first = re.match(r"(?:(yes|true)\b(?! or\b|/)|(no|false)\b(?=\s*(?:$|[,.;:!(])))", text)
+        return first and ("yes" if first[1] else "no")
+    named = [label for label in labels if re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", text)]
     named = [label for label in named if not any(label in other and label != other for other in named)]
-    if len(named) != 1 or "not" in words.split() and not words.startswith(named[0].casefold()):
-        return None
-    return named[0]
+    before = text.partition(named[0].casefold())[0] if named else ""
+    denied = re.search(r"\b(?:not|no|non|never|neither|nor|cannot|hardly|far)\b|n't", before)
+    return named[0] if len(named) == 1 and not denied else None
 
 
 class Checker:
@@ -257,7 +290,9 @@ class Checker:
 
     @staticmethod
     def _line(worker, seconds):
-        if not select.select([worker.stdout], [], [], seconds)[0]:
+        waiting = select.poll()  # unlike select.select, for any number of open files
+        waiting.register(worker.stdout, select.POLLIN)
+        if not waiting.poll(1000 * seconds):
             raise TimeoutError
         return worker.stdout.readline()
 
@@ -296,7 +331,10 @@ def equal_as_text(gold, answer):
     if re.fullmatch(r"-?\d+", gold) and re.fullmatch(r"-?\d+", answer):
         return re.sub("^(-?)0+(?=.)", r"\1", gold) == re.sub("^(-?)0+(?=.)", r"\1", answer)
     if re.fullmatch(r"[A-Z]|\([A-Z]\)( .*)?", gold):
-        return letter_of(answer) == letter_of(gold)
+        alone = r"(?i)\(?[A-Z]\)?|(?:\([A-Z]\)|[A-Z](?:[.:)]|,(?= [a-z]))) *(?!or\b|and\b)[^-+=^*/,]*"
+        return bool(re.fullmatch(alone, re.sub(WORD, r"\1 ", answer))) and letter_of(answer) == letter_of(gold)
+    if re.search(r"\bnot\b", answer) and "not" not in gold:
+        return False
     words = [re.sub(r"^(the|an?) ", "", a.casefold()) for a in (gold, answer)]
     if re.fullmatch(r"[a-z' -]*[a-z]{2}[a-z' -]*", words[0]):  # else "listen" is "silent", a product of letters
         return words[0] == words[1]

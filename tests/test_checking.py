@@ -24,14 +24,17 @@ from conftest import launch
     ("First.\n**Final Answer:** **73**", "73**"), ("Hm.\nAnswer: the number of ways is 12.", "12"),
     ("\\boxed{The answer is 5}", "5"), ("answer is 3\n\nanswer is 4\n\nmore", "4"), ("two\nlines, 7", None),
     ("<think>\\boxed{1}</think> no box\nhere", None), ("<think>\\boxed{1}</think> \\boxed{2}", "2"), ("7 " * 101, None),
-    ("The answer:\n\n\\[ 5 \\]", "\\[ 5 \\]"), ("A: because\nof this", None)])
+    ("The answer:\n\n\\[ 5 \\]", "5 \\]"), ("Hm.\nThe answer is 15, because there are 12.", "15"),
+    ("#### Step 1: Sum\n2+3\n\nThe answer is 5.", "5"), ("So.\nThe answer is 5.\n\nThis answer is correct.", "5"),
+    ("A: because\nof this", None)])
 def test_final_answer(text, answer):
     assert common.final_answer(text) == answer
 
 
 @pytest.mark.parametrize("text", [
     "\\boxed{" * 100_000, "step {x} " * 20_000 + "\\boxed{3}" + " {" * 100_000, "\n" * 100_000 + "x\ny",
-    "answer is " * 20_000, "answer" * 20_000 + " " * 100_000 + "\n.", "\\" * 100_001, "$ " * 50_000, "#" * 100_000,
+    "answer is " * 20_000, "answer" * 20_000 + " " * 100_000 + "\n.", "\\" * 100_001, "\\boxed{5} " + "\\" * 200_001,
+    "$ " * 50_000, "#" * 100_000,
     "So $x = \\frac{1}{2}$, then $y$.\n\n" * 3_200 + "\\boxed{7}", "\\boxed{" + "\\[ " * 50_000 + "}"])
 def test_judging_is_linear_in_the_text(text):
     began = time.process_time()
@@ -45,6 +48,7 @@ def checker():
 
 
 EQUAL = [  # (gold, what stands in the box)
+    ("18", "18 eggs"), ("260", "260 miles per hour"), ("\\text{Evelyn}", "\\text{ Evelyn }"), ("2.5", "2 1/2 hours"),
     ("7", "7.0"), ("7", "7."), ("7", "+7"), ("7", "= 7"), ("7", "**7**"), ("-5", "−5"), ("073", "73"), ("7",
     "\\text{7}"),
     ("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "\\frac 1 2"), ("1/3", "0.333333"), ("x+1", "1+x"), ("7", "3+4=7"),
@@ -60,6 +64,9 @@ EQUAL = [  # (gold, what stands in the box)
     ("[2,5)", "2 \\le x < 5"), ("\\boxed{42}", "42"), ("Solution is: $[k=4]$", "Solution is: $[k=4]$"),
     ("5", "The result is $5$"), ("3\\pi", "3 \\pi \\mathrm{~cm}")]
 DIFFERENT = [
+    ("16", "$16$ million"), ("5", "at most $5$"), ("3", "3 + $5$ dollars"), ("2", "2 \\mathbf{v}"), ("2", "2 t"),
+    ("1003", "1 501/502"), ("\\text{Alice},\\text{Bob}", "\\text{Alice},\\text{Carol}"), ("(E)", "\\text{(E)}+1"),
+    ("(E)", "2\\text{(E)}"), ("C", "C, 7"), ("f(x)=2x", "\\text{not }f(x)=2x"), ("2", "2 sin x"),
     ("7", "8"), ("7", "it is 7"), ("(1,2)", "(2,1)"), ("7", "\x00\ud800"), ("0", "1\\,000"), ("56", "7 8"), ("7",
     "7 8"),
     ("2", "2t"), ("7t", "7g"), ("x+t", "x+s"), ("7", "5=7"), ("7", "1=2=3=7"), ("81", "(x+y)^2=81"), ("7", "a+b=7"),
@@ -91,6 +98,7 @@ OPTIONS = ["cat", "dog", "5", "a tree"]
     ("The correct answer is B", "B"), ("\\textbf{(B)}\\ 5", "B"), ("\\left( \\text{C} \\right) 7", "C"), ("5", "C"),
     ("Dog.", "B"), ("$B$", "B"), ("**B**", "B"), ("B, it is", "B"), ("I think (B)", "B"), ("D a tree", "D"), ("A", "A"),
     ("A or B", None), ("A, B", None), ("(A) or (B)", None), ("Both A and B", None), ("A dog", None), ("E", None),
+    ("(B) and also (C)", None), ("Neither (B)", None), ("anything but (B)", None), ("(B) is incorrect", None),
     ("It is not (B)", None), ("not B", None), ("2", None), ("a", "A"), ("", None)])
 def test_letters(answer, letter):
     assert common.letter_of(answer, OPTIONS) == letter
@@ -98,6 +106,9 @@ def test_letters(answer, letter):
 
 @pytest.mark.parametrize("answer, labels, label", [
     ("Yes.", common.YES_NO, "yes"), ("No, it does not", common.YES_NO, "no"), ("yes or no", common.YES_NO, None),
+    ("isn't true", common.YES_NO, None), ("no way to tell", common.YES_NO, None), ("Yes, no doubt", common.YES_NO,
+    "yes"),
+    ("no entailment", common.ENTAILMENT, None), ("non-entailment", common.ENTAILMENT, None),
     ("\\text{True}", common.YES_NO, "yes"), ("unknown", common.YES_NO, None), ("Neutral", common.ENTAILMENT, "neutral"),
     ("not neutral", common.ENTAILMENT, None), ("entailment or neutral", common.ENTAILMENT, None),
     ("not entailed", ["entailed", "not entailed"], "not entailed")])
@@ -109,6 +120,11 @@ def test_labels(answer, labels, label):
     ({"answer": "B", "kind": "choice", "choices": OPTIONS}, "So\n\\boxed{dog}", (True, "equal")),
     ({"answer": "B", "kind": "choice", "choices": OPTIONS}, "\\boxed{C}", (False, "different")),
     ({"answer": "B", "kind": "choice", "choices": OPTIONS}, "\\boxed{A or B}", (False, "no_answer")),
+    ({"answer": "C", "kind": "choice", "choices": ["C", "NO2", "O2", "CO"]}, "\\boxed{(C)}", (True, "equal")),
+    ({"answer": "A", "kind": "choice", "choices": ["$$50$$", "7"]}, "\\boxed{50}", (True, "equal")),
+    ({"answer": "B", "kind": "choice", "choices": OPTIONS}, "Hm\nThe answer is A, as B is a dog.", (False,
+    "different")),
+    ({"answer": "A", "kind": "choice", "choices": ["A warm day", "wet"]}, "\\boxed{A. A warm day}", (True, "equal")),
     ({"answer": "(c)", "kind": "choice"}, "\\boxed{C}", (True, "equal")),
     ({"answer": "True", "kind": "yesno"}, "The answer is yes.", (True, "equal")),
     ({"answer": "neutral", "kind": "label", "choices": list(common.ENTAILMENT)}, "neutral", (True, "equal")),
