@@ -1073,8 +1073,12 @@ def _kind_of(answer, choices, record):
 
 def _add_choices(problem, choices):
     """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
+    if isinstance(choices, dict) and not {"text", "label"} <= {*choices}:  # {"A": "a cat", "B": "a dog"}
+        choices = {"label": list(choices), "text": list(choices.values())}
     if isinstance(choices, dict):  # {"text": [...], "label": [...]}
         choices = [{"text": t, "label": n} for t, n in zip(choices["text"], choices["label"])]
+    if not isinstance(choices, list):
+        raise ValueError("'choices' is not a list of at most 26 texts")
     choices = [c[0] if isinstance(c, list) and len(c) == 1 else c for c in choices]
     texts = [c.get("text", c.get("content")) if isinstance(c, dict) else c for c in choices]
     if not all(isinstance(text, str) for text in texts) or len(texts) > 26:

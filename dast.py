@@ -33,7 +33,7 @@ from eval import evaluate, final_table, show_answers
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
 START = "base"  # "base" | "previous": what each round trains from; with DPO, "base" is M_1 of round 0 (code: base)
-TRAIN_DATA = "gsm8k,math"  # problem sets or .jsonl files, comma-separated (paper)
+TRAIN_DATA = "gsm8k,math"  # names of sets, .jsonl or .json files, owner/name of the Hub; comma-separated (paper)
 TEST_DATA = "gsm8k,math"  # scored after each round, greedily; may be empty with HELD_OUT (paper)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (ours)

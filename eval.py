@@ -25,10 +25,10 @@ from common import (YES_NO, Checker, bar, fail, final_answer, hold_out, label_of
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
-SETS = "gsm8k,math"  # problem sets or .jsonl files, comma-separated
+SETS = "gsm8k,math"  # names of sets, .jsonl or .json files, owner/name of the Hub; comma-separated
 SPLIT = "test"  # "test" | "train": of the sets known by name
 N_TEST = 0  # problems of each set, drawn at random once and for all; 0 is all
-HELD_OUT = 0  # score those that a method put aside with this HELD_OUT, SEED and (as N_TEST) N_TRAIN; 0 scores all
+HELD_OUT = 0  # score what a method put aside: its HELD_OUT, SEED, TRAIN_DATA (SETS), N_TRAIN (N_TEST); 0 scores all
 SEED = 0  # of the draws, of which examples are shown, and of what is put aside
 REGRADE = ""  # a .jsonl file of answers to check again; no model is used then
 
@@ -225,9 +225,9 @@ def stored_problem(record, known):
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError("not a JSON object with a text under 'text'")
     if "answer" not in record:
-        if record.get("id") not in known:
+        if str(record.get("id")) not in known:
             raise ValueError("no 'answer', and no problem of --sets has its id")
-        return known[record["id"]]
+        return known[str(record["id"])]
     text = record.get("problem")
     problem = read_problem({"problem": text if isinstance(text, str) and text.strip() else "-", **{
         key: record[key] for key in ("answer", "choices", "kind") if key in record}})
@@ -290,15 +290,22 @@ def main():
         fail("--samples above 1 needs --temperature above 0: greedy answers are all the same")
     models, names = MODEL.split(","), SETS.split(",")
     for flag, of in (("--model", models), ("--sets", names)):
+        if not all(map(slug, of)):
+            fail(f"{flag} {','.join(of)!r}: a name is empty, or has no letter or digit to name a file by")
         if len(set(map(slug, of))) < len(of):
-            fail(f"{flag}: two names that differ in punctuation only would share a file; rename one")
+            fail(f"{flag}: two names that are the same, or differ in punctuation only, would share a file; rename one")
+    if HELD_OUT and SPLIT == "test" and not all(name.endswith((".json", ".jsonl")) for name in names):
+        fail("--held-out is of training problems: with it take --split train")
     tokenizers = {model: load_tokenizer(model, PROMPT) for model in models}
     sets = {name: load_problems(name, SPLIT, DATA, N_TEST) for name in names}
     if HELD_OUT:
+        load_problems(SETS, SPLIT, DATA, N_TEST)  # refuses two problems of one id
         sets = {"held out": hold_out([p for problems in sets.values() for p in problems], HELD_OUT, SEED)[1]}
     examples = []
     if EXAMPLES_FROM:
         examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p]
+        if PROMPT != "few_shot" or not examples:
+            fail("--examples-from needs --prompt few_shot, and problems with solutions")
         examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
     run = start_run({**globals(), "RUN": RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]}, *sets.values(), examples)
 

@@ -98,6 +98,7 @@ GOOD = '{"problem": "1+1?", "answer": 2.0}'
     (['{"problem": "1+1?", "answer": {}}'], ["p.jsonl:1: no 'answer'"]),
     (['{"problem": "?", "answer": "2", "kind": "sum"}'], ["p.jsonl:1: 'kind' is 'sum', and not math, choice"]),
     (['{"problem": "?", "answer": "C", "choices": ["a", "b"]}'], ["p.jsonl:1: the answer 'C' is none of the choices"]),
+    (['{"problem": "?", "answer": "A", "choices": 5}'], ["p.jsonl:1: 'choices' is not a list"]),
     (['{"problem": "?", "answer": "A", "choices": [1, 2]}'], ["p.jsonl:1: 'choices' is not a list"]),
     (['{"problem": " ", "answer": "2"}'], ["p.jsonl:1: no text under 'problem'"]),
     (["[1, 2]"], ["p.jsonl:1: not a JSON object"]),

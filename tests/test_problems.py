@@ -32,6 +32,7 @@ CHOICE = {"problem": "Which barks?\n(A) a cat\n(B) a dog", "answer": "B", "kind"
       "answer_analysis": ["A dog barks. "], "answer_option_list": [[{"aoVal": "A", "content": "a cat "}],
                                                                    [{"aoVal": "B", "content": "a dog"}]]},
      {**CHOICE, "level": 2, "tags": ["x->y"], "solution": "A dog barks.\n\n\\boxed{B}"}),
+    ({"question": "Which barks?", "answer": "B", "choices": {"A": "a cat", "B": "a dog"}}, CHOICE),
     ({"premise": "It rains.", "hypothesis": "It is wet.", "label": 1},
      {"problem": "Premise: It rains.\nHypothesis: It is wet.\nDoes the premise entail the hypothesis? Answer "
       "entailment, neutral or contradiction.", "answer": "neutral", "kind": "label",

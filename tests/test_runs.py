@@ -405,7 +405,10 @@ def test_eval_shows_examples_and_scores_what_was_held_out(tmp_path):
     assert {r["id"] for r in answers["ours"]} == {r["id"] for r in answers["theirs"]} and len(answers["ours"]) == 6
     prompt_tokens = {run: lines(tmp_path / "runs" / run / "metrics.jsonl")[0]["prompt_tokens"] for run in answers}
     assert prompt_tokens["ours"] > prompt_tokens["theirs"] > 6 * 60
-    assert "--temperature" in error_of(launch(tmp_path, "eval.py", *flags, "--samples", "2", check=False))
+    for more, words in {("--samples", "2"): "--temperature", ("--model", "."): "no letter or digit",
+                        ("--examples-from", TOY / "train.jsonl"): "--prompt few_shot",
+                        ("--sets", "gsm8k"): "--split train"}.items():
+        assert words in error_of(launch(tmp_path, "eval.py", *flags, *more, "--data", "x", check=False))
     assert "share a file" in error_of(launch(tmp_path, "eval.py", *flags[:-4], "--sets", "a/b.jsonl,a-b.jsonl",
         check=False))
 
