@@ -1254,6 +1254,10 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **
     say(f"  round {round}  {phase:<9} {costs['draws']:>7,} answers of {costs['spent_draws']:,} drawn, "
         f"{costs['correct'] / max(1, costs['draws']):.1%} correct, {costs['spent_tokens'] / seconds:,.0f} tok/s, "
         f"{seconds:.1f} s")
+    odd = [f"{reason} {costs[f'check_{reason}']:,}" for reason in ("bad_gold", "timeout", "memory", "crash")
+           if costs[f"check_{reason}"]]
+    if odd:
+        say(f"           counted as wrong without a comparison: {', '.join(odd)}")
     return [{key: answer[key] for key in ("id", "draw", "text", "tokens", "finish", "correct")}
             for recorded in work.recorded for answer in recorded]
 
