@@ -1,7 +1,7 @@
 """What the method scripts share: mechanics, and nothing about a method.
 
 Sections, each readable alone: 1 checking, 2 run, 3 processes, 4 problems and prompts, 5 sampling, 6 log-probabilities,
-7 packing, 8 training, 9 saving, 10 accounting; at the end worked examples for prompts.
+7 packing, 8 training, 9 saving, 10 accounting.
 
 Records are JSON lines:
   problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags, choices. id is
@@ -905,7 +905,6 @@ SETS = {  # name: {split: its file in the DATA folder, and where the Hub has it:
                 "test": "anli_r1/test_r1.jsonl facebook/anli@test_r1"},
     "cladder": {"test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default"},
 }
-GRADE_SCHOOL = ("gsm8k", "adastar_gsm8k", "svamp", "adastar_svamp")  # sets of word problems; see `worked_examples`
 FIELDS = {  # the names that the sets give to the parts of a problem; the first that is there counts
     "problem": ("problem", "question_concat", "question", "Question", "prompt"),
     "answer": ("answer", "expected_answer", "final_answer", "Answer", "answerKey", "answer_value", "label"),
@@ -1112,14 +1111,6 @@ def hold_out(problems, n, seed):
     if len(texts) == len(order):
         fail(f"--held-out {n} leaves nothing of the {len(problems)} problems")
     return [p for p in problems if p["problem"] not in texts], [p for p in problems if p["problem"] in texts]
-
-
-def worked_examples(problem):
-    """Problems with solutions to show before one like `problem`: ours, of its family."""
-    family = problem["kind"]
-    if family == "math":
-        family = "grade-school" if {*problem["id"].split("/")} & {*GRADE_SCHOOL} else "competition"
-    return [{"problem": text, "solution": solution} for text, solution in EXAMPLES[family]]
 
 
 @functools.cache  # what the Hub has under a name may change; a run stays with what it began with
@@ -1979,173 +1970,3 @@ def report_training(run, round, progress, tokens, reference_tokens, parameters, 
             **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Worked examples of our own, for prompts where the problems bring no solutions: by family, in the form that answers
-# should take
-
-EXAMPLES = {
-    "grade-school": [
-        ("Nora buys 3 notebooks at $2.50 each and a pen for $1.75. She pays with a $20 bill. How many dollars of "
-         "change does she get?",
-         "The notebooks cost 3*2.50 = 7.50 dollars.\n\nWith the pen she spends 7.50 + 1.75 = 9.25 dollars.\n\n"
-         "Her change is 20 - 9.25 = 10.75 dollars.\n\n\\boxed{10.75}"),
-        ("A ferry leaves at 9:40 am. It needs 35 minutes to cross, waits 15 minutes, and needs 40 minutes to come "
-         "back. How many minutes before noon is it back?",
-         "The trip takes 35 + 15 + 40 = 90 minutes.\n\nFrom 9:40 am to noon there are 140 minutes.\n\n"
-         "It is back 140 - 90 = 50 minutes before noon.\n\n\\boxed{50}"),
-        ("A 900-litre tank already holds 240 litres. One pump adds 18 litres a minute and another adds 12 litres a "
-         "minute. How many minutes do both pumps together need to fill the tank?",
-         "The tank still needs 900 - 240 = 660 litres.\n\nTogether the pumps add 18 + 12 = 30 litres a minute.\n\n"
-         "Filling takes 660/30 = 22 minutes.\n\n\\boxed{22}"),
-        ("Omar is 4 times as old as his niece. In 6 years he will be 3 times as old as she will be then. How old is "
-         "Omar now?",
-         "Let the niece be n years old, so Omar is 4n.\n\nIn 6 years, 4n + 6 = 3(n + 6) = 3n + 18.\n\n"
-         "So n = 12, and Omar is 4*12 = 48.\n\n\\boxed{48}"),
-        ("A coat is priced at $80. It is reduced by 25%, and then a 5% tax is added to the reduced price. How many "
-         "dollars does the coat cost in the end?",
-         "The reduction is 0.25*80 = 20 dollars, so the reduced price is 80 - 20 = 60 dollars.\n\n"
-         "The tax is 0.05*60 = 3 dollars.\n\nThe final cost is 60 + 3 = 63 dollars.\n\n\\boxed{63}"),
-        ("A farmer picks 240 melons. She sells 3/8 of them at the market and gives 1/5 of the rest to neighbors. How "
-         "many melons does she have left?",
-         "She sells 240*3/8 = 90 melons, which leaves 240 - 90 = 150.\n\nShe gives away 150/5 = 30 melons.\n\n"
-         "She has 150 - 30 = 120 melons left.\n\n\\boxed{120}"),
-        ("Kai's average on his first 4 quizzes is 81 points. What must he score on the fifth quiz so that the average "
-         "of all 5 is exactly 83 points?",
-         "The first 4 quizzes sum to 4*81 = 324 points.\n\nAll 5 must sum to 5*83 = 415 points.\n\n"
-         "He needs 415 - 324 = 91 points.\n\n\\boxed{91}"),
-        ("A painter mixes blue and white paint in the ratio 2 to 7 and gets 36 litres in all. How many more litres of "
-         "white than of blue does the mix hold?",
-         "There are 2 + 7 = 9 equal parts, so one part is 36/9 = 4 litres.\n\nWhite exceeds blue by 7 - 2 = 5 "
-         "parts.\n\nThat is 5*4 = 20 litres.\n\n\\boxed{20}"),
-    ],
-    "competition": [
-        ("Find the remainder when $x^5 + 2x^3 - 7$ is divided by $x^2 - 3$.",
-         "Modulo $x^2 - 3$ we may replace $x^2$ by $3$.\n\nThen $x^5 = (x^2)^2 x = 9x$ and $2x^3 = 2 \\cdot 3x = "
-         "6x$.\n\nThe remainder is $9x + 6x - 7 = 15x - 7$.\n\n\\boxed{15x - 7}"),
-        ("What is the remainder when $7^{53}$ is divided by $18$?",
-         "$7^2 = 49 \\equiv 13 \\pmod{18}$ and $7^3 \\equiv 7 \\cdot 13 = 91 \\equiv 1 \\pmod{18}$.\n\n"
-         "Since $53 = 3 \\cdot 17 + 2$, $7^{53} \\equiv 1^{17} \\cdot 7^2 \\equiv 13 \\pmod{18}$.\n\n\\boxed{13}"),
-        ("A bag holds $4$ red, $5$ green and $3$ blue marbles. Three marbles are drawn at random without replacement. "
-         "What is the probability that all three colors are drawn? Give a fraction in lowest terms.",
-         "There are $\\binom{12}{3} = 220$ equally likely draws.\n\nOne marble of each color can be drawn in "
-         "$4 \\cdot 5 \\cdot 3 = 60$ ways.\n\nThe probability is $\\frac{60}{220} = \\frac{3}{11}$.\n\n"
-         "\\boxed{\\frac{3}{11}}"),
-        ("In triangle $PQR$, $PQ = 6$, $PR = 10$ and $\\angle P = 60^\\circ$. Find $QR$ in simplest radical form.",
-         "By the law of cosines, $QR^2 = 6^2 + 10^2 - 2 \\cdot 6 \\cdot 10 \\cdot \\cos 60^\\circ$.\n\n"
-         "This is $36 + 100 - 60 = 76 = 4 \\cdot 19$.\n\nHence $QR = 2\\sqrt{19}$.\n\n\\boxed{2\\sqrt{19}}"),
-        ("Find all real $x$ with $\\frac{2x - 7}{x + 3} \\le 1$. Answer in interval notation.",
-         "Subtract $1$ from both sides: $\\frac{2x - 7 - (x + 3)}{x + 3} = \\frac{x - 10}{x + 3} \\le 0$.\n\n"
-         "The quotient is negative exactly for $-3 < x < 10$.\n\n"
-         "It is $0$ at $x = 10$ and undefined at $x = -3$.\n\n\\boxed{(-3, 10]}"),
-        ("Find the point $(x, y)$ on the line $3x + 4y = 50$ that is nearest to the origin.",
-         "The nearest point lies on the normal through the origin, so $(x, y) = (3t, 4t)$ for some $t$.\n\n"
-         "Then $9t + 16t = 50$, so $t = 2$.\n\nThe point is $(6, 8)$.\n\n\\boxed{(6, 8)}"),
-        ("Write $\\frac{(2 + i)^3}{1 - i}$ in the form $a + bi$ with real $a$ and $b$.",
-         "$(2 + i)^2 = 3 + 4i$, so $(2 + i)^3 = (3 + 4i)(2 + i) = 2 + 11i$.\n\nMultiply top and bottom by $1 + i$: "
-         "$\\frac{(2 + 11i)(1 + i)}{2} = \\frac{-9 + 13i}{2}$.\n\n\\boxed{-\\frac{9}{2} + \\frac{13}{2}i}"),
-        ("Let $A = \\begin{pmatrix} 2 & 1 \\\\ 0 & 2 \\end{pmatrix}$. Find $A^4$.",
-         "Squaring gives $A^2 = \\begin{pmatrix} 4 & 4 \\\\ 0 & 4 \\end{pmatrix}$.\n\nSquaring again, the diagonal "
-         "entries are $4 \\cdot 4 = 16$.\n\nThe upper right entry is $4 \\cdot 4 + 4 \\cdot 4 = 32$, and the lower "
-         "left entry stays $0$.\n\n\\boxed{\\begin{pmatrix} 16 & 32 \\\\ 0 & 16 \\end{pmatrix}}"),
-    ],
-    "choice": [
-        ("A closed glass bottle filled to the brim with water cracks overnight in a freezer. What best explains this?\n"
-         "(A) Glass melts in the cold\n(B) Water expands as it freezes\n(C) Cold air dissolves glass\n"
-         "(D) Ice weighs more than the water it formed from",
-         "The water in the freezer turns to ice.\n\nIce takes up more room than the same mass of water, and a full "
-         "bottle has no room to spare.\n\nSo the growing ice breaks the glass.\n\n\\boxed{B}"),
-        ("Tom wants soup to stay hot on a two-hour walk to a friend. What should he carry it in?\n(A) a paper cup\n"
-         "(B) an open glass bowl\n(C) a thin plastic bag\n(D) a closed vacuum flask\n(E) a metal plate",
-         "Soup stays hot if little heat can leave it.\n\nA cup, an open bowl, a thin bag and a plate all lose heat "
-         "quickly.\n\nA closed vacuum flask is made to hold heat in.\n\n\\boxed{D}"),
-        ("Two equal towels are equally wet. One hangs spread out in a dry wind and the other lies folded in a closed "
-         "box. Why does the hanging towel dry sooner?\n(A) More of its surface meets dry moving air\n"
-         "(B) It held less water at the start\n(C) Sound from the wind heats it\n(D) The box makes new water",
-         "Water leaves a towel by evaporating from its surface.\n\nSpreading it out gives more surface, and dry wind "
-         "carries the vapor away.\n\nIn the box little surface is open and the air soon becomes damp.\n\n\\boxed{A}"),
-        ("One machine makes 7 parts every 4 minutes and another makes 5 parts every 6 minutes. How many parts do they "
-         "make together in 2 hours?\n(A) 220\n(B) 250\n(C) 280\n(D) 300\n(E) 310",
-         "Two hours are 120 minutes.\n\nThe first makes 120/4*7 = 210 parts and the second 120/6*5 = 100 parts.\n\n"
-         "Together they make 210 + 100 = 310 parts.\n\n\\boxed{E}"),
-        ("Ines set her plug-in clock to ring at 6:00. She woke at 8:00 in a silent room, and the clock's display was "
-         "dark. What most likely happened?\n(A) She had set the clock to ring at 8:00\n(B) Noisy neighbors woke her\n"
-         "(C) The clock lost power in the night\n(D) The clock ran too fast",
-         "A dark display means that the clock has no power.\n\nWithout power it could not ring at 6:00.\n\n"
-         "The other options do not explain a dark display.\n\n\\boxed{C}"),
-        ("Two equal lamps are connected in parallel to one ideal battery. One lamp is unscrewed. What happens to the "
-         "other lamp?\n(A) It goes out\n(B) It becomes dimmer\n(C) It becomes brighter\n(D) It stays just as bright",
-         "In parallel, each lamp is connected to the full battery voltage.\n\nAn ideal battery keeps that voltage when "
-         "one lamp is removed.\n\nSo the current in the other lamp does not change.\n\n\\boxed{D}"),
-    ],
-    "label": [
-        ("Premise: The town library opened a second reading room after a gift from a retired teacher.\n"
-         "Hypothesis: The retired teacher had once worked in the town.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "The premise says that a retired teacher gave a gift to the library.\n\nIt does not say where the teacher had "
-         "worked, so the hypothesis may be true or false.\n\n\\boxed{neutral}"),
-        ("Premise: Nine climbers set out, and exactly three of them reached the summit before the storm.\n"
-         "Hypothesis: Six of the climbers who set out did not reach the summit before the storm.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "Exactly three of nine climbers reached the summit before the storm.\n\n"
-         "The other 9 - 3 = 6 did not, as the hypothesis says.\n\n\\boxed{entailment}"),
-        ("Premise: The corner bakery has been closed all day on every Monday since it opened in 2010.\n"
-         "Hypothesis: Customers bought bread in the corner bakery on a Monday in 2015.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "Every Monday in 2015 falls after the opening, so the bakery was closed on all of them.\n\n"
-         "Customers cannot have bought bread there on such a day.\n\n\\boxed{contradiction}"),
-        ("Premise: Ada's third novel was translated into Dutch before it was printed in her own country.\n"
-         "Hypothesis: Ada has written more than one novel.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "The premise speaks of Ada's third novel, so she has written at least three.\n\n"
-         "Three is more than one, so the hypothesis must be true.\n\n\\boxed{entailment}"),
-        ("Premise: The violinist played the concerto from memory, and the audience stood and clapped.\n"
-         "Hypothesis: The violinist had played the concerto in public before.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "Playing from memory shows that the violinist knew the piece well.\n\nThat could come from practice alone, so "
-         "an earlier concert is possible but not certain.\n\n\\boxed{neutral}"),
-        ("Premise: The bridge was finished in March 1931, and the first train crossed it exactly two years later.\n"
-         "Hypothesis: A train crossed the bridge in 1932.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "The first train crossed in March 1933.\n\nNo train can have crossed before the first one, so none crossed in "
-         "1932.\n\n\\boxed{contradiction}"),
-    ],
-    "yesno": [
-        ("Half of all patients are mild cases and half are severe. Severity is the only common cause of taking a drug "
-         "and of recovery. Mild cases recover in 90% with the drug and 85% without; severe cases in 50% with and 40% "
-         "without. Of those who take the drug 20% are mild; of the others 80% are mild.\n"
-         "Does taking the drug raise the chance of recovery over all patients?",
-         "Severity is a confounder, so we weigh both groups by their share of all patients.\n\n"
-         "If all took the drug: 0.5*0.90 + 0.5*0.50 = 0.70. If none did: 0.5*0.85 + 0.5*0.40 = 0.625.\n\n"
-         "0.70 > 0.625, so the drug raises the chance.\n\n\\boxed{yes}"),
-        ("In a school 30% of pupils are good at music and 30% are good at chess, independently. A club has as members "
-         "exactly the pupils who are good at music, at chess, or at both.\n"
-         "Among club members, are those good at music more likely to be good at chess than members overall?",
-         "A pupil is a member with chance 1 - 0.7*0.7 = 0.51. Among members the chance of chess is 0.3/0.51, about "
-         "0.59.\n\nAll who are good at music are members, so among them the chance of chess is still 0.30.\n\n"
-         "0.30 < 0.59: membership is a collider and makes the skills compete.\n\n\\boxed{no}"),
-        ("Frost comes on 20% of nights. A warning lamp lights on 90% of frost nights and on 10% of other nights. The "
-         "lamp has no effect on the weather. Tonight Ben switches the lamp on by hand, without knowing the weather.\n"
-         "Is the chance of frost tonight now higher than 20%?",
-         "Seeing the lamp light by itself would give 0.18/(0.18 + 0.08), about 0.69.\n\n"
-         "But Ben sets the lamp, which cuts its link with frost.\n\nThe chance of frost stays at 0.20.\n\n\\boxed{no}"),
-        ("A pump runs exactly when the mains or a generator gives power. The mains is on 90% of days and the generator "
-         "on 30% of days, independently. Today both were on and the pump ran.\n"
-         "Had the mains been off today, all else as it was, would the pump have run?",
-         "We know that the generator was on today, so its chance today is 1 and not 0.30.\n\n"
-         "Switching off the mains does not change the generator.\n\nThe generator alone makes the pump run.\n\n"
-         "\\boxed{yes}"),
-        ("A fertilizer raises the chance that a plant grows tall from 30% to 60%. Tall plants fall over in 50% of "
-         "cases, other plants in 10%. The fertilizer acts on falling only through height, and nothing else affects "
-         "both.\nDoes the fertilizer lower the chance that a plant falls over?",
-         "With fertilizer the chance of falling is 0.6*0.5 + 0.4*0.1 = 0.34.\n\n"
-         "Without it the chance is 0.3*0.5 + 0.7*0.1 = 0.22.\n\n0.34 > 0.22, so it raises the chance.\n\n\\boxed{no}"),
-        ("A fair coin decides who of many pupils gets a letter about a course. With the letter 60% go and 71% pass a "
-         "test; without it 20% go and 63% pass. The letter affects passing only through the course and keeps nobody "
-         "away.\nFor pupils who go only if they get the letter, does the course raise the chance of passing?",
-         "The coin is random, so the letter raises passing by 0.71 - 0.63 = 0.08 and going by 0.60 - 0.20 = 0.40.\n\n"
-         "Only the pupils whom the letter sends to the course can change, so their gain is 0.08/0.40 = 0.20.\n\n"
-         "A gain of 0.20 is positive.\n\n\\boxed{yes}"),
-    ],
-}

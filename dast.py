@@ -27,8 +27,8 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from common import (fail, hold_out, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
-                    sample, say, sequence_logprobs, start_run, train, worked_examples)
-from eval import evaluate, final_table, show_answers
+                    sample, say, sequence_logprobs, start_run, train)
+from eval import evaluate, final_table, show_answers, worked_examples
 
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)

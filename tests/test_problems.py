@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import common
+import eval
 from conftest import TOY
 
 
@@ -153,7 +154,7 @@ def test_hold_out():
 
 def test_worked_examples_are_in_the_form_that_is_to_be_learnt():
     kinds = {"grade-school": "math", "competition": "math"}
-    for family, examples in common.EXAMPLES.items():
+    for family, examples in eval.EXAMPLES.items():
         assert len(examples) >= 6 and len({problem for problem, _ in examples}) == len(examples)
         for problem, solution in examples:
             *steps, last = solution.split("\n\n")
@@ -163,7 +164,7 @@ def test_worked_examples_are_in_the_form_that_is_to_be_learnt():
             assert family != "label" or answer in common.ENTAILMENT
             assert family != "yesno" or answer in common.YES_NO
         like = {"id": "gsm8k/test/1" if family == "grade-school" else "math/test/1", "kind": kinds.get(family, family)}
-        assert [e["problem"] for e in common.worked_examples(like)] == [problem for problem, _ in examples]
+        assert [e["problem"] for e in eval.worked_examples(like)] == [problem for problem, _ in examples]
 
 
 def test_end_tokens_are_those_of_the_base_and_of_the_chat(tmp_path):
