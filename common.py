@@ -717,6 +717,7 @@ class Run:
         self.folder, self.unfinished, self.sampler = folder, folder / "unfinished", None
         self.constants, self.seed, self.engine, self.wandb = constants, constants["SEED"], engine, wandb
         self.checker = Checker(min(8, threads_per_process()), constants["GRADER"])
+        self.began, self.logged = time.time(), set()  # of the round at work
         self.metrics = read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
 
     def once(self, name, make):
@@ -755,6 +756,21 @@ class Run:
         if rank() == 0:
             shutil.rmtree(self.unfinished, ignore_errors=True)
 
+    def end_round(self, round):
+        """Log what a round cost: FLOPs of sampling and training (not of evaluation), in it and so far, and the seconds
+        that went neither into sampling nor training; not of a round that was begun before a restart."""
+        phases, costs = [m for m in self.metrics if m["round"] == round], {}
+        began, self.began, logged, self.logged = self.began, time.time(), self.logged, set()
+        if any(m["phase"] == "round" for m in phases):
+            return
+        for name in ("flops", "padded_flops", "spent_flops"):
+            costs[name] = sum(m.get(name, 0) for m in phases if not m["phase"].startswith("eval"))
+            costs[f"total_{name}"] = costs[name] + sum(m[name] for m in self.metrics if m["phase"] == "round")
+        if logged >= {m["phase"] for m in phases}:
+            costs["seconds"] = self.began - began
+            costs["outside_seconds"] = costs["seconds"] - sum(m.get("seconds", 0) for m in phases)
+        self.log(round, "round", **costs)
+
     def rng(self, *key):
         """A numpy generator that depends on the seed and `key` (round, problem id, draw, ...) and on nothing else."""
         return np.random.default_rng(seed_of(self.seed, *key))
@@ -762,6 +778,7 @@ class Run:
     def log(self, round, phase, **values):
         """Record the metrics of one phase of one round in metrics.jsonl; a phase made again replaces its line."""
         line, known = {"round": round, "phase": phase, **values}, [(m["round"], m["phase"]) for m in self.metrics]
+        self.logged.add(phase)
         if (round, phase) in known:
             self.metrics[known.index((round, phase))] = line
         else:
@@ -1212,13 +1229,14 @@ def encode(tokenizer, text):
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Sampling: requests in, checked responses out
 
-def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **settings):
+def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, gives=None, goal=math.inf, **settings):
     """Draw answers with the model in folder `model` and check them: responses in the order of problems, then of draws.
 
     draws: how many per problem (a number, or a list parallel to problems). prompt(problem, draw): the text to continue.
     enough(responses): asked after each draw with those of the problem so far; once true, later draws are not recorded
-    (what they cost counts as "spent" in the metrics). settings: style (the form of the prompts), temperature (0 is
-    greedy), max_new_tokens, and where wanted top_p, top_k.
+    (what they cost counts as "spent" in the metrics). goal: only the first problems are recorded, up to where what they
+    give, gives(responses) of each, adds up to it. settings: style (the form of the prompts), temperature (0 is greedy),
+    max_new_tokens, and where wanted top_p, top_k.
     The recorded responses depend on the seed, the round and the requests, not on the number of processes.
     """
     sampler = run.sampler = run.sampler or (VllmSampler if run.engine == "vllm" else Sampler)(run)
@@ -1234,14 +1252,13 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **
     loading = sampler.load(model)
     for problem in longest:  # once more: an engine may have room for less than the model could take
         sampler.prompt_ids(problem, prompt(problem, 0))
-    work = Draws(run, problems, draws, prompt, enough, round, phase)
-    with bar(sum(work.draws), f"round {round} {phase}") as work.progress:
-        work.progress.update(len(work.answers))
+    work = Draws(run, problems, draws, prompt, enough, round, phase, Walk(len(problems), gives, goal))
+    with bar(min(goal, sum(work.draws)), f"round {round} {phase}") as work.progress:
+        work.progress.update(len(work.answers) if goal == math.inf else work.walk.total)
         sampler.answer(work)
     work.file.close()
-    costs, seconds = work.costs(), time.time() - work.began
-    run.log(round, phase, **costs, **loading, seconds=seconds,
-            flops=2 * sampler.parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"]))
+    costs, seconds = work.costs(sampler.parameters), time.time() - work.began
+    run.log(round, phase, **costs, **loading, seconds=seconds)
     say(f"  round {round}  {phase:<9} {costs['draws']:>7,} answers of {costs['spent_draws']:,} drawn, "
         f"{costs['correct'] / max(1, costs['draws']):.1%} correct, {costs['spent_tokens'] / seconds:,.0f} tok/s, "
         f"{seconds:.1f} s")
@@ -1250,7 +1267,52 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, **
     if odd:
         say(f"           counted as wrong without a comparison: {', '.join(odd)}")
     return [{key: answer[key] for key in ("id", "draw", "text", "tokens", "finish", "correct")}
-            for recorded in work.recorded for answer in recorded]
+            for recorded in work.recorded[:work.walk.end] for answer in recorded]
+
+
+class Walk:
+    """Problems taken in order until what they give adds up to a goal (infinite: all of them).
+
+    Processes run ahead, and tell one another in a log what their problems gave. That decides what is worth asking for,
+    never the result: in the end all before `end` is known, and nothing else counts.
+    """
+
+    def __init__(self, n, gives, goal):
+        self.gives, self.goal, self.end = gives, goal, n  # end: from there on nothing can matter
+        self.gave, self.known, self.total = np.zeros(n, int), np.zeros(n, bool), 0
+        self.log, self.heard, self.claims, self.held = f"walk/{next(_counters)}", 0, None, None
+
+    def take(self, size=1):
+        """The first of `size` places that this process should see to next; None where there are none (yet)."""
+        self.claims = self.claims or claims(math.ceil(len(self.gave) / size))
+        self.held = next(self.claims, None) if self.held is None else self.held
+        likely = 1.1 * self.goal * (self.known.sum() + 1) / (self.total + 1)  # needed at the present rate, and a little
+        if self.held is None or self.held * size >= min(self.end, likely):
+            return None
+        place, self.held = self.held * size, None
+        return place
+
+    def over(self):
+        """Whether there is nothing more to take, now that `take` has said None."""
+        return self.held is None if self.goal == math.inf else self.known[:self.end].all()
+
+    def exchange(self, finished):
+        """Tell the others of the problems that are finished here, {place: responses}, and hear of theirs."""
+        if self.goal < math.inf:
+            if finished:
+                entry = f"{self.log}/{_shared.add(self.log, 1)}"
+                _shared.set(entry, json.dumps([(i, self.gives(responses)) for i, responses in finished.items()]))
+            while self.heard < _shared.add(self.log, 0):
+                self.heard += 1
+                self.note(json.loads(_shared.get(f"{self.log}/{self.heard}")))
+
+    def note(self, gave):
+        """Take in what problems gave: [(place, number)]."""
+        for place, number in gave:
+            self.gave[place], self.known[place] = number, True
+        sums = self.gave.cumsum()
+        self.total, reached = sums[-1], np.searchsorted(sums, self.goal)
+        self.end = min(self.end, int(reached) + 1)
 
 
 class Draws:
@@ -1260,8 +1322,8 @@ class Draws:
     once. Answers are kept in unfinished/ when their verdict is known, so that a killed phase goes on from there.
     """
 
-    def __init__(self, run, problems, draws, prompt, enough, round, phase):
-        self.problems, self.enough, self.checker = problems, enough, run.checker
+    def __init__(self, run, problems, draws, prompt, enough, round, phase, walk):
+        self.problems, self.enough, self.checker, self.walk = problems, enough, run.checker, walk
         self.prompt = lambda i, d: (problems[i], prompt(problems[i], d))
         self.draws = [draws] * len(problems) if isinstance(draws, int) else draws
         self.seed = lambda i, d: seed_of(run.seed, round, phase, problems[i]["id"], d)
@@ -1277,6 +1339,8 @@ class Draws:
                     answer = json.loads(line)
                     self.put(answer)
                     self.began = min(self.began, time.time() - answer["at"])
+        if gives := walk.gives:
+            walk.note([(i, gives(self.recorded[i])) for i, done in enumerate(self.done) if done])
         barrier()  # everybody has read before anybody writes on
         run.unfinished.mkdir(parents=True, exist_ok=True)
         self.file = open(run.unfinished / name.format(rank()), "a")
@@ -1311,7 +1375,9 @@ class Draws:
         self.right += sum(self.answers[request]["correct"] for request in settled)
         self.settled += len(settled)
         self.progress.set_postfix_str(f"{self.right / max(1, self.settled):.1%} correct", refresh=False)
-        self.progress.update(len(settled) * world_size())  # the others are about as far
+        self.walk.exchange({i: self.recorded[i] for i, _ in settled if self.done[i]})
+        more = len(settled) * world_size()  # the others are about as far
+        self.progress.update(more if self.walk.goal == math.inf else self.walk.total - self.progress.n)
         return settled
 
     def put(self, answer):
@@ -1332,16 +1398,18 @@ class Draws:
                 self.put(answer)
         self.mine = []
 
-    def costs(self):
-        """Counts of the recorded draws, and what was spent on all of them."""
-        costs = Counter(draws=0, correct=0)
+    def costs(self, parameters):
+        """Counts of the recorded draws, what was spent on all of them, and FLOPs of both."""
+        costs, longest = Counter(draws=0, correct=0), 0
         for answer in [*self.answers.values(), *gather(self.cancelled)]:
             costs.update(spent_draws=answer.get("cancelled", 1), spent_tokens=answer["tokens"],
                          spent_prompt_tokens=answer["prompt_tokens"])
-        for answer in itertools.chain(*self.recorded):
+        for answer in itertools.chain(*self.recorded[:self.walk.end]):
+            longest = max(longest, answer["prompt_tokens"])
             costs.update({"draws": 1, "tokens": answer["tokens"], "prompt_tokens": answer["prompt_tokens"],
                           "correct": int(answer["correct"]), "cut": int(answer["finish"] == "length"),
                           f"check_{answer['reason']}": 1})
+        costs.update(sampling_flops(parameters, costs, longest))
         return costs
 
 
@@ -1390,22 +1458,49 @@ class Sampler:
         return {}
 
     def answer(self, work):
-        """Have all draws of `work` answered, one wave of all problems after the other. A group draws from one
-        generator, seeded with the seed of its first request."""
+        """Have all draws of `work` answered, one wave of all problems after the other; on the way to a goal block after
+        block of problems, each by the process that takes it."""
+        if work.walk.goal < math.inf:
+            return self._walk(work)
         for wave in itertools.count():
-            requests = [(i, d) for i in range(len(work.problems)) for d in work.wave(i, wave)]
-            if not requests:
+            groups = self._groups(work, range(len(work.problems)), wave)
+            if groups is None:
                 return
-            ids = {request: self.prompt_ids(*work.prompt(*request)) for request in requests}
-            order = sorted(requests, key=lambda r: (len(ids[r]), r))  # neighbours in length: little padding
-            groups = [order[at:at + GROUP] for at in range(0, len(order), GROUP)]
-            groups = [group for group in groups if not all(request in work.answers for request in group)]
             for g in claims(len(groups)):
-                torch.manual_seed(work.seed(*groups[g][0]))
-                for (i, d), answer in zip(groups[g], self._generate([ids[request] for request in groups[g]])):
-                    work.check(i, d, len(ids[i, d]), *answer)
+                self._answer_group(work, groups[g])
                 work.settle()  # those before it: the checker works while the next group is generated
             work.exchange()
+
+    def _walk(self, work):
+        while (start := work.walk.take(GROUP)) is not None or not work.walk.over():
+            if start is None:
+                time.sleep(0.01)
+                work.settle()  # hears of the others
+                continue
+            for wave in itertools.count():
+                groups = self._groups(work, range(start, min(start + GROUP, len(work.problems))), wave)
+                if groups is None or start >= work.walk.end:
+                    break
+                for group in groups:
+                    self._answer_group(work, group)
+                work.settle(wait=True)
+        work.exchange()
+
+    def _groups(self, work, places, wave):
+        """The requests of a wave in groups, those that have all been answered left out; None if the wave is empty."""
+        requests = [(i, d) for i in places for d in work.wave(i, wave)]
+        ids = {request: self.prompt_ids(*work.prompt(*request)) for request in requests}
+        order = sorted(requests, key=lambda r: (len(ids[r]), r))  # neighbours in length: little padding
+        groups = [order[at:at + GROUP] for at in range(0, len(order), GROUP)]
+        groups = [[(request, ids[request]) for request in group] for group in groups
+                  if not all(request in work.answers for request in group)]
+        return groups if requests else None
+
+    def _answer_group(self, work, group):
+        """A group draws from one generator, seeded with the seed of its first request."""
+        torch.manual_seed(work.seed(*group[0][0]))
+        for ((i, d), ids), answer in zip(group, self._generate([ids for _, ids in group])):
+            work.check(i, d, len(ids), *answer)
 
     def _generate(self, rows):
         batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device())
@@ -1524,15 +1619,15 @@ class VllmSampler(Sampler):
 
     def answer(self, work):
         """Have all draws of `work` answered. A process takes a problem when it has room for more requests, and sees to
-        all its waves; checking goes on meanwhile."""
+        all its waves; checking goes on meanwhile. What can no longer matter is cancelled."""
         torch.set_num_threads(threads_per_process())
-        engine, problems = self.llm.llm_engine, claims(len(work.problems))
+        engine, walk = self.llm.llm_engine, work.walk
         room = min(IN_FLIGHT, math.ceil(sum(work.draws) / world_size()))
         flying, waves = {}, Counter()  # {(i, draw): vLLM's name of the request}, {i: its next wave}
         while True:
-            while len(flying) < room and (i := next(problems, None)) is not None:
+            while len(flying) < room and (i := walk.take()) is not None:
                 self._request(work, i, flying, waves)
-            if not flying and not work.pending:
+            if not flying and not work.pending and walk.over():
                 break
             for output in engine.step() if flying else ():
                 if output.finished:
@@ -1545,9 +1640,10 @@ class VllmSampler(Sampler):
                 wave = [(i, d) for d in work.wave(i, waves[i] - 1)]
                 if work.done[i]:
                     self._cancel(work, [request for request in wave if request in flying], flying)
-                elif all(request in work.answers for request in wave):
+                elif i < walk.end and all(request in work.answers for request in wave):
                     self._request(work, i, flying, waves)
-            if not flying and work.pending:
+            self._cancel(work, [request for request in flying if request[0] >= walk.end], flying)
+            if not flying:
                 time.sleep(0.001)
         work.exchange()
 
@@ -1572,7 +1668,8 @@ class VllmSampler(Sampler):
             state = states[flying.pop(request)]
             work.cancelled.update(cancelled=1, tokens=state.detokenizer.num_output_tokens(),
                                   prompt_tokens=0 if state.is_prefilling else state.prompt_len)
-        self.llm.llm_engine.abort_request([f"{i}/{d}" for i, d in requests])
+        if requests:
+            self.llm.llm_engine.abort_request([f"{i}/{d}" for i, d in requests])
 
 
 def read_weights(folder, tied=True):
@@ -1760,14 +1857,14 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
 # 8. Training
 
 def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batch_size, max_tokens, weight_decay, clip,
-          reference=False):
+          decay=True, reference=False):
     """Train the model in folder `model` on examples and write the result to `folder`.
 
     loss(logprobs, batch) -> (sum, weight, metrics): the script's own. logprobs (P,) are those of the batch's targets;
     the sum is divided by the weight of the whole step (all micro-batches, all processes): neither changes the result.
     With `reference`, batch["reference"] (S,) has log p(completion) of each completion under the model as it starts.
-    AdamW; lr rises linearly over the warm-up's share of the steps, then falls as a half cosine; all in float32 but the
-    compute on GPU. A loss or gradient that is not finite ends the program. Goes on where a killed run was.
+    AdamW; lr rises linearly over the warm-up (steps, or if below 1 their share), then stays, or with `decay` falls as a
+    half cosine; all in float32 but the compute on GPU. A loss or gradient that is not finite ends the program. Goes on where a killed run was.
     """
     slept = run.sampler.sleep() if run.sampler else {}
     torch.set_num_threads(threads_per_process())
@@ -1800,7 +1897,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
                      f"gradient norm {norm}; the last good model stays. The step's examples: "
                      + ", ".join(examples[e]["id"] for micro_batch in plan[step] for e in micro_batch))
             for group in optimizer.param_groups:
-                group["lr"] = lr * learning_rate_factor(step, len(plan), warmup)
+                group["lr"] = lr * learning_rate_factor(step, len(plan), warmup, decay)
             optimizer.step()
             optimizer.zero_grad()
             progress.history.append(sums)
@@ -1810,8 +1907,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
             shown.update(len(progress.history) - shown.n)
     row = row_logprobs(policy, max((sequence for e in tokenized for sequence in e), key=lambda s: len(s[0] + s[1])))
     save_model(network, tokenizer, dtype, folder, row | {"exact": dtype == compute_dtype() == torch.float32})
-    report_training(run, round, progress, sum(lengths) * epochs, sum(lengths) * reference, count_parameters(network),
-                    slept)
+    report_training(run, round, progress, lengths, epochs, reference, count_parameters(network), slept)
 
 
 class Progress:
@@ -1883,12 +1979,12 @@ def row_logprobs(policy, sequence):
         return {"tokens": tokens, "logprobs": policy(pack([[(tokens[:1], tokens[1:])]])).tolist()}
 
 
-def learning_rate_factor(step, steps, warmup):
-    """Rises linearly to 1 over the first `warmup` share of the steps, then falls towards 0 as a half cosine."""
-    ramp = math.ceil(warmup * steps)
+def learning_rate_factor(step, steps, warmup, decay):
+    """Rises linearly to 1 over `warmup` steps (below 1: that share of them), then stays or falls as a half cosine."""
+    ramp = math.ceil(warmup * steps if warmup < 1 else warmup)
     if step < ramp:
         return (step + 1) / ramp
-    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp))) if decay else 1.0
 
 
 def load_for_training(model):
@@ -1958,15 +2054,30 @@ def count_parameters(network):
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def report_training(run, round, progress, tokens, reference_tokens, parameters, more):
+def training_flops(parameters, tokens, reference_tokens=0):
+    """6 N per token trained on (forward 2, backward 4; Kaplan et al. 2020), 2 N per token of a reference pass."""
+    return parameters * (6 * tokens + 2 * reference_tokens)
+
+
+def sampling_flops(parameters, costs, longest):
+    """{flops, padded_flops, spent_flops} of a sampling phase, 2 N per token: of the recorded draws; of the same with
+    each prompt padded to the `longest`, as implementations that pad (and AdaSTaR's tables) count; of all draws made."""
+    return {"flops": 2 * parameters * (costs["prompt_tokens"] + costs["tokens"]),
+            "padded_flops": 2 * parameters * (longest * costs["draws"] + costs["tokens"]),
+            "spent_flops": 2 * parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"])}
+
+
+def report_training(run, round, progress, lengths, epochs, reference, parameters, more):
     """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
     history, seconds = progress.history, time.time() - progress.began
     first, last = ({name: step[name] / step["weight"] for name in step if name != "weight"}
                    for step in (history[0], history[-1]))
-    flops = parameters * (6 * tokens + 2 * reference_tokens)
+    tokens, padded = sum(lengths), len(lengths) * max(lengths)
+    flops = training_flops(parameters, tokens * epochs, tokens * reference)
     peak = next((p for name, p in PEAK_FLOPS.items() if name in processor()), None)
-    run.log(round, "train", steps=len(history), tokens=tokens, reference_tokens=reference_tokens,
-            first_loss=first["loss"], **last, flops=flops, seconds=seconds, **more,
+    run.log(round, "train", steps=len(history), tokens=tokens * epochs, reference_tokens=tokens * reference,
+            first_loss=first["loss"], **last, flops=flops, spent_flops=flops, seconds=seconds, **more,
+            padded_flops=training_flops(parameters, padded * epochs, padded * reference),
             **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
-        f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
+        f"{tokens * epochs / seconds:,.0f} tok/s, {seconds:.1f} s")

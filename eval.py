@@ -210,14 +210,17 @@ def difference(score, other, rng):
 
 
 def final_table(run, scores):
-    """Print the table of a run's rounds, and what the run cost."""
+    """Print the table of a run's rounds, and what they cost in FLOPs (sampling and training, without evaluation)."""
     print_table(scores, "model")
-    total = Counter()
-    for metrics in run.metrics:
-        total.update({key: metrics.get(key, 0) for key in ("spent_tokens", "flops", "seconds")})
-        total["trained"] += metrics["tokens"] if metrics["phase"] == "train" else 0
-    say(f"{total['spent_tokens']:,} tokens sampled, {total['trained']:,} trained on, {total['flops']:.2e} FLOPs, "
-        f"{total['seconds']:.0f} s; {run.folder}/metrics.jsonl")
+    say(f"\n{'FLOPs':<13}{'of draws kept, and training':>27}{'so far':>10}{'padded':>10}{'all draws':>10}")
+    for m in run.metrics:
+        if m["phase"] == "round":
+            say(f"round {m['round']:<7}{m['flops']:>27.2e}" + "".join(
+                f"{m[f'total_{name}']:>10.2e}" for name in ("flops", "padded_flops", "spent_flops")))
+    sampled = sum(m.get("spent_tokens", 0) for m in run.metrics)
+    trained = sum(m["tokens"] for m in run.metrics if m["phase"] == "train")
+    seconds = sum(m.get("seconds", 0) for m in run.metrics if m["phase"] != "round")
+    say(f"{sampled:,} tokens sampled, {trained:,} trained on, {seconds:.0f} s; {run.folder}/metrics.jsonl")
 
 
 def architecture(model):

@@ -2,10 +2,12 @@
 
   python tests/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
   python tests/study.py dast-dpo       the same with --loss dpo
-  python tests/study.py dast --quick   the same with one seed
+  python tests/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
+  python tests/study.py dast --seeds 0           the same with one seed
 """
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,9 +68,37 @@ def dast(seeds, loss):
               f"{difference(list(zip(scores, arms['vanilla, same draws'])), rng)}")
 
 
+ADASTAR = {  # arm: (iterations, flags); of each as many as spend about as much
+    "AdaSTaR": (8, []),
+    "random order, stop at beta": (8, ["--order", "random"]),
+    "AdaD (no AdaC)": (8, ["--curriculum-power", 0]),
+    "without w": (8, ["--order", "stale"]),
+    "w first (PF)": (8, ["--order", "hardest"]),
+    "STaR": (9, ["--order", "random", "--no-stop-at-beta", "--start", "base"]),
+    "STaR-Acc": (9, ["--order", "random", "--no-stop-at-beta"]),
+    "STaR-Full": (9, ["--order", "random", "--no-stop-at-beta", "--start", "base", "--train-on-all"]),
+    "STaR-Acc-Full": (9, ["--order", "random", "--no-stop-at-beta", "--train-on-all"]),
+    "STaR-Acc-Full-K": (3, ["--order", "random", "--no-stop-at-beta", "--train-on-all", "--k-samples", 5, "--no-retry",
+                            "--traces", 0]),
+    "ReST-EM": (2, ["--order", "random", "--no-stop-at-beta", "--start", "base", "--train-on-all", "--k-samples", 11,
+                    "--no-retry", "--traces", 3]),
+}
+
+
+def adastar_arm(arm, seed):
+    """One arm with one seed: its run folder."""
+    rounds, flags = ADASTAR[arm]
+    name = re.sub(r"[^a-z]+", "-", arm.lower()).strip("-")
+    return run("adastar.py", f"study-adastar-{name}-{seed}", "--seed", seed, "--rounds", rounds, *flags)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["dast", "dast-dpo"])
-    parser.add_argument("--quick", action="store_true", help="one seed")
+    parser.add_argument("name", choices=["dast", "dast-dpo", "adastar"])
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated [0,1,2]")
     arguments = parser.parse_args()
-    dast([0] if arguments.quick else [0, 1, 2], "dpo" if arguments.name == "dast-dpo" else "sft")
+    numbers = list(map(int, arguments.seeds.split(",")))
+    if arguments.name == "adastar":
+        adastar(numbers)
+    else:
+        dast(numbers, "dpo" if arguments.name == "dast-dpo" else "sft")
