@@ -21,14 +21,13 @@ problems, never on the test set (ours: the paper reports the best on the test se
   torchrun adastar.py --model Qwen/Qwen2.5-3B --train-data gsm8k --test-data gsm8k          one GPU: not measured yet
   torchrun --nproc-per-node 8 adastar.py --train-data arc_challenge --test-data arc_challenge --hint   not measured yet
 """
-import math
 from collections import defaultdict
 
 import numpy as np
 
-from common import (fail, hold_out, last_boxed, load_problems, load_tokenizer, make_example, make_prompt,
+from common import (Log, claims, fail, last_boxed, load_problems, load_tokenizer, make_example, make_prompt,
                     override_from_cli, sample, say, start_run, train)
-from eval import evaluate, final_table, show_answers, worked_examples
+from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
 
 # What to run
 MODEL = "Qwen/Qwen2.5-3B"  # the base: a Hub name or a folder (paper: for gsm8k; Llama-3.2-3B for the others)
@@ -87,8 +86,7 @@ TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DAT
            MAX_NEW_TOKENS=96, LR=1e-4, WARMUP=5.0, EAGER=True, MAX_TOKENS=8192)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The method
+# The method -----------------------------------------------------------------------------------------------------------
 
 def walk_order(last, w, rng):
     """The places of the problems in the order of the walk, from t~ (n,) and w (n,); ties in the order of the file.
@@ -116,6 +114,49 @@ def choose(outcomes):
     return [draw for draw, right in enumerate(outcomes) if right][:TRACES or None]
 
 
+class Walk:
+    """A walk at work: when do the problems, in their order, have given `goal` correct answers?
+
+    All processes draw ahead, and tell one another what their problems gave. That decides what is worth asking for, and
+    what can be cancelled, but not the result: in the end everything before `end` is known, and nothing else counts.
+    """
+
+    def __init__(self, n, goal):
+        self.goal, self.total, self.asked, self.log = goal, 0, 0, Log()
+        self.gave, self.known = np.zeros(n, int), np.zeros(n, bool)  # answers of a problem to train on; is it done?
+        self.end, self.far = n, goal  # from `end` on no problem can matter, from `far` on none need be asked yet
+        self.claims, self.held = None, None
+
+    def exchange(self, finished):
+        """Tell the others of problems that are finished here, {place: responses}, and hear of theirs."""
+        if finished:
+            self.log.append([(place, len(choose(outcomes_of(rs)))) for place, rs in finished.items()])
+        news = [item for entry in self.log.new() for item in entry]
+        for place, answers in news:
+            self.gave[place], self.known[place] = answers, True
+        if news:
+            self.asked = max(self.asked, 1 + max(place for place, _ in news))
+            sums = self.gave[:self.asked].cumsum()
+            self.total = int(sums[-1])
+            if self.total >= self.goal:
+                self.end = int(np.searchsorted(sums, self.goal)) + 1
+            needed = self.goal * (self.known.sum() + 1) / (self.total + 1)  # at the present rate
+            self.far = min(self.end, 1.1 * needed)
+
+    def take(self, size=1):
+        """The first of the next `size` places for this process to see to; None where there are none, or not yet."""
+        self.claims = self.claims or claims(-(-len(self.gave) // size))
+        self.held = next(self.claims, None) if self.held is None else self.held
+        if self.held is None or self.held * size >= self.far:
+            return None
+        place, self.held = self.held * size, None
+        return place
+
+    def over(self):
+        """Whether all that can matter is known."""
+        return self.known[:self.end].all()
+
+
 def spread(total, beta, rng):
     """How often each of `total` correct answers is trained on, in the order of the walk, for beta_t of them in all."""
     if total < beta and FILL_STEPS and not TRAIN_ON_ALL:
@@ -137,14 +178,14 @@ def select(visited, last, w, outcomes, beta, rng):
     visited: ids; last and w: their t~ and w before; outcomes: of their draws. `chosen` are the draws that enter D+,
     `copies` says how often each is trained on, `committed` whether (t, win_rate) replaces (last, w).
     """
-    chosen = [choose(draws) for draws in outcomes]
+    chosen = list(map(choose, outcomes))
     copies = iter(spread(sum(map(len, chosen)), beta, rng))
     solved = sum(map(any, outcomes))
-    commits = to_commit(len(visited), solved)
-    return [{"id": i, "visit": visit, "last": int(t), "w": float(before), "outcomes": draws,
+    alpha, commits = solved / len(visited), to_commit(len(visited), solved)
+    rows = zip(range(len(visited)), visited, last.tolist(), w.tolist(), outcomes, chosen)
+    return [{"id": i, "visit": visit, "last": before, "w": w_before, "outcomes": draws, "alpha": alpha,
              "win_rate": sum(draws) / len(draws), "chosen": kept, "copies": [next(copies) for _ in kept],
-             "alpha": solved / len(visited), "committed": visit < commits}
-            for visit, (i, t, before, draws, kept) in enumerate(zip(visited, last, w, outcomes, chosen))]
+             "committed": visit < commits} for visit, i, before, w_before, draws, kept in rows]
 
 
 def hinted(problem):
@@ -158,8 +199,7 @@ def sft_loss(logprobs, batch):
     return -logprobs.sum(), len(logprobs), {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# The loop -------------------------------------------------------------------------------------------------------------
 
 def by_problem(records):
     """{id: its records, in order}."""
@@ -240,7 +280,7 @@ def main():
 
     model, scores, validation = MODEL, {}, {}
     score(0, model, "base", few_shot)
-    run.end_round(0)
+    end_round(run, 0)
     last, w = np.zeros(len(problems), int), np.zeros(len(problems))  # t~ and w
     for t in range(1, ROUNDS + 1):
         # 1. AdaD (Alg. 1, lines 5-12): walk from the stalest and hardest until beta_t correct answers are there
@@ -248,12 +288,12 @@ def main():
         responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
             run, model, [problems[i] for i in order], K_SAMPLES, few_shot,
             enough=(lambda responses: outcomes_of(responses)[-1] == 1) if RETRY else None,
-            gives=lambda responses: len(choose(outcomes_of(responses))), goal=beta if STOP_AT_BETA else math.inf,
-            round=t, phase="sample", **drawn))
+            walk=Walk(len(problems), beta) if STOP_AT_BETA else None, round=t, phase="sample", **drawn))
         visited = by_problem(responses)
         before = [place[i] for i in visited]
+        outcomes = [outcomes_of(rs) for rs in visited.values()]
         selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
-            list(visited), last[before], w[before], [outcomes_of(r) for r in visited.values()], beta, run.rng(t, "cut")))
+            list(visited), last[before], w[before], outcomes, beta, run.rng(t, "cut")))
         report_selection(run, t, selection, beta, len(problems))
         show_answers(problems, responses)
 
@@ -273,7 +313,7 @@ def main():
             if s["committed"]:
                 last[place[s["id"]]], w[place[s["id"]]] = t, s["win_rate"]
         score(t, model, f"round {t}", zero_shot)
-        run.end_round(t)
+        end_round(run, t)
     final_table(run, scores or validation)
     report_iteration(run, scores, validation)
 

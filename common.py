@@ -50,9 +50,8 @@ from datetime import timedelta
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Checking: model output is untrusted text, so it is compared in processes that can be killed. This stands first, and
-# imports nothing big, because run as a program this file is such a process.
+# 1. Checking: model output is untrusted text, so it is compared in processes that can be killed -----------------------
+# This stands first, and imports nothing big, because run as a program this file is such a process.
 
 CHECK_SECONDS = 2  # processor time after which a checking worker is killed; after half of it, it is asked to stop
 CHECK_BYTES = 2 << 30  # address space of a worker
@@ -96,8 +95,7 @@ def final_answer(text):
     last </think>, the first of these that there is:
 
     the last balanced \boxed{}; the line behind the last "####"; the sentence behind the last "answer is", "answer:" or
-    (before a number) "A:" at the beginning of a line; the whole text, if it is one line of at most 200 characters.
-    """
+    (before a number) "A:" at the beginning of a line; the whole text, if it is one line of at most 200 characters."""
     text = text.rsplit("</think>", 1)[-1]
     stated = last_boxed(text) if "boxed" in text else None
     if stated is None and "####" in text:
@@ -120,8 +118,7 @@ OTHERWISE = (r"(?i)\b(?:not|never|no|or|and|between|than|least|most|approximatel
 
 
 def piece_of(sentence):
-    r"""The one piece of mathematics ($...$, \(...\), \[...\], bold) in a sentence of words that do not change what it
-    says ("not", "million"); else the sentence."""
+    r"""The one piece of mathematics ($...$, \[...\], bold) in a sentence whose words change nothing; or all of it."""
     pieces = list(MATH.finditer(sentence))
     if len(pieces) != 1:
         return sentence
@@ -170,8 +167,7 @@ def normalize(answer):
     r"""An answer as it goes to math-verify: what that does not read, or reads wrongly, rewritten. Linear in the text.
 
     Digits of all scripts, full-width forms, superscripts and fractions of Unicode; $, \( and bold around it; thousands
-    apart by blanks or \, and \!; mixed fractions; 1e3; units behind a number; a full stop at the end.
-    """
+    apart by blanks or \, and \!; mixed fractions; 1e3; units behind a number; a full stop at the end."""
     if not answer.isascii():
         answer = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)  # 10²³
         answer = re.sub("√ *([0-9]+|[a-z]|\\([^()]*\\))", r"\\sqrt{\1}", "".join(map(_latex_of, answer)))
@@ -238,8 +234,7 @@ def label_of(answer, labels):
 
 
 class Checker:
-    """Worker processes that compare answers with math-verify, or with a grader of one's own, each killed and replaced
-    when it hangs or dies."""
+    """Worker processes that compare answers (by math-verify, or a grader of one's own), replaced when they hang."""
 
     def __init__(self, workers, grader=""):
         self.threads = ThreadPoolExecutor(workers)  # a thread waits for its worker; the work is done in the process
@@ -255,8 +250,7 @@ class Checker:
         return worker, False  # not known to be ready: its imports take a second or two
 
     def submit(self, problem, text):
-        """A Future of (correct, reason); reason is equal, different, no_answer, bad_gold, timeout, memory or crash,
-        or what a grader of one's own says."""
+        """A Future of (correct, reason): equal, different, no_answer, bad_gold, timeout, memory, crash; a grader's."""
         verdict, pair = (None, (problem, text)) if self.grader else judge(problem, text)
         key = json.dumps(pair) if self.grader else pair or verdict
         if len(self.verdicts) > 1 << 18:
@@ -298,8 +292,7 @@ class Checker:
 
 
 def judge(problem, text):
-    """((correct, reason), None) where a response can be judged by its text, else (None, (gold, answer)): what
-    math-verify is to compare."""
+    """((correct, reason), None) where the text tells, else (None, (gold, answer)): what math-verify is to compare."""
     gold, answer, kind = problem["answer"], final_answer(text), problem.get("kind", "math")
     gold = last_boxed(gold) or gold if gold.count("boxed") == 1 else gold
     if not gold.strip():
@@ -350,8 +343,7 @@ def equal_as_text(gold, answer):
 def checking_worker(grader=""):
     """The program of a worker: a line of JSON in, a line [correct, reason] out; "ready" before the first.
 
-    A line is [gold, answer] for math-verify or, with a grader of one's own ("file.py:function"), [problem, text].
-    """
+    A line is [gold, answer] for math-verify or, with a grader of one's own ("file.py:function"), [problem, text]."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
     resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
@@ -453,8 +445,7 @@ def clearly_different(gold, answer):
     both are equations without a common symbol.
 
     Told ten times faster than by simplifying their difference, as math-verify does. It also tells tiny numbers apart:
-    math-verify rounds at six decimals.
-    """
+    math-verify rounds at six decimals."""
     from latex2sympy2_extended import is_expr_of_only_symbols
     from sympy import Eq, Expr, Set, Tuple, UnevaluatedExpr
     if isinstance(gold, Eq) and isinstance(answer, Eq):
@@ -538,8 +529,7 @@ STOP = "\n\nQuestion:"  # where a base model that was shown examples begins to i
 FLAG_TYPES = (bool, int, float, str, tuple)  # constants of these types have flags
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Run: constants from the command line, a folder that remembers, phases that are made once
+# 2. Run: constants from the command line, a folder that remembers, phases that are made once --------------------------
 
 def constants_of(script):
     """{name: (group, comment)} of the capital constants in a script's text; a group is the comment line above them."""
@@ -558,8 +548,7 @@ def override_from_cli(g):
 
     Type from the default, help from the comment behind it; where the comment begins with values in quotes ("a" | "b"),
     only those are legal. Numbers are finite and not negative, and 0 is legal where it is the default or the comment
-    speaks of it. --toy applies the TOY dict first. A wrong flag ends the program with status 2 and one line.
-    """
+    speaks of it. --toy applies the TOY dict first. A wrong flag ends the program with status 2 and one line."""
     script, flags = Path(g["__file__"]), []
     parser = argparse.ArgumentParser(prog=script.name, description=g["__doc__"], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -621,8 +610,7 @@ def start_run(g, *problem_sets):
     """Join the other processes, open the run folder that a script's constants name, print the header; the Run.
 
     A folder that was made with other constants, problems or model files is refused, with the list of differences; the
-    constants under "# Machine" and ROUNDS may differ. Changed source files are a warning.
-    """
+    constants under "# Machine" and ROUNDS may differ. Changed source files are a warning."""
     script, about = Path(g["__file__"]), constants_of(g["__file__"])
     constants = json.loads(json.dumps({name: g[name] for name in about if isinstance(g[name], FLAG_TYPES)}))
     data = [seed_of(sorted(problem.items())) for problems in problem_sets for problem in problems]
@@ -718,14 +706,14 @@ class Run:
         self.constants, self.seed, self.engine, self.wandb = constants, constants["SEED"], engine, wandb
         self.checker = Checker(min(8, threads_per_process()), constants["GRADER"])
         self.began, self.logged = time.time(), set()  # of the round at work
-        self.metrics = read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+        lines = read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+        self.metrics = {(line["round"], line["phase"]): line for line in lines}
 
     def once(self, name, make):
         """What runs/<run>/<name> holds, made first if it is not there.
 
         A name ending in .jsonl or .json: `make()` returns the records or the object (rank 0's counts). Any other name
-        is a folder: `make(path)` fills it, and its path is returned. Half-made things have other names (.part).
-        """
+        is a folder: `make(path)` fills it, and its path is returned. Half-made things have other names (.part)."""
         path, is_file = self.folder / name, name.endswith((".json", ".jsonl"))
         if not gather(path.exists())[0]:
             try:
@@ -756,36 +744,17 @@ class Run:
         if rank() == 0:
             shutil.rmtree(self.unfinished, ignore_errors=True)
 
-    def end_round(self, round):
-        """Log what a round cost: FLOPs of sampling and training (not of evaluation), in it and so far, and the seconds
-        that went neither into sampling nor training; not of a round that was begun before a restart."""
-        phases, costs = [m for m in self.metrics if m["round"] == round], {}
-        began, self.began, logged, self.logged = self.began, time.time(), self.logged, set()
-        if any(m["phase"] == "round" for m in phases):
-            return
-        for name in ("flops", "padded_flops", "spent_flops"):
-            costs[name] = sum(m.get(name, 0) for m in phases if not m["phase"].startswith("eval"))
-            costs[f"total_{name}"] = costs[name] + sum(m[name] for m in self.metrics if m["phase"] == "round")
-        if logged >= {m["phase"] for m in phases}:
-            costs["seconds"] = self.began - began
-            costs["outside_seconds"] = costs["seconds"] - sum(m.get("seconds", 0) for m in phases)
-        self.log(round, "round", **costs)
-
     def rng(self, *key):
         """A numpy generator that depends on the seed and `key` (round, problem id, draw, ...) and on nothing else."""
         return np.random.default_rng(seed_of(self.seed, *key))
 
     def log(self, round, phase, **values):
         """Record the metrics of one phase of one round in metrics.jsonl; a phase made again replaces its line."""
-        line, known = {"round": round, "phase": phase, **values}, [(m["round"], m["phase"]) for m in self.metrics]
+        self.metrics[round, phase] = {"round": round, "phase": phase, **values}
         self.logged.add(phase)
-        if (round, phase) in known:
-            self.metrics[known.index((round, phase))] = line
-        else:
-            self.metrics.append(line)
         if rank() == 0:
             try:
-                write(self.folder / "metrics.jsonl", self.metrics)
+                write(self.folder / "metrics.jsonl", self.metrics.values())
             except OSError as error:
                 fail(f"{self.folder}/metrics.jsonl: {error.strerror}; mend that and run the same command again")
             if self.wandb:
@@ -826,8 +795,7 @@ def flush(path):
     os.close(handle)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Processes: the same under torchrun and plain python
+# 3. Processes: the same under torchrun and plain python ---------------------------------------------------------------
 
 _shared = None  # a key-value store that all processes see
 _counters = itertools.count()  # in it: all processes open them in the same order
@@ -877,6 +845,22 @@ def claims(n):
         yield number
 
 
+class Log:
+    """Entries (plain data) that any process appends and all read, in one order."""
+
+    def __init__(self):
+        self.name, self.seen = f"log/{next(_counters)}", 0
+
+    def append(self, entry):
+        _shared.set(f"{self.name}/{_shared.add(self.name, 1)}", json.dumps(entry))
+
+    def new(self):
+        """The entries since the last time."""
+        while self.seen < _shared.add(self.name, 0):
+            self.seen += 1
+            yield json.loads(_shared.get(f"{self.name}/{self.seen}"))
+
+
 def barrier():
     dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo waits without spinning, whatever the devices are
 
@@ -893,8 +877,7 @@ def bar(total, what):
     return tqdm(total=total, desc=what, disable=rank() != 0 or not sys.stderr.isatty(), leave=False, dynamic_ncols=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Problems and prompts
+# 4. Problems and prompts ----------------------------------------------------------------------------------------------
 
 SETS = {  # name: {split: its file in the DATA folder, and where the Hub has it: owner/name:configuration@split}
     "gsm8k": {"train": "gsm8k/train.jsonl openai/gsm8k:main@train", "test": "gsm8k/test.jsonl openai/gsm8k:main@test"},
@@ -937,8 +920,7 @@ def load_problems(names, split, folder, limit=0):
 
     A name of SETS is read from `folder` if its file is there, else from the Hub; "owner/name:configuration@split" is
     a set of the Hub (this needs the package datasets). `read_problem` says what a record has. One that cannot be used
-    ends the program with file, line and reason; an empty answer drops the record, counted and said.
-    """
+    ends the program with file, line and reason; an empty answer drops the record, counted and said."""
     problems = []
     for name in filter(None, names.split(",")):
         path, hub, where = Path(name), name, name
@@ -1024,8 +1006,7 @@ def read_problem(record):
 
     FIELDS has the names that are looked for. An answer may be a number, stand behind "####" (GSM8K) or, where there
     is none, in the last box of the solution (MATH). With `choices` the problem ends in lettered options, and the
-    answer is a letter. `kind` may be given; else it is told from the answer.
-    """
+    answer is a letter. `kind` may be given; else it is told from the answer."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     text, answer, solution, level, tags = (next((record[n] for n in names if n in record), None)
@@ -1104,9 +1085,8 @@ def _add_choices(problem, choices):
         if answer not in texts:
             raise ValueError(f"the answer {answer!r} is none of the choices")
     else:
-        labels = [str(c.get("label", c.get("aoVal"))) if isinstance(c, dict) else chr(65 + i)
+        labels = [str(c.get("label", c.get("aoVal"))).upper() if isinstance(c, dict) else chr(65 + i)
                   for i, c in enumerate(choices)]
-        labels = [label.upper() for label in labels]
         place = labels.index(answer.upper()) if answer.upper() in labels else texts.index(answer) if answer in texts \
             else None
         if place is None:
@@ -1114,20 +1094,6 @@ def _add_choices(problem, choices):
         problem["answer"] = chr(65 + place)
         problem["problem"] += "".join(f"\n({chr(65 + i)}) {text}" for i, text in enumerate(texts))
     problem["choices"] = texts
-
-
-def hold_out(problems, n, seed):
-    """(the others, n random problems that are put aside to be scored): the same for a seed, whatever else is read. A
-    problem whose text occurs twice is on one side only, so the second list may be a little longer."""
-    order = sorted({p["problem"] for p in problems}, key=lambda text: seed_of(seed, "held out", text))
-    texts, kept = set(), Counter(p["problem"] for p in problems)
-    for text in order:
-        if sum(kept[t] for t in texts) >= n:
-            break
-        texts.add(text)
-    if len(texts) == len(order):
-        fail(f"--held-out {n} leaves nothing of the {len(problems)} problems")
-    return [p for p in problems if p["problem"] not in texts], [p for p in problems if p["problem"] in texts]
 
 
 @functools.cache  # what the Hub has under a name may change; a run stays with what it began with
@@ -1163,8 +1129,7 @@ def check_weights(folder):
 
 
 def load_tokenizer(model, prompt):
-    """The model's tokenizer; ends the program where the model's files or the chat template that `prompt` needs are not
-    there."""
+    """The model's tokenizer; ends the program where its files, or the chat template for `prompt`, are missing."""
     folder = local_folder(model)
     check_weights(folder)
     try:
@@ -1203,8 +1168,7 @@ def end_token(tokenizer, prompt):
 
 
 def end_ids(tokenizer, folder):
-    """Ids of the tokens that end an answer, of the base and of the chat kind: a tuned model may end either way,
-    whatever the form of the prompt."""
+    """Ids of all tokens that end an answer: a tuned model may end either way, whatever the form of the prompt."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         with contextlib.suppress(TemplateError):  # a template that wants other turns
@@ -1226,19 +1190,17 @@ def encode(tokenizer, text):
     return tokenizer(text, add_special_tokens=not brings_its_own)["input_ids"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Sampling: requests in, checked responses out
+# 5. Sampling: requests in, checked responses out ----------------------------------------------------------------------
 
-def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, gives=None, goal=math.inf, **settings):
+def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, walk=None, **settings):
     """Draw answers with the model in folder `model` and check them: responses in the order of problems, then of draws.
 
     draws: how many per problem (a number, or a list parallel to problems). prompt(problem, draw): the text to continue.
     enough(responses): asked after each draw with those of the problem so far; once true, later draws are not recorded
-    (what they cost counts as "spent" in the metrics). goal: only the first problems are recorded, up to where what they
-    give, gives(responses) of each, adds up to it. settings: style (the form of the prompts), temperature (0 is greedy),
-    max_new_tokens, and where wanted top_p, top_k.
-    The recorded responses depend on the seed, the round and the requests, not on the number of processes.
-    """
+    (what they cost counts as "spent" in the metrics). walk: where it is given, only the problems before `walk.end` are
+    recorded, which it finds on the way (see adastar.py). settings: style (the form of the prompts), temperature (0 is
+    greedy), max_new_tokens, and where wanted top_p, top_k.
+    The recorded responses depend on the seed, the round and the requests, not on the number of processes."""
     sampler = run.sampler = run.sampler or (VllmSampler if run.engine == "vllm" else Sampler)(run)
     model = local_folder(model)
     check_weights(model)
@@ -1246,17 +1208,18 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, gi
     longest = sorted(problems, key=lambda p: -len(prompt(p, 0)))[:GROUP]  # the other prompts when their turn comes
     for problem in longest:
         sampler.prompt_ids(problem, prompt(problem, 0))
-    gc.collect()  # what training had on the GPU: its graph's last pieces refer to one another
-    if device().type == "cuda":
+    if device().type == "cuda":  # what training had there: its graph's last pieces refer to one another
+        gc.collect()
         torch.cuda.empty_cache()
     loading = sampler.load(model)
     for problem in longest:  # once more: an engine may have room for less than the model could take
         sampler.prompt_ids(problem, prompt(problem, 0))
-    work = Draws(run, problems, draws, prompt, enough, round, phase, Walk(len(problems), gives, goal))
-    with bar(min(goal, sum(work.draws)), f"round {round} {phase}") as work.progress:
-        work.progress.update(len(work.answers) if goal == math.inf else work.walk.total)
+    work = Draws(run, problems, draws, prompt, enough, round, phase, walk)
+    with bar(walk.goal if walk else sum(work.draws), f"round {round} {phase}") as work.progress:
+        work.progress.update(walk.total if walk else len(work.answers))
         sampler.answer(work)
     work.file.close()
+    del work.recorded[walk.end if walk else len(problems):]
     costs, seconds = work.costs(sampler.parameters), time.time() - work.began
     run.log(round, phase, **costs, **loading, seconds=seconds)
     say(f"  round {round}  {phase:<9} {costs['draws']:>7,} answers of {costs['spent_draws']:,} drawn, "
@@ -1267,60 +1230,14 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, gi
     if odd:
         say(f"           counted as wrong without a comparison: {', '.join(odd)}")
     return [{key: answer[key] for key in ("id", "draw", "text", "tokens", "finish", "correct")}
-            for recorded in work.recorded[:work.walk.end] for answer in recorded]
-
-
-class Walk:
-    """Problems taken in order until what they give adds up to a goal (infinite: all of them).
-
-    Processes run ahead, and tell one another in a log what their problems gave. That decides what is worth asking for,
-    never the result: in the end all before `end` is known, and nothing else counts.
-    """
-
-    def __init__(self, n, gives, goal):
-        self.gives, self.goal, self.end = gives, goal, n  # end: from there on nothing can matter
-        self.gave, self.known, self.total = np.zeros(n, int), np.zeros(n, bool), 0
-        self.log, self.heard, self.claims, self.held = f"walk/{next(_counters)}", 0, None, None
-
-    def take(self, size=1):
-        """The first of `size` places that this process should see to next; None where there are none (yet)."""
-        self.claims = self.claims or claims(math.ceil(len(self.gave) / size))
-        self.held = next(self.claims, None) if self.held is None else self.held
-        likely = 1.1 * self.goal * (self.known.sum() + 1) / (self.total + 1)  # needed at the present rate, and a little
-        if self.held is None or self.held * size >= min(self.end, likely):
-            return None
-        place, self.held = self.held * size, None
-        return place
-
-    def over(self):
-        """Whether there is nothing more to take, now that `take` has said None."""
-        return self.held is None if self.goal == math.inf else self.known[:self.end].all()
-
-    def exchange(self, finished):
-        """Tell the others of the problems that are finished here, {place: responses}, and hear of theirs."""
-        if self.goal < math.inf:
-            if finished:
-                entry = f"{self.log}/{_shared.add(self.log, 1)}"
-                _shared.set(entry, json.dumps([(i, self.gives(responses)) for i, responses in finished.items()]))
-            while self.heard < _shared.add(self.log, 0):
-                self.heard += 1
-                self.note(json.loads(_shared.get(f"{self.log}/{self.heard}")))
-
-    def note(self, gave):
-        """Take in what problems gave: [(place, number)]."""
-        for place, number in gave:
-            self.gave[place], self.known[place] = number, True
-        sums = self.gave.cumsum()
-        self.total, reached = sums[-1], np.searchsorted(sums, self.goal)
-        self.end = min(self.end, int(reached) + 1)
+            for recorded in work.recorded for answer in recorded]
 
 
 class Draws:
     """The draws of one sampling phase: which are due, which are answered, which of them count.
 
     With `enough`, a problem's draws come in waves [0], [1], [2, 3], [4..7], ..., since most are not needed; else all at
-    once. Answers are kept in unfinished/ when their verdict is known, so that a killed phase goes on from there.
-    """
+    once. Answers are kept in unfinished/ when their verdict is known, so that a killed phase goes on from there."""
 
     def __init__(self, run, problems, draws, prompt, enough, round, phase, walk):
         self.problems, self.enough, self.checker, self.walk = problems, enough, run.checker, walk
@@ -1339,8 +1256,8 @@ class Draws:
                     answer = json.loads(line)
                     self.put(answer)
                     self.began = min(self.began, time.time() - answer["at"])
-        if gives := walk.gives:
-            walk.note([(i, gives(self.recorded[i])) for i, done in enumerate(self.done) if done])
+        if walk and rank() == 0:
+            walk.exchange({i: self.recorded[i] for i, done in enumerate(self.done) if done})
         barrier()  # everybody has read before anybody writes on
         run.unfinished.mkdir(parents=True, exist_ok=True)
         self.file = open(run.unfinished / name.format(rank()), "a")
@@ -1375,9 +1292,10 @@ class Draws:
         self.right += sum(self.answers[request]["correct"] for request in settled)
         self.settled += len(settled)
         self.progress.set_postfix_str(f"{self.right / max(1, self.settled):.1%} correct", refresh=False)
-        self.walk.exchange({i: self.recorded[i] for i, _ in settled if self.done[i]})
+        if self.walk:
+            self.walk.exchange({i: self.recorded[i] for i, _ in settled if self.done[i]})
         more = len(settled) * world_size()  # the others are about as far
-        self.progress.update(more if self.walk.goal == math.inf else self.walk.total - self.progress.n)
+        self.progress.update(self.walk.total - self.progress.n if self.walk else more)
         return settled
 
     def put(self, answer):
@@ -1399,24 +1317,27 @@ class Draws:
         self.mine = []
 
     def costs(self, parameters):
-        """Counts of the recorded draws, what was spent on all of them, and FLOPs of both."""
+        """Counts of the recorded draws, what was spent on all of them, and FLOPs (2 N a token) of both. Padded: with
+        each prompt as long as the longest, as implementations that pad, and AdaSTaR's tables, count."""
         costs, longest = Counter(draws=0, correct=0), 0
         for answer in [*self.answers.values(), *gather(self.cancelled)]:
             costs.update(spent_draws=answer.get("cancelled", 1), spent_tokens=answer["tokens"],
                          spent_prompt_tokens=answer["prompt_tokens"])
-        for answer in itertools.chain(*self.recorded[:self.walk.end]):
+        for answer in itertools.chain(*self.recorded):
             longest = max(longest, answer["prompt_tokens"])
             costs.update({"draws": 1, "tokens": answer["tokens"], "prompt_tokens": answer["prompt_tokens"],
                           "correct": int(answer["correct"]), "cut": int(answer["finish"] == "length"),
                           f"check_{answer['reason']}": 1})
-        costs.update(sampling_flops(parameters, costs, longest))
+        costs.update(
+            flops=2 * parameters * (costs["prompt_tokens"] + costs["tokens"]),
+            padded_flops=2 * parameters * (longest * costs["draws"] + costs["tokens"]),
+            spent_flops=2 * parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"]))
         return costs
 
 
 class Sampler:
     """transformers.generate over fixed groups of requests. A group is always one batch, with one thread on CPU,
-    whichever process takes it: the same row in another batch differs by 1e-6 in the logits, which may flip a token.
-    """
+    whichever process takes it: the same row in another batch differs by 1e-6 in the logits, which may flip a token."""
 
     def __init__(self, run):
         self.folder = self.model = None
@@ -1447,7 +1368,7 @@ class Sampler:
         began = time.time()
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
         self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
-        self.folder, self.parameters = folder, count_parameters(self.model)
+        self.folder, self.parameters = folder, sum(p.numel() for p in self.model.parameters())
         return {"load_seconds": time.time() - began}
 
     def sleep(self):
@@ -1458,49 +1379,42 @@ class Sampler:
         return {}
 
     def answer(self, work):
-        """Have all draws of `work` answered, one wave of all problems after the other; on the way to a goal block after
-        block of problems, each by the process that takes it."""
-        if work.walk.goal < math.inf:
-            return self._walk(work)
-        for wave in itertools.count():
+        """Have all draws of `work` answered, one wave of all problems after the other; in a walk block by block, all
+        waves of a block by the process that takes it."""
+        walk = work.walk
+        for wave in itertools.count() if walk is None else ():
             groups = self._groups(work, range(len(work.problems)), wave)
-            if groups is None:
+            if not groups:
                 return
             for g in claims(len(groups)):
                 self._answer_group(work, groups[g])
                 work.settle()  # those before it: the checker works while the next group is generated
             work.exchange()
-
-    def _walk(self, work):
-        while (start := work.walk.take(GROUP)) is not None or not work.walk.over():
-            if start is None:
-                time.sleep(0.01)
-                work.settle()  # hears of the others
-                continue
+        while (start := walk.take(GROUP)) is not None or not walk.over():
+            block = () if start is None else range(len(work.problems))[start:start + GROUP]
             for wave in itertools.count():
-                groups = self._groups(work, range(start, min(start + GROUP, len(work.problems))), wave)
-                if groups is None or start >= work.walk.end:
+                groups = self._groups(work, block, wave)
+                if not groups or start >= walk.end:
                     break
                 for group in groups:
                     self._answer_group(work, group)
                 work.settle(wait=True)
+            time.sleep(0.01)
+            work.settle()  # hears of the others
         work.exchange()
 
     def _groups(self, work, places, wave):
-        """The requests of a wave in groups, those that have all been answered left out; None if the wave is empty."""
-        requests = [(i, d) for i in places for d in work.wave(i, wave)]
-        ids = {request: self.prompt_ids(*work.prompt(*request)) for request in requests}
-        order = sorted(requests, key=lambda r: (len(ids[r]), r))  # neighbours in length: little padding
-        groups = [order[at:at + GROUP] for at in range(0, len(order), GROUP)]
-        groups = [[(request, ids[request]) for request in group] for group in groups
-                  if not all(request in work.answers for request in group)]
-        return groups if requests else None
+        """The requests of a wave, (place, draw, token ids), in groups."""
+        requests = [(i, d, self.prompt_ids(*work.prompt(i, d))) for i in places for d in work.wave(i, wave)]
+        requests.sort(key=lambda r: (len(r[2]), r))  # neighbours in length: little padding
+        return [requests[at:at + GROUP] for at in range(0, len(requests), GROUP)]
 
     def _answer_group(self, work, group):
         """A group draws from one generator, seeded with the seed of its first request."""
-        torch.manual_seed(work.seed(*group[0][0]))
-        for ((i, d), ids), answer in zip(group, self._generate([ids for _, ids in group])):
-            work.check(i, d, len(ids), *answer)
+        if not all((i, d) in work.answers for i, d, _ in group):
+            torch.manual_seed(work.seed(*group[0][:2]))
+            for (i, d, ids), answer in zip(group, self._generate([ids for _, _, ids in group])):
+                work.check(i, d, len(ids), *answer)
 
     def _generate(self, rows):
         batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(device())
@@ -1621,13 +1535,13 @@ class VllmSampler(Sampler):
         """Have all draws of `work` answered. A process takes a problem when it has room for more requests, and sees to
         all its waves; checking goes on meanwhile. What can no longer matter is cancelled."""
         torch.set_num_threads(threads_per_process())
-        engine, walk = self.llm.llm_engine, work.walk
+        engine, walk, places = self.llm.llm_engine, work.walk, claims(len(work.problems))
         room = min(IN_FLIGHT, math.ceil(sum(work.draws) / world_size()))
         flying, waves = {}, Counter()  # {(i, draw): vLLM's name of the request}, {i: its next wave}
         while True:
-            while len(flying) < room and (i := walk.take()) is not None:
+            while len(flying) < room and (i := walk.take() if walk else next(places, None)) is not None:
                 self._request(work, i, flying, waves)
-            if not flying and not work.pending and walk.over():
+            if not flying and not work.pending and (walk is None or walk.over()):
                 break
             for output in engine.step() if flying else ():
                 if output.finished:
@@ -1640,9 +1554,10 @@ class VllmSampler(Sampler):
                 wave = [(i, d) for d in work.wave(i, waves[i] - 1)]
                 if work.done[i]:
                     self._cancel(work, [request for request in wave if request in flying], flying)
-                elif i < walk.end and all(request in work.answers for request in wave):
+                elif all(request in work.answers for request in wave):
                     self._request(work, i, flying, waves)
-            self._cancel(work, [request for request in flying if request[0] >= walk.end], flying)
+            if walk:
+                self._cancel(work, [request for request in flying if request[0] >= walk.end], flying)
             if not flying:
                 time.sleep(0.001)
         work.exchange()
@@ -1690,8 +1605,7 @@ def compare_weights(folder, model):
     """(how many parameters of vLLM's `model` could be compared with the files in `folder`, names of those that differ).
 
     Queries, keys and values are one matrix there, as are gate and up; embeddings may have empty rows at the end. Its
-    CPU build packs the matrices away (they are empty): there norms, biases and embeddings are left.
-    """
+    CPU build packs the matrices away (they are empty): there norms, biases and embeddings are left."""
     sent, compared, wrong = dict(read_weights(folder)), 0, []
     fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     for name, parameter in model.named_parameters():
@@ -1724,8 +1638,7 @@ def output_to(path):
             os.close(copy)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Log-probabilities
+# 6. Log-probabilities -------------------------------------------------------------------------------------------------
 
 LOGITS = 2**26  # made at a time, 256 MB in float32
 
@@ -1733,8 +1646,7 @@ LOGITS = 2**26  # made at a time, 256 MB in float32
 def token_logprobs(hidden, weight, targets):
     """log p(target) of each position in float32, (P,), from hidden (P, H) and the head's weight (V, H).
 
-    Done in chunks of at most LOGITS logits, which are made again in the backward pass.
-    """
+    Done in chunks of at most LOGITS logits, which are made again in the backward pass."""
     def chunk(h, t):
         logits = (h @ weight.T).float() if h.dtype != torch.float64 else h @ weight.T
         return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
@@ -1775,8 +1687,7 @@ def sequence_logprobs(logprobs, batch):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward gives the log-probabilities of a packed batch's target tokens, (P,): the
-    head sees no other position."""
+    """A causal language model that gives the log-probabilities of a packed batch's targets, (P,), and no others."""
 
     def __init__(self, model):
         super().__init__()
@@ -1789,14 +1700,12 @@ class Policy(torch.nn.Module):
         return token_logprobs(hidden[batch["predict"]], self.head.weight, batch["targets"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Packing: sequences laid end to end, no padding
+# 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
 
 def tokenize(tokenizer, example):
     """An example's sequences as [(prompt ids, completion ids with the end token)], one per completion.
 
-    A completion is plain text, even where it spells a special token.
-    """
+    A completion is plain text, even where it spells a special token."""
     prompt, end = encode(tokenizer, example["prompt"]) if example["prompt"] else [], example["end"]
     return [(prompt, tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"]
              + [tokenizer.convert_tokens_to_ids(end)]) for c in example["completions"]]
@@ -1807,8 +1716,7 @@ def pack(examples):
 
     pack([[([1, 2], [3, 4])], [([5], [6])]]):
       tokens 1 2 3 4 5 6, positions 0 1 2 3 0 1, starts 0 4 6, predict 1 2 4, targets 3 4 6, counts 2 1, example 0 1
-    No example at all gives a single token that predicts nothing: what a process without work joins the others with.
-    """
+    No example at all gives a single token that predicts nothing: what a process without work joins the others with."""
     sequences = [(prompt, completion) for example in examples for prompt, completion in example] or [([0], [])]
     tokens, positions, starts, predict, targets, counts = [], [], [0], [], [], []
     for prompt, completion in sequences:
@@ -1832,8 +1740,7 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
 
     A step is `batch_size` examples of the whole world (an epoch's last step may be smaller). Inside a step examples go,
     longest first, to the emptiest micro-batch, with as few micro-batches as so keep each within max_tokens (a longer
-    example is alone) and their number a multiple of `processes`: both change memory and speed, never the step.
-    """
+    example is alone) and their number a multiple of `processes`: both change memory and speed, never the step."""
     steps = []
     for _ in range(epochs):
         order = rng.permutation(len(lengths)).tolist()
@@ -1853,8 +1760,7 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
     return steps
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Training
+# 8. Training ----------------------------------------------------------------------------------------------------------
 
 def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batch_size, max_tokens, weight_decay, clip,
           decay=True, reference=False):
@@ -1864,8 +1770,8 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
     the sum is divided by the weight of the whole step (all micro-batches, all processes): neither changes the result.
     With `reference`, batch["reference"] (S,) has log p(completion) of each completion under the model as it starts.
     AdamW; lr rises linearly over the warm-up (steps, or if below 1 their share), then stays, or with `decay` falls as a
-    half cosine; all in float32 but the compute on GPU. A loss or gradient that is not finite ends the program. Goes on where a killed run was.
-    """
+    half cosine; all in float32 but the compute on GPU. A loss or gradient that is not finite ends the program. Goes on
+    where a killed run was."""
     slept = run.sampler.sleep() if run.sampler else {}
     torch.set_num_threads(threads_per_process())
     model = local_folder(model)
@@ -1907,7 +1813,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
             shown.update(len(progress.history) - shown.n)
     row = row_logprobs(policy, max((sequence for e in tokenized for sequence in e), key=lambda s: len(s[0] + s[1])))
     save_model(network, tokenizer, dtype, folder, row | {"exact": dtype == compute_dtype() == torch.float32})
-    report_training(run, round, progress, lengths, epochs, reference, count_parameters(network), slept)
+    report_training(run, round, progress, lengths, epochs, reference, network, slept)
 
 
 class Progress:
@@ -1955,8 +1861,7 @@ class Progress:
     def reference_logprobs(self, examples, steps):
         """[[log p of an example's first completion, of its second]], under the policy as it is; kept on disk.
 
-        By the same micro-batches as the first epoch, so that where policy and reference are equal, they are so exactly.
-        """
+        By the micro-batches of the first epoch: where policy and reference are equal, they are so exactly."""
         path = self.folder / self.name.format("reference.json")
         if not gather(path.exists())[0]:
             found = []
@@ -1988,8 +1893,7 @@ def learning_rate_factor(step, steps, warmup, decay):
 
 
 def load_for_training(model):
-    """(the transformers model, its Policy, the folder's dtype), sharded over all processes: float32 weights, bfloat16
-    compute on GPU."""
+    """(the model, its Policy, the folder's dtype), sharded over all processes: float32, GPUs compute in bfloat16."""
     AttentionInterface.register("packed", packed_attention)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="packed")
     dtype, network = network.dtype, network.float()
@@ -2026,12 +1930,10 @@ def scale_and_clip(policy, factor, clip):
     return float(torch.nn.utils.clip_grad_norm_(policy.parameters(), clip).full_tensor())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. Saving
+# 9. Saving ------------------------------------------------------------------------------------------------------------
 
 def save_model(network, tokenizer, dtype, folder, row):
-    """Write a Hugging Face folder with weights of this dtype, and `row` to test an engine by; rank 0 writes, all take
-    part."""
+    """Write a Hugging Face folder with weights of this dtype, and `row` to test an engine by; all take part."""
     state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         network.config.dtype = dtype
@@ -2042,16 +1944,10 @@ def save_model(network, tokenizer, dtype, folder, row):
         write(folder / ROW, row)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 10. Accounting
+# 10. Accounting -------------------------------------------------------------------------------------------------------
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
               "4090": 165e12, "B200": 2250e12}  # dense bfloat16; the first name that fits counts
-
-
-def count_parameters(network):
-    """N of the 6 N and 2 N rules: all weights, tied ones once."""
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def training_flops(parameters, tokens, reference_tokens=0):
@@ -2059,16 +1955,9 @@ def training_flops(parameters, tokens, reference_tokens=0):
     return parameters * (6 * tokens + 2 * reference_tokens)
 
 
-def sampling_flops(parameters, costs, longest):
-    """{flops, padded_flops, spent_flops} of a sampling phase, 2 N per token: of the recorded draws; of the same with
-    each prompt padded to the `longest`, as implementations that pad (and AdaSTaR's tables) count; of all draws made."""
-    return {"flops": 2 * parameters * (costs["prompt_tokens"] + costs["tokens"]),
-            "padded_flops": 2 * parameters * (longest * costs["draws"] + costs["tokens"]),
-            "spent_flops": 2 * parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"])}
-
-
-def report_training(run, round, progress, lengths, epochs, reference, parameters, more):
+def report_training(run, round, progress, lengths, epochs, reference, network, more):
     """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
+    parameters = sum(p.numel() for p in network.parameters())  # tied ones once
     history, seconds = progress.history, time.time() - progress.began
     first, last = ({name: step[name] / step["weight"] for name in step if name != "weight"}
                    for step in (history[0], history[-1]))

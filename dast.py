@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch.nn.functional as F
 
-from common import (fail, hold_out, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
+from common import (fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
                     sample, say, sequence_logprobs, start_run, train)
-from eval import evaluate, final_table, show_answers, worked_examples
+from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
 
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
@@ -88,8 +88,7 @@ TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DAT
            EAGER=True, MAX_TOKENS=8192)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The method
+# The method -----------------------------------------------------------------------------------------------------------
 
 def level_of(correct, draws):
     """Difficulty of a problem from its probe, by the share correct: "E", "M", "H" or "U" (unsolved)."""
@@ -161,8 +160,7 @@ def dpo_loss(logprobs, batch):
     return -F.logsigmoid(margin).sum(), len(margin), metrics
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# The loop -------------------------------------------------------------------------------------------------------------
 
 def by_problem(records):
     """{id: its records, in order}."""
@@ -298,11 +296,11 @@ def main():
             run, model, tests, zero_shot, round=0, **greedy))
     else:
         say("  round 0  skipped, and L off: the problems have answers but no worked solutions, so D_o is empty")
+    end_round(run, 0)
 
     first = model
     for t in range(1, ROUNDS + 1):
-        # 3a. Draw answers: with P until T distinct correct ones or B draws, else equally often for every problem;
-        #     with L from examples of the problem's level, else from the fixed ones
+        # 3a. Draw answers: with P until T distinct correct ones or B draws; with L from examples of the problem's level
         limits = draw_limits(run, t, problems, level)
         target = {p["id"]: limit for p, (limit, _) in zip(problems, limits)}
 
@@ -315,8 +313,7 @@ def main():
             return max(outcomes_of(responses)) >= target[responses[0]["id"]]  # distinct correct ones so far
 
         responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
-            run, model, problems, [budget for _, budget in limits],
-            same_level if "L" in VARIANT and solved else few_shot,
+            run, model, problems, [b for _, b in limits], same_level if "L" in VARIANT and solved else few_shot,
             enough=enough if "P" in VARIANT else None, round=t, phase="sample", **drawn))
 
         # 3b. D_a = the chosen answers; M_{t+1} = SFT of the base on D_u = D_a + D_o, or DPO of M_1 on pairs
@@ -335,6 +332,7 @@ def main():
             say(f"  round {t}  {len(responses):,} answers and D_a is empty, the model stays as it is")
         scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(
             run, model, tests, zero_shot, round=t, **greedy))
+        end_round(run, t)
     final_table(run, scores)
 
 

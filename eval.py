@@ -13,15 +13,16 @@ lines with `correct` and `reason` to responses.graded.jsonl. The method scripts 
 import json
 import math
 import re
+import time
 from collections import Counter, deque
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from common import (YES_NO, Checker, bar, fail, final_answer, hold_out, label_of, letter_of, load_problems,
-                    load_tokenizer, local_folder, make_prompt, normalize, override_from_cli, piece_of, rank, read,
-                    read_problem, sample, say, setup, start_run, threads_per_process)
+from common import (YES_NO, Checker, bar, fail, final_answer, label_of, letter_of, load_problems, load_tokenizer,
+                    local_folder, make_prompt, normalize, override_from_cli, piece_of, rank, read, read_problem, sample,
+                    say, seed_of, setup, start_run, threads_per_process)
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
@@ -143,6 +144,20 @@ def score(problems, responses, rng):
     return found | {"correct": {p["id"]: int(n) for p, n in zip(problems, correct.sum(1))}}
 
 
+def hold_out(problems, n, seed):
+    """(the others, n random problems that are put aside to be scored): the same for a seed, whatever else is read. A
+    problem whose text occurs twice is on one side only, so the second list may be a little longer."""
+    order = sorted({p["problem"] for p in problems}, key=lambda text: seed_of(seed, "held out", text))
+    texts, kept = set(), Counter(p["problem"] for p in problems)
+    for text in order:
+        if sum(kept[t] for t in texts) >= n:
+            break
+        texts.add(text)
+    if len(texts) == len(order):
+        fail(f"--held-out {n} leaves nothing of the {len(problems)} problems")
+    return [p for p in problems if p["problem"] not in texts], [p for p in problems if p["problem"] in texts]
+
+
 def worked_examples(problem):
     """Problems with solutions to show before one like `problem`: ours, of its family."""
     family, words = problem["kind"], {"gsm8k", "adastar_gsm8k", "svamp", "adastar_svamp"}  # sets of word problems
@@ -209,17 +224,33 @@ def difference(score, other, rng):
     return found["accuracy"], found["interval"]
 
 
+def end_round(run, t):
+    """Log what round t cost: FLOPs of sampling and training (not of evaluation), in it and so far, and the seconds that
+    went neither into sampling nor into training; not of a round that was begun before a restart."""
+    phases, costs = [m for m in run.metrics.values() if m["round"] == t], {}
+    began, logged, run.began, run.logged = run.began, run.logged, time.time(), set()
+    if any(m["phase"] == "round" for m in phases):
+        return
+    for name in ("flops", "padded_flops", "spent_flops"):
+        costs[name] = sum(m.get(name, 0) for m in phases if not m["phase"].startswith("eval"))
+        costs[f"total_{name}"] = costs[name] + sum(m[name] for m in run.metrics.values() if m["phase"] == "round")
+    if logged >= {m["phase"] for m in phases}:
+        costs["seconds"] = run.began - began
+        costs["outside_seconds"] = costs["seconds"] - sum(m.get("seconds", 0) for m in phases)
+    run.log(t, "round", **costs)
+
+
 def final_table(run, scores):
     """Print the table of a run's rounds, and what they cost in FLOPs (sampling and training, without evaluation)."""
     print_table(scores, "model")
     say(f"\n{'FLOPs':<13}{'of draws kept, and training':>27}{'so far':>10}{'padded':>10}{'all draws':>10}")
-    for m in run.metrics:
+    for m in run.metrics.values():
         if m["phase"] == "round":
             say(f"round {m['round']:<7}{m['flops']:>27.2e}" + "".join(
                 f"{m[f'total_{name}']:>10.2e}" for name in ("flops", "padded_flops", "spent_flops")))
-    sampled = sum(m.get("spent_tokens", 0) for m in run.metrics)
-    trained = sum(m["tokens"] for m in run.metrics if m["phase"] == "train")
-    seconds = sum(m.get("seconds", 0) for m in run.metrics if m["phase"] != "round")
+    sampled = sum(m.get("spent_tokens", 0) for m in run.metrics.values())
+    trained = sum(m["tokens"] for m in run.metrics.values() if m["phase"] == "train")
+    seconds = sum(m.get("seconds", 0) for m in run.metrics.values() if m["phase"] != "round")
     say(f"{sampled:,} tokens sampled, {trained:,} trained on, {seconds:.0f} s; {run.folder}/metrics.jsonl")
 
 

@@ -92,6 +92,58 @@ def adastar_arm(arm, seed):
     return run("adastar.py", f"study-adastar-{name}-{seed}", "--seed", seed, "--rounds", rounds, *flags)
 
 
+class Curve:
+    """What one run of adastar.py reached, and for how many FLOPs (sampling and training, of the draws that count)."""
+
+    def __init__(self, folder):
+        metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+        self.flops = [m["total_flops"] for m in metrics if m["phase"] == "round"]  # of the rounds 0, 1, 2, ...
+        self.correct = [correct(folder, f"round_{t}/eval.json") for t in range(len(self.flops))]
+        held_out = [correct(folder, f"round_{t}/eval_held_out.json") for t in range(len(self.flops))]
+        self.held_out = [np.mean(list(of.values())) for of in held_out]
+        self.steps = sum(m["steps"] for m in metrics if m["phase"] == "train")
+
+    def at(self, flops):
+        """{problem id: 0..1} for that much, on the straight line between the iterations before and after."""
+        after = next(t for t, reached in enumerate(self.flops) if reached >= flops)
+        part = (flops - self.flops[after - 1]) / (self.flops[after] - self.flops[after - 1])
+        return {i: (1 - part) * self.correct[after - 1][i] + part * self.correct[after][i] for i in self.correct[0]}
+
+    def chosen(self, flops):
+        """That of the iteration with the best accuracy on held-out problems, of those that cost at most so much."""
+        rounds = [t for t in range(1, len(self.flops)) if self.flops[t] <= flops] or [1]
+        return self.correct[max(rounds, key=lambda t: self.held_out[t])]
+
+
+def print_arms(arms, reference, rng):
+    """A table of {arm: a {problem id: 0..1} per seed} with differences to one of them."""
+    print(f"{'arm':<32}{'accuracy by seed':<26}{'mean':<8}against {reference}")
+    for arm, scores in arms.items():
+        accuracies = [np.mean(list(s.values())) for s in scores]
+        print(f"{arm:<32}{' '.join(f'{a:.1%}' for a in accuracies):<26}{np.mean(accuracies):<8.1%}"
+              + difference(list(zip(scores, arms[reference])), rng) * (arm != reference))
+
+
+def adastar(seeds):
+    """The toy run against its first iteration and the control; then all arms at the FLOPs that all have reached."""
+    curves = {arm: [Curve(adastar_arm(arm, seed)) for seed in seeds] for arm in ADASTAR}
+    rng, mine, control = np.random.default_rng(0), curves["AdaSTaR"], curves["random order, stop at beta"]
+    toy = 6  # iterations of --toy
+    print("\nadastar.py --toy, after its last iteration")
+    print_arms({"first iteration": [c.correct[1] for c in mine], "AdaSTaR": [c.correct[toy] for c in mine],
+                "random order, same FLOPs": [r.at(min(c.flops[toy], r.flops[-1])) for c, r in zip(mine, control)],
+                "AdaSTaR, chosen": [c.chosen(c.flops[toy]) for c in mine]}, "first iteration", rng)
+    print_arms({"random order, same FLOPs": [r.at(min(c.flops[toy], r.flops[-1])) for c, r in zip(mine, control)],
+                "AdaSTaR": [c.correct[toy] for c in mine]}, "random order, same FLOPs", rng)
+    budget = min(c.flops[-1] for of_arm in curves.values() for c in of_arm)
+    print(f"\nall arms at {budget:.3g} FLOPs, read between iterations")
+    print_arms({arm: [c.at(budget) for c in of_arm] for arm, of_arm in curves.items()},
+               "random order, stop at beta", rng)
+    print("\nthe same, the iteration within these FLOPs that held-out problems choose")
+    print_arms({arm: [c.chosen(budget) for c in of_arm] for arm, of_arm in curves.items()},
+               "random order, stop at beta", rng)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["dast", "dast-dpo", "adastar"])

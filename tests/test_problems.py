@@ -141,15 +141,15 @@ def test_a_set_of_the_hub(tmp_path, monkeypatch, capsys):
 
 def test_hold_out():
     problems = [{"id": f"s/{i}", "problem": f"text {i % 40}"} for i in range(50)]  # ten of the texts stand there twice
-    kept, aside = common.hold_out(problems, 15, 0)
+    kept, aside = eval.hold_out(problems, 15, 0)
     assert len(aside) in (15, 16) and sorted(p["id"] for p in kept + aside) == sorted(p["id"] for p in problems)
     assert not {p["problem"] for p in kept} & {p["problem"] for p in aside}
-    again = common.hold_out(problems[::-1], 15, 0)[1]
-    assert {p["id"] for p in again} == {p["id"] for p in aside} != {p["id"] for p in common.hold_out(problems, 15,
+    again = eval.hold_out(problems[::-1], 15, 0)[1]
+    assert {p["id"] for p in again} == {p["id"] for p in aside} != {p["id"] for p in eval.hold_out(problems, 15,
         1)[1]}
-    assert common.hold_out(problems, 0, 0) == (problems, [])
+    assert eval.hold_out(problems, 0, 0) == (problems, [])
     with pytest.raises(SystemExit):
-        common.hold_out(problems, 50, 0)
+        eval.hold_out(problems, 50, 0)
 
 
 def test_worked_examples_are_in_the_form_that_is_to_be_learnt():

@@ -52,9 +52,9 @@ def test_the_whole_loop_leaves_what_design_says(finished):
     assert score["n"] == 12 == len(score["correct"]) and score["accuracy"] == sum(score["correct"].values()) / 12
     metrics = lines(run / "metrics.jsonl")
     assert [(m["round"], m["phase"]) for m in metrics] == [
-        (0, "probe"), (0, "eval_base"), (0, "train"), (0, "eval"), (1, "sample"), (1, "select"), (1, "train"),
-        (1, "eval")]
-    probe, train = metrics[0], metrics[6]
+        (0, "probe"), (0, "eval_base"), (0, "train"), (0, "eval"), (0, "round"), (1, "sample"), (1, "select"),
+        (1, "train"), (1, "eval"), (1, "round")]
+    probe, train = metrics[0], metrics[7]
     parameters = sum(t.numel() for t in load_file(TOY / "model" / "model.safetensors").values())
     assert probe["draws"] == probe["spent_draws"] == 54 and probe["flops"] == 2 * parameters * (
         probe["spent_prompt_tokens"] + probe["spent_tokens"])
@@ -90,7 +90,7 @@ def test_a_finished_run_is_left_alone(copy_of):
     before = files(run), (run / "metrics.jsonl").read_bytes()
     done = launch(copy_of, "dast.py", *SMOKE, "--run", "one")
     assert (files(run), (run / "metrics.jsonl").read_bytes()) == before
-    assert "goes on in runs/one" in done.stdout and "round 1" in done.stdout.splitlines()[-2]  # the table again
+    assert "goes on in runs/one" in done.stdout and "round 1" in done.stdout.splitlines()[-2]  # the tables again
 
 
 
@@ -115,7 +115,8 @@ KILLED = """
 import os, signal, sys; sys.path.insert(0, {root!r})
 import common, {script} as script
 name, count = sys.argv.pop(1).split(":")
-owner = getattr(common, name.split(".")[0]) if "." in name else common
+mine = getattr(getattr(script, name, None), "__module__", "") == script.__name__
+owner = getattr(common, name.split(".")[0]) if "." in name else script if mine else common
 method, calls = getattr(owner, name.split(".")[-1]), 0
 
 def dies(*arguments, **options):  # in the place of `method`: at its last call, SIGKILL as soon as it has done its work

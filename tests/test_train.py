@@ -123,10 +123,13 @@ def test_plan_properties(alone, processes, max_tokens):
 
 
 def test_schedule(alone):
-    factors = [alone.learning_rate_factor(s, 100, 0.05) for s in range(100)]
+    factors = [alone.learning_rate_factor(s, 100, 0.05, True) for s in range(100)]
     assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0]) and factors[52] == pytest.approx(0.5, abs=0.01)
     assert all(a >= b for a, b in zip(factors[5:], factors[6:])) and 0 < factors[99] < 0.001
-    assert alone.learning_rate_factor(0, 1, 0.05) == 1.0
+    assert alone.learning_rate_factor(0, 1, 0.05, True) == 1.0
+    # adastar's: a number of steps, then constant; an iteration may be shorter than its warm-up
+    assert [alone.learning_rate_factor(s, 6, 4.0, False) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert alone.learning_rate_factor(39, 40, 100.0, False) == 0.4 and alone.learning_rate_factor(0, 9, 0.0, False) == 1
 
 
 TRAIN = """
