@@ -190,8 +190,8 @@ def select(visited, last, w, outcomes, beta, rng):
 
 def hinted(problem):
     """Rationalization (Zelikman et al. 2022): the problem, or a worked example, with its answer behind the question."""
-    answer = problem.get("answer") or last_boxed(problem["solution"])
-    return {**problem, "problem": f"{problem['problem']} (Answer: {answer})"}
+    answer, apart = problem.get("answer") or last_boxed(problem["solution"]), "\n" if "\n" in problem["problem"] else " "
+    return {**problem, "problem": f"{problem['problem']}{apart}(Answer: {answer})"}
 
 
 def sft_loss(logprobs, batch):

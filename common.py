@@ -1205,7 +1205,7 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, wa
     model = local_folder(model)
     check_weights(model)
     sampler.read_tokenizer(model, **settings)
-    longest = sorted(problems, key=lambda p: -len(prompt(p, 0)))[:GROUP]  # the other prompts when their turn comes
+    longest = sorted(problems, key=lambda p: -len(p["problem"]))[:GROUP]  # the other prompts when their turn comes
     for problem in longest:
         sampler.prompt_ids(problem, prompt(problem, 0))
     if device().type == "cuda":  # what training had there: its graph's last pieces refer to one another

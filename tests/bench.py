@@ -1,13 +1,17 @@
-"""Speed of what is ours beside the plain way to do the same: python tests/bench.py checking [../shared].
+"""Speed of what is ours: python tests/bench.py checking [../shared], python tests/bench.py selection.
 
 checking: MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model outputs,
 judged by plain math-verify (parse and verify, as its README says) and by the Checker, in turn, in processes of their
 own. Seconds are of the processor, all processes together, starts left out: their ratio is one per core. Verdicts that
 differ are printed, and how the wall time falls with the number of workers.
+
+selection: what adastar.py decides in an iteration over 1,000,000 problems if it visits all of them: seconds of the
+processor, and memory with all libraries.
 """
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -72,7 +76,26 @@ def checking(shared):
             print(f"wrong answers, {workers} workers: {fresh.apply(by_checker, (pairs, workers))[2]:.1f} s")
 
 
+def selection(n=1_000_000):
+    import numpy as np
+
+    import adastar
+    rng = np.random.default_rng(0)
+    last, w, ids = rng.integers(0, 20, n), rng.integers(0, 3, n) / 2, [f"big/train/{i}" for i in range(n)]
+    outcomes = [[1] if drawn < 1 else [0, int(drawn < 2)] for drawn in rng.integers(0, 3, n)]
+    began = processor_seconds(os.getpid())
+    order = adastar.walk_order(last, w, rng)
+    selected = adastar.select([ids[i] for i in order], last[order], w[order], outcomes, n, rng)
+    committed = sum(s["committed"] for s in selected)
+    print(f"{n:,} problems ordered, {len(selected):,} decided, {committed:,} committed: "
+          f"{processor_seconds(os.getpid()) - began:.1f} s, "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["checking"]:
+    if sys.argv[1:2] == ["checking"]:
+        checking(Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
+    elif sys.argv[1:] == ["selection"]:
+        selection()
+    else:
         sys.exit(__doc__)
-    checking(Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))

@@ -3,7 +3,7 @@
   python tests/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
   python tests/study.py dast-dpo       the same with --loss dpo
   python tests/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
-  python tests/study.py dast --seeds 0           the same with one seed
+  python tests/study.py dast --seeds 0   with one seed
 """
 import argparse
 import json
@@ -69,11 +69,11 @@ def dast(seeds, loss):
 
 
 ADASTAR = {  # arm: (iterations, flags); of each as many as spend about as much
-    "AdaSTaR": (8, []),
-    "random order, stop at beta": (8, ["--order", "random"]),
-    "AdaD (no AdaC)": (8, ["--curriculum-power", 0]),
-    "without w": (8, ["--order", "stale"]),
-    "w first (PF)": (8, ["--order", "hardest"]),
+    "AdaSTaR": (10, []),
+    "random order, stop at beta": (10, ["--order", "random"]),
+    "AdaD (no AdaC)": (10, ["--curriculum-power", 0]),
+    "without w": (10, ["--order", "stale"]),
+    "w first (PF)": (10, ["--order", "hardest"]),
     "STaR": (9, ["--order", "random", "--no-stop-at-beta", "--start", "base"]),
     "STaR-Acc": (9, ["--order", "random", "--no-stop-at-beta"]),
     "STaR-Full": (9, ["--order", "random", "--no-stop-at-beta", "--start", "base", "--train-on-all"]),
@@ -97,51 +97,59 @@ class Curve:
 
     def __init__(self, folder):
         metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-        self.flops = [m["total_flops"] for m in metrics if m["phase"] == "round"]  # of the rounds 0, 1, 2, ...
-        self.correct = [correct(folder, f"round_{t}/eval.json") for t in range(len(self.flops))]
-        held_out = [correct(folder, f"round_{t}/eval_held_out.json") for t in range(len(self.flops))]
-        self.held_out = [np.mean(list(of.values())) for of in held_out]
-        self.steps = sum(m["steps"] for m in metrics if m["phase"] == "train")
+        self.flops = [m["total_flops"] for m in metrics if m["phase"] == "round"]  # after iteration 0, 1, 2, ...
+        self.correct, self.held_out = ([correct(folder, f"round_{t}/{name}.json") for t in range(len(self.flops))]
+                                       for name in ("eval", "eval_held_out"))
 
     def at(self, flops):
-        """{problem id: 0..1} for that much, on the straight line between the iterations before and after."""
+        """{problem id: 0..1} for that much, on the straight line between two iterations; None before the first."""
         after = next(t for t, reached in enumerate(self.flops) if reached >= flops)
         part = (flops - self.flops[after - 1]) / (self.flops[after] - self.flops[after - 1])
-        return {i: (1 - part) * self.correct[after - 1][i] + part * self.correct[after][i] for i in self.correct[0]}
+        return {i: (1 - part) * self.correct[after - 1][i] + part * self.correct[after][i]
+                for i in self.correct[0]} if after > 1 else None
 
     def chosen(self, flops):
         """That of the iteration with the best accuracy on held-out problems, of those that cost at most so much."""
-        rounds = [t for t in range(1, len(self.flops)) if self.flops[t] <= flops] or [1]
-        return self.correct[max(rounds, key=lambda t: self.held_out[t])]
+        rounds = [t for t in range(1, len(self.flops)) if self.flops[t] <= flops]
+        return self.correct[max(rounds, key=lambda t: sum(self.held_out[t].values()))]
 
 
-def print_arms(arms, reference, rng):
-    """A table of {arm: a {problem id: 0..1} per seed} with differences to one of them."""
-    print(f"{'arm':<32}{'accuracy by seed':<26}{'mean':<8}against {reference}")
+def print_arms(title, arms, reference):
+    """A table of {arm: a {problem id: 0..1} per seed, or None}, with differences to one of them."""
+    rng = np.random.default_rng(0)
+    print(f"\n{title:<32}{'accuracy by seed':<26}{'mean':<8}against {reference}")
     for arm, scores in arms.items():
-        accuracies = [np.mean(list(s.values())) for s in scores]
-        print(f"{arm:<32}{' '.join(f'{a:.1%}' for a in accuracies):<26}{np.mean(accuracies):<8.1%}"
-              + difference(list(zip(scores, arms[reference])), rng) * (arm != reference))
+        if all(scores):
+            accuracies = [np.mean(list(s.values())) for s in scores]
+            print(f"{arm:<32}{' '.join(f'{a:.1%}' for a in accuracies):<26}{np.mean(accuracies):<8.1%}"
+                  + difference(list(zip(scores, arms[reference])), rng) * (arm != reference))
 
 
 def adastar(seeds):
-    """The toy run against its first iteration and the control; then all arms at the FLOPs that all have reached."""
-    curves = {arm: [Curve(adastar_arm(arm, seed)) for seed in seeds] for arm in ADASTAR}
-    rng, mine, control = np.random.default_rng(0), curves["AdaSTaR"], curves["random order, stop at beta"]
-    toy = 6  # iterations of --toy
-    print("\nadastar.py --toy, after its last iteration")
-    print_arms({"first iteration": [c.correct[1] for c in mine], "AdaSTaR": [c.correct[toy] for c in mine],
-                "random order, same FLOPs": [r.at(min(c.flops[toy], r.flops[-1])) for c, r in zip(mine, control)],
-                "AdaSTaR, chosen": [c.chosen(c.flops[toy]) for c in mine]}, "first iteration", rng)
-    print_arms({"random order, same FLOPs": [r.at(min(c.flops[toy], r.flops[-1])) for c, r in zip(mine, control)],
-                "AdaSTaR": [c.correct[toy] for c in mine]}, "random order, same FLOPs", rng)
-    budget = min(c.flops[-1] for of_arm in curves.values() for c in of_arm)
-    print(f"\nall arms at {budget:.3g} FLOPs, read between iterations")
-    print_arms({arm: [c.at(budget) for c in of_arm] for arm, of_arm in curves.items()},
-               "random order, stop at beta", rng)
-    print("\nthe same, the iteration within these FLOPs that held-out problems choose")
-    print_arms({arm: [c.chosen(budget) for c in of_arm] for arm, of_arm in curves.items()},
-               "random order, stop at beta", rng)
+    """The toy run against its first iteration and the control; then all arms at the FLOPs that all have reached, and
+    at half of them (a seed's prompts show other examples, of other lengths: so each seed has its own amount)."""
+    control = "random order, stop at beta"
+    curves = {arm: [Curve(adastar_arm(arm, s)) for s in seeds] for arm in ADASTAR}
+    mine, ends = curves["AdaSTaR"], [c.flops[6] for c in curves["AdaSTaR"]]  # --toy has six iterations
+    toy = {"first iteration": [c.correct[1] for c in mine], "AdaSTaR": [c.correct[6] for c in mine],
+           "AdaSTaR, chosen": [c.chosen(end) for c, end in zip(mine, ends)],
+           control: [c.at(end) for c, end in zip(curves[control], ends)]}
+    print_arms(f"--toy: {min(ends):.2g}-{max(ends):.2g} FLOPs", toy, "first iteration")
+    print_arms("--toy", toy, control)
+    most = [min(of_arm[s].flops[-1] for of_arm in curves.values()) for s in range(len(seeds))]
+    print("\nall arms:", " ".join(f"{flops:.3g}" for flops in most), "FLOPs by seed")
+    for title, part in ("half of that", 0.5), ("all of that", 1.0):
+        print_arms(title, {arm: [c.at(part * flops) for c, flops in zip(of_arm, most)]
+                           for arm, of_arm in curves.items()}, control)
+    print_arms("the iteration chosen within it", {arm: [c.chosen(flops) for c, flops in zip(of_arm, most)]
+                                                  for arm, of_arm in curves.items()}, control)
+    print("\nproblems visited, by iteration; the first in which one is met again although it was committed")
+    for curve_seed, seed in enumerate(seeds):
+        folder = ROOT / "runs" / f"study-adastar-adastar-{seed}"
+        rounds = range(1, len(mine[curve_seed].flops))
+        walks = [[json.loads(line) for line in open(folder / f"round_{t}" / "selection.jsonl")] for t in rounds]
+        again = next((t for t, walk in zip(rounds, walks) if any(s["last"] for s in walk)), None)
+        print(f"seed {seed}:", *(len(walk) for walk in walks), f"; iteration {again}")
 
 
 if __name__ == "__main__":

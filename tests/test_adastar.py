@@ -178,6 +178,7 @@ def test_a_walk_without_stop_is_cut_at_random(monkeypatch):
 def test_hints():
     assert adastar.hinted({"problem": "1+1?", "answer": "2"})["problem"] == "1+1? (Answer: 2)"
     assert adastar.hinted({"problem": "1+1?", "solution": "so \\boxed{2}"})["problem"] == "1+1? (Answer: 2)"
+    assert adastar.hinted({"problem": "1+1?\n(A) 2", "answer": "A"})["problem"] == "1+1?\n(A) 2\n(Answer: A)"
 
 
 # FLOPs ----------------------------------------------------------------------------------------------------------------
@@ -406,23 +407,8 @@ def test_the_papers_tasks(tmp_path, shared, name):
     assert {r["draw"] for r in responses} == {0, 1}
 
 
-MILLION = """
-import resource, sys, time
-sys.path.insert(0, sys.argv[1])
-import numpy as np, adastar
-n, rng = 1_000_000, np.random.default_rng(0)
-last, w = rng.integers(0, 20, n), rng.integers(0, 3, n) / 2
-outcomes = [[1] if x < 1 else [0, int(x < 2)] for x in rng.integers(0, 3, n)]
-ids = [f"big/train/{i}" for i in range(n)]
-began = time.time()
-order = adastar.walk_order(last, w, rng)
-selection = adastar.select([ids[i] for i in order], last[order], w[order], outcomes, n, rng)
-print(time.time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, len(selection))
-"""
-
-
 def test_a_million_problems():
-    """All of them visited, which is the most there can be to do: within 2 GB. (Seconds: tests/bench.py selection.)"""
-    done = subprocess.run([sys.executable, "-c", MILLION, str(ROOT)], capture_output=True, text=True, check=True)
-    seconds, gib, n = map(float, done.stdout.split())
-    assert n == 1_000_000 and gib < 2 * 0.93 and seconds > 0
+    """All of them visited, which is the most there can be to do: within 2 GB. (Timings do not gate; it prints them.)"""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "bench.py", "selection"], capture_output=True, text=True)
+    print(done.stdout)
+    assert "1,000,000 decided" in done.stdout and float(done.stdout.split()[-2]) < 2e9 / 2**30, done

@@ -59,7 +59,8 @@ def test_readme_names_what_exists():
         of_a_run = name in ("selection.jsonl", "metrics.jsonl") or name.startswith(("gsm8k/", "math/"))
         assert (ROOT / name).exists() or of_a_run, name
     for flag in re.findall(r"`(--[a-z][\w-]*)", README):
-        assert flag in flags_of("dast.py") | flags_of("eval.py") | {"--run-path"}, flag  # torchrun's
+        known = set().union(*map(flags_of, ("dast.py", "adastar.py", "eval.py")))
+        assert flag in known | {"--run-path"}, flag  # torchrun's
 
 
 def test_methods_share_their_losses():

@@ -85,3 +85,22 @@ def test_the_whole_loop_under_vllm(tmp_path):
     probe = {(r["id"], r["draw"]): r for r in map(json.loads, open(run / "round_0" / "probe.jsonl"))}
     assert len(probe) == 54 and 0 < len(kept) < 54
     assert all(probe[r["id"], r["draw"]]["text"] == r["text"] for r in kept)  # the changed one too
+
+
+def test_a_walk_under_vllm(tmp_path):
+    """adastar.py, streaming: problems in priority order up to the last answer that is wanted, what is behind it cut."""
+    small = ["--toy", "--n-train", "90", "--held-out", "10", "--n-test", "10", "--steps", "2", "--rounds", "2"]
+    launch(tmp_path, "adastar.py", *small, "--engine", "vllm")
+    run = tmp_path / "runs" / "adastar-0"
+    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    assert sum("start_seconds" in m for m in metrics) == 1
+    state = {}
+    for t in (1, 2):
+        selection = [json.loads(line) for line in open(run / f"round_{t}" / "selection.jsonl")]
+        keys = [(*state.get(s["id"], (0, 0.0)), int(s["id"].split("/")[-1])) for s in selection]
+        assert keys == sorted(keys) and [(s["last"], s["w"]) for s in selection] == [key[:2] for key in keys]
+        assert sum(any(s["outcomes"]) for s in selection) == 16 and any(selection[-1]["outcomes"])
+        state |= {s["id"]: (t, s["win_rate"]) for s in selection if s["committed"]}
+        [sample] = [m for m in metrics if (m["round"], m["phase"]) == (t, "sample")]
+        assert sample["draws"] == sum(len(s["outcomes"]) for s in selection) <= sample["spent_draws"]
+    assert state
