@@ -14,12 +14,12 @@ most of what it has just measured, so that easier problems, already met, come ag
 
 Differs from the paper in: alpha is measured while sampling, since the paper leaves it open (code); beta_t comes in
 whole optimizer steps (code); one answer to a problem is trained on, and where the problems do not give beta_t of them
-these are repeated to as many steps (code); AdamW; the iteration that is reported is chosen on held-out training
-problems, never on the test set (ours: the paper reports the best on the test set).
+these are repeated to as many steps (code); AdamW on float32 weights; prompts of our own, and answers in a box; the
+iteration to report is chosen on training problems that are held out for it, never on the test set as in the paper.
 
   torchrun adastar.py --toy                                               2 CPU cores: not measured yet
   torchrun adastar.py --model Qwen/Qwen2.5-3B --train-data gsm8k --test-data gsm8k          one GPU: not measured yet
-  torchrun --nproc-per-node 8 adastar.py --train-data arc_challenge --test-data arc_challenge --hint   not measured yet
+  torchrun --nproc-per-node 8 adastar.py --train-data adastar_arc --test-data arc_challenge --hint     not measured yet
 """
 from collections import defaultdict
 
@@ -41,22 +41,22 @@ ROUNDS = 20  # iterations (ours; the paper reports the best of its own, between 
 SEED = 0  # of everything random (ours)
 
 # The method
-ORDER = "adaptive"  # "adaptive" | "stale" | "hardest" | "random": (t~, w), t~ alone, (w, t~), chance (paper)
+ORDER = "adaptive"  # "adaptive" | "stale" | "hardest" | "random": by (t~, w), t~ alone, (w, t~), chance (paper)
 STEPS = 40  # sigma_1: optimizer steps of the first iteration; beta_t is BATCH_SIZE times sigma_t (paper)
 GROWTH = 1.2  # of the steps, per iteration (paper)
-STOP_AT_BETA = True  # stop at beta_t correct answers; off: visit all problems, then take beta_t at random (paper)
+STOP_AT_BETA = True  # stop at beta_t correct answers; off: visit all, in no order that matters, take beta_t (paper)
 TRAIN_ON_ALL = False  # all correct answers rather than beta_t of them: STaR-Full; needs STOP_AT_BETA off (paper)
 K_SAMPLES = 2  # draws per problem at most (paper)
 RETRY = True  # draw again only after a wrong draw; off: all K_SAMPLES, as STaR-Full-K does (paper)
 HINT = False  # show the answer in draws after the first: on for choices, labels, yes/no; off for mathematics (paper)
-TRACES = 1  # correct answers to a problem that are trained on; 0 is all; above 1 needs RETRY off (code)
+TRACES = 1  # correct answers to a problem that are trained on; 0 is all; other than 1 it needs RETRY off (code)
 CURRICULUM_POWER = 2  # f(alpha) = alpha^2; 0 keeps all statistics: AdaD without AdaC (paper)
 FILL_STEPS = True  # where the problems give fewer than beta_t, repeat them to as many; off: train once on each (code)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws; training and scoring show no examples (paper)
-SHOTS = 8  # worked examples before a problem, of our own: 8 for mathematics, 6 for other families; 0 is none (paper)
-EXAMPLES_FROM = ""  # a set whose solutions are shown in place of our own; empty is our own (ours)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws, and the base's score; no examples else (paper)
+SHOTS = 8  # worked examples before a problem, of our own: 8 for mathematics, 6 for other families; 0 is none (code)
+EXAMPLES_FROM = ""  # a set whose solutions are shown instead; empty is our own (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 TEMPERATURE = 1.0  # of all draws (paper)
 TOP_P = 1.0  # 1: off (paper; 0.9 in the code)
@@ -65,8 +65,8 @@ MAX_NEW_TOKENS = 512  # an answer is cut there, and then counts as wrong (ours)
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
 
 # Training
-LR = 1e-5  # constant after the warm-up (paper)
-WARMUP = 100.0  # steps, anew in each iteration; below 1 their share; 0 is none (paper; none for gsm8k in the code)
+LR = 1e-5  # constant after the warm-up (paper; constant: code)
+WARMUP = 100.0  # steps; below 1 their share; 0 is none (paper; anew in each iteration, and none for gsm8k: code)
 BATCH_SIZE = 8  # answers per optimizer step, over all GPUs (paper)
 WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (paper; not applied in the code)
 CLIP = 1.0  # largest gradient norm (ours)
@@ -121,10 +121,11 @@ class Walk:
     what can be cancelled, but not the result: in the end everything before `end` is known, and nothing else counts.
     """
 
-    def __init__(self, n, goal):
+    def __init__(self, n, goal, rate):
         self.goal, self.total, self.asked, self.log = goal, 0, 0, Log()
         self.gave, self.known = np.zeros(n, int), np.zeros(n, bool)  # answers of a problem to train on; is it done?
-        self.end, self.far = n, goal  # from `end` on no problem can matter, from `far` on none need be asked yet
+        self.end, self.far = n, goal / max(rate, 0.1)  # from `end` on no problem can matter, from `far` on not likely
+        self.expected = self.far  # at the rate of the last iteration; what is known counts for more and more
         self.claims, self.held = None, None
 
     def exchange(self, finished):
@@ -136,12 +137,13 @@ class Walk:
             self.gave[place], self.known[place] = answers, True
         if news:
             self.asked = max(self.asked, 1 + max(place for place, _ in news))
-            sums = self.gave[:self.asked].cumsum()
+            sums, done = self.gave[:self.asked].cumsum(), self.known.sum()
             self.total = int(sums[-1])
-            if self.total >= self.goal:
-                self.end = int(np.searchsorted(sums, self.goal)) + 1
-            needed = self.goal * (self.known.sum() + 1) / (self.total + 1)  # at the present rate
-            self.far = min(self.end, 1.1 * needed)
+            if self.total >= self.goal:  # maybe with gaps before it; what they give can only bring the end nearer
+                self.end = self.far = int(np.searchsorted(sums, self.goal)) + 1
+            else:  # never short of the first that is unknown, or nobody would take it
+                needed = self.goal * (done + self.expected) / (self.total + self.goal)
+                self.far = max(done + 1, 1.1 * needed)
 
     def take(self, size=1):
         """The first of the next `size` places for this process to see to; None where there are none, or not yet."""
@@ -190,7 +192,8 @@ def select(visited, last, w, outcomes, beta, rng):
 
 def hinted(problem):
     """Rationalization (Zelikman et al. 2022): the problem, or a worked example, with its answer behind the question."""
-    answer, apart = problem.get("answer") or last_boxed(problem["solution"]), "\n" if "\n" in problem["problem"] else " "
+    answer = problem.get("answer") or last_boxed(problem["solution"])
+    apart = "\n" if "\n" in problem["problem"] else " "
     return {**problem, "problem": f"{problem['problem']}{apart}(Answer: {answer})"}
 
 
@@ -217,7 +220,7 @@ def make_examples(tokenizer, selection, by_id, responses):
 
 
 def report_selection(run, t, selection, beta, n):
-    """How far the walk went and what it gave; where that is less than beta_t, what becomes of it."""
+    """How far the walk went and what it gave; where all problems gave less than beta_t, what becomes of that."""
     values = {"beta": beta, "visited": len(selection), "solved": sum(any(s["outcomes"]) for s in selection),
               "solved_at_once": sum(s["outcomes"][0] for s in selection), "alpha": selection[0]["alpha"],
               "committed": sum(s["committed"] for s in selection),
@@ -226,7 +229,7 @@ def report_selection(run, t, selection, beta, n):
     say(f"  round {t}  {'select':<9} {values['visited']:>7,} of {n:,} visited, {values['solved']:,} solved "
         f"({values['solved_at_once']:,} at once), alpha {values['alpha']:.2f}, {values['committed']:,} committed; "
         f"beta {beta:,}, {values['trained']:,} trained on")
-    if values["answers"] < beta and len(selection) == n:
+    if 0 < values["answers"] < beta and not TRAIN_ON_ALL:
         fate = f"repeated to {values['trained']:,}" if values["trained"] > values["answers"] else "each trained on once"
         say(f"  round {t}  all problems are visited and gave {values['answers']:,} correct answers of {beta:,}: {fate}")
 
@@ -236,22 +239,31 @@ def report_iteration(run, scores, validation):
     names = [name for name in validation or scores if name != "base"]
     if names:
         name = max(names, key=lambda name: validation[name]["accuracy"]) if validation else names[-1]
-        of = {of: s[name]["accuracy"] for of, s in (("held_out", validation), ("test", scores)) if s}
-        run.log(0, "reported", iteration=int(name.split()[1]), **of)
-        say(f"reported: {name}, " + ("chosen on the held-out problems; " if validation else "the last; ")
-            + ", ".join(f"{of.replace('_', ' ')} {value:.1%}" for of, value in of.items()))
+        t = int(name.split()[1])
+        found = {where: scored[name]["accuracy"] for where, scored in (("held_out", validation), ("test", scores))
+                 if scored} | {"total_flops": run.metrics[t, "round"]["total_flops"]}
+        run.log(0, "reported", iteration=t, **found)
+        say(f"reported: {name}, " + ("the best on the held-out problems" if validation else "the last") + "".join(
+            f"; {where.replace('_', ' ')} {found[where]:.1%}" for where in ("held_out", "test") if where in found)
+            + f"; {found['total_flops']:.2e} FLOPs")
 
 
 def main():
     if TRAIN_ON_ALL and STOP_AT_BETA:
         fail("--train-on-all needs --no-stop-at-beta: a walk that stops has no more than beta_t")
-    if TRACES != 1 and RETRY:
-        fail(f"--traces {TRACES} needs --no-retry: with retries a problem has one correct answer at most")
+    if TRACES != 1 and RETRY or TRACES > K_SAMPLES:
+        fail(f"--traces {TRACES} needs --no-retry and as many --k-samples: else a problem has fewer correct answers")
+    if HINT and K_SAMPLES == 1:
+        fail("--hint needs --k-samples above 1: it is for draws after the first")
+    if GROWTH < 1:
+        fail(f"--growth {GROWTH}: the steps shrink, in the end to none; 1 keeps them as they are")
     tokenizer = load_tokenizer(MODEL, PROMPT)
     problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     problems, held_out = hold_out(problems, HELD_OUT, SEED)
     tests = load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else []
     examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p] if EXAMPLES_FROM else []
+    if EXAMPLES_FROM and not examples:
+        fail(f"--examples-from {EXAMPLES_FROM}: no problem in it has a solution")
     run = start_run(globals(), problems, held_out, tests)
     examples = [examples[i] for i in run.rng("examples").permutation(len(examples))[:SHOTS + 1]]
     place = {p["id"]: i for i, p in enumerate(problems)}
@@ -281,14 +293,14 @@ def main():
     model, scores, validation = MODEL, {}, {}
     score(0, model, "base", few_shot)
     end_round(run, 0)
-    last, w = np.zeros(len(problems), int), np.zeros(len(problems))  # t~ and w
+    last, w, alpha = np.zeros(len(problems), int), np.zeros(len(problems)), 0.5  # t~, w, and at first a guess
     for t in range(1, ROUNDS + 1):
         # 1. AdaD (Alg. 1, lines 5-12): walk from the stalest and hardest until beta_t correct answers are there
         beta, order = wanted(t), walk_order(last, w, run.rng(t, "order"))
         responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
             run, model, [problems[i] for i in order], K_SAMPLES, few_shot,
-            enough=(lambda responses: outcomes_of(responses)[-1] == 1) if RETRY else None,
-            walk=Walk(len(problems), beta) if STOP_AT_BETA else None, round=t, phase="sample", **drawn))
+            enough=(lambda draws: outcomes_of(draws)[-1] == 1) if RETRY else None,
+            walk=Walk(len(problems), beta, alpha) if STOP_AT_BETA else None, round=t, phase="sample", **drawn))
         visited = by_problem(responses)
         before = [place[i] for i in visited]
         outcomes = [outcomes_of(rs) for rs in visited.values()]
@@ -309,6 +321,7 @@ def main():
             say(f"  round {t}  {len(responses):,} answers and none is correct: D+ is empty, the model stays as it is")
 
         # 3. AdaC (lines 15-19): the first floor(m alpha^2) visited have now been seen; the others stay where they are
+        alpha = selection[0]["alpha"]
         for s in selection:
             if s["committed"]:
                 last[place[s["id"]]], w[place[s["id"]]] = t, s["win_rate"]

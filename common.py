@@ -569,7 +569,7 @@ def override_from_cli(g):
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
         elif not isinstance(default, str):
-            options = {"type": functools.partial(_numbers, default, bool(re.search(r"\b0\b", comment)))}
+            options = {"type": functools.partial(_numbers, default, bool(re.search(r"(?<![.\d])0(?![.\d])", comment)))}
         if legal:
             options["choices"] = re.findall(r'"(\w*)"', legal[0])
         parser.add_argument(flags[-1], dest=name, default=argparse.SUPPRESS, **options,
@@ -705,9 +705,10 @@ class Run:
         self.folder, self.unfinished, self.sampler = folder, folder / "unfinished", None
         self.constants, self.seed, self.engine, self.wandb = constants, constants["SEED"], engine, wandb
         self.checker = Checker(min(8, threads_per_process()), constants["GRADER"])
-        self.began, self.logged = time.time(), set()  # of the round at work
         lines = read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
         self.metrics = {(line["round"], line["phase"]): line for line in lines}
+        resumed = self.metrics or self.unfinished.exists()
+        self.began, self.logged = None if resumed else time.time(), set()  # of the round at work
 
     def once(self, name, make):
         """What runs/<run>/<name> holds, made first if it is not there.
@@ -903,7 +904,9 @@ SETS = {  # name: {split: its file in the DATA folder, and where the Hub has it:
                       "test": "commonsenseqa/dev_rand_split.jsonl tau/commonsense_qa@validation"},
     "anli_r1": {"train": "anli_r1/train_r1.jsonl facebook/anli@train_r1",
                 "test": "anli_r1/test_r1.jsonl facebook/anli@test_r1"},
-    "cladder": {"test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default"},
+    "adastar_arc": {"train": "arc_challenge/train_val_combined.jsonl", "test": "arc_challenge/test_new.jsonl"},
+    "cladder": {"train": "cladder/cladder_train.jsonl",
+                "test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default"},
 }
 FIELDS = {  # the names that the sets give to the parts of a problem; the first that is there counts
     "problem": ("problem", "question_concat", "question", "Question", "prompt"),
@@ -1197,23 +1200,24 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, wa
 
     draws: how many per problem (a number, or a list parallel to problems). prompt(problem, draw): the text to continue.
     enough(responses): asked after each draw with those of the problem so far; once true, later draws are not recorded
-    (what they cost counts as "spent" in the metrics). walk: where it is given, only the problems before `walk.end` are
-    recorded, which it finds on the way (see adastar.py). settings: style (the form of the prompts), temperature (0 is
-    greedy), max_new_tokens, and where wanted top_p, top_k.
+    (what they cost counts as "spent" in the metrics). walk: problems are taken in order, and recorded up to an end that
+    it finds on the way (adastar.Walk shows what it needs: take, exchange, over, end, goal, total). settings: style (the
+    form of the prompts), temperature (0 is greedy), max_new_tokens, and where wanted top_p, top_k.
     The recorded responses depend on the seed, the round and the requests, not on the number of processes."""
     sampler = run.sampler = run.sampler or (VllmSampler if run.engine == "vllm" else Sampler)(run)
     model = local_folder(model)
     check_weights(model)
     sampler.read_tokenizer(model, **settings)
-    longest = sorted(problems, key=lambda p: -len(p["problem"]))[:GROUP]  # the other prompts when their turn comes
-    for problem in longest:
-        sampler.prompt_ids(problem, prompt(problem, 0))
+    longest = sorted(problems, key=lambda p: -len(p["problem"]))[:GROUP]  # the others when their turn comes
+    longest = [(p, max(prompt(p, 0), prompt(p, int(np.max(draws)) - 1), key=len)) for p in longest]
+    for problem, text in longest:
+        sampler.prompt_ids(problem, text)
     if device().type == "cuda":  # what training had there: its graph's last pieces refer to one another
         gc.collect()
         torch.cuda.empty_cache()
     loading = sampler.load(model)
-    for problem in longest:  # once more: an engine may have room for less than the model could take
-        sampler.prompt_ids(problem, prompt(problem, 0))
+    for problem, text in longest:  # once more: an engine may have room for less than the model could take
+        sampler.prompt_ids(problem, text)
     work = Draws(run, problems, draws, prompt, enough, round, phase, walk)
     with bar(walk.goal if walk else sum(work.draws), f"round {round} {phase}") as work.progress:
         work.progress.update(walk.total if walk else len(work.answers))
@@ -1328,10 +1332,9 @@ class Draws:
             costs.update({"draws": 1, "tokens": answer["tokens"], "prompt_tokens": answer["prompt_tokens"],
                           "correct": int(answer["correct"]), "cut": int(answer["finish"] == "length"),
                           f"check_{answer['reason']}": 1})
-        costs.update(
-            flops=2 * parameters * (costs["prompt_tokens"] + costs["tokens"]),
-            padded_flops=2 * parameters * (longest * costs["draws"] + costs["tokens"]),
-            spent_flops=2 * parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"]))
+        costs.update(flops=2 * parameters * (costs["prompt_tokens"] + costs["tokens"]),
+                     padded_flops=2 * parameters * (longest * costs["draws"] + costs["tokens"]),
+                     spent_flops=2 * parameters * (costs["spent_prompt_tokens"] + costs["spent_tokens"]))
         return costs
 
 
@@ -1552,7 +1555,7 @@ class VllmSampler(Sampler):
                                answer.finish_reason)
             for i, _ in work.settle():
                 wave = [(i, d) for d in work.wave(i, waves[i] - 1)]
-                if work.done[i]:
+                if work.done[i] or walk and i >= walk.end:
                     self._cancel(work, [request for request in wave if request in flying], flying)
                 elif all(request in work.answers for request in wave):
                     self._request(work, i, flying, waves)
@@ -1703,9 +1706,7 @@ class Policy(torch.nn.Module):
 # 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
 
 def tokenize(tokenizer, example):
-    """An example's sequences as [(prompt ids, completion ids with the end token)], one per completion.
-
-    A completion is plain text, even where it spells a special token."""
+    """[(prompt ids, completion ids with the end token)] of an example. A completion is plain text, come what may."""
     prompt, end = encode(tokenizer, example["prompt"]) if example["prompt"] else [], example["end"]
     return [(prompt, tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"]
              + [tokenizer.convert_tokens_to_ids(end)]) for c in example["completions"]]
@@ -1782,8 +1783,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
     network, policy, dtype = load_for_training(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     progress = Progress(run, round, policy, optimizer)
-    epoch = plan[:math.ceil(len(examples) / batch_size)]
-    known = progress.reference_logprobs(tokenized, epoch) if reference else None
+    known = progress.reference_logprobs(tokenized, plan[:math.ceil(len(examples) / batch_size)]) if reference else None
     progress.load()
     with bar(len(plan), f"round {round} train") as shown:
         for step in range(len(progress.history), len(plan)):

@@ -226,28 +226,32 @@ def difference(score, other, rng):
 
 def end_round(run, t):
     """Log what round t cost: FLOPs of sampling and training (not of evaluation), in it and so far, and the seconds that
-    went neither into sampling nor into training; not of a round that was begun before a restart."""
-    phases, costs = [m for m in run.metrics.values() if m["round"] == t], {}
-    began, logged, run.began, run.logged = run.began, run.logged, time.time(), set()
-    if any(m["phase"] == "round" for m in phases):
-        return
+    went neither into sampling nor into training (not of a round at which a run was started again)."""
+    of_round = [m for m in run.metrics.values() if m["round"] == t]
+    phases = [m for m in of_round if m["phase"] not in ("round", "reported")]
+    costs = {name: m[name] for m in of_round if m["phase"] == "round" for name in m if name.endswith("seconds")}
+    before = [m for m in run.metrics.values() if m["phase"] == "round" and m["round"] < t]
     for name in ("flops", "padded_flops", "spent_flops"):
         costs[name] = sum(m.get(name, 0) for m in phases if not m["phase"].startswith("eval"))
-        costs[f"total_{name}"] = costs[name] + sum(m[name] for m in run.metrics.values() if m["phase"] == "round")
-    if logged >= {m["phase"] for m in phases}:
+        costs[f"total_{name}"] = costs[name] + sum(m[name] for m in before)
+    began, run.began, logged, run.logged = run.began, time.time(), run.logged, set()
+    if began and logged >= {m["phase"] for m in phases}:
         costs["seconds"] = run.began - began
         costs["outside_seconds"] = costs["seconds"] - sum(m.get("seconds", 0) for m in phases)
     run.log(t, "round", **costs)
 
 
 def final_table(run, scores):
-    """Print the table of a run's rounds, and what they cost in FLOPs (sampling and training, without evaluation)."""
+    """Print the table of a run's rounds, and what they cost in FLOPs (sampling and training, without evaluation), and
+    of their seconds those outside sampling and training."""
     print_table(scores, "model")
-    say(f"\n{'FLOPs':<13}{'of draws kept, and training':>27}{'so far':>10}{'padded':>10}{'all draws':>10}")
+    say(f"\n{'FLOPs':<13}{'of it':>10}{'so far':>10}{'padded':>10}{'all drawn':>11}{'seconds':>9}{'outside':>9}")
     for m in run.metrics.values():
         if m["phase"] == "round":
-            say(f"round {m['round']:<7}{m['flops']:>27.2e}" + "".join(
-                f"{m[f'total_{name}']:>10.2e}" for name in ("flops", "padded_flops", "spent_flops")))
+            seconds = "".join(f"{m[n]:>9.1f}" if n in m else f"{'-':>9}" for n in ("seconds", "outside_seconds"))
+            say(f"round {m['round']:<7}{m['flops']:>10.2e}{m['total_flops']:>10.2e}{m['total_padded_flops']:>10.2e}"
+                f"{m['total_spent_flops']:>11.2e}{seconds}")
+    say("(sampling and training; the first two of the draws that count; padded and all drawn: so far)")
     sampled = sum(m.get("spent_tokens", 0) for m in run.metrics.values())
     trained = sum(m["tokens"] for m in run.metrics.values() if m["phase"] == "train")
     seconds = sum(m.get("seconds", 0) for m in run.metrics.values() if m["phase"] != "round")

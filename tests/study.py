@@ -111,7 +111,7 @@ class Curve:
     def chosen(self, flops):
         """That of the iteration with the best accuracy on held-out problems, of those that cost at most so much."""
         rounds = [t for t in range(1, len(self.flops)) if self.flops[t] <= flops]
-        return self.correct[max(rounds, key=lambda t: sum(self.held_out[t].values()))]
+        return self.correct[max(rounds, key=lambda t: sum(self.held_out[t].values()))] if rounds else None
 
 
 def print_arms(title, arms, reference):

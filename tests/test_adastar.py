@@ -12,9 +12,10 @@ import pytest
 
 import adastar
 from conftest import ROOT, SHARED, TOY, launch
-from test_runs import error_of, files, killed, lines
+from test_runs import counts, error_of, files, killed, lines
 
-SMALL = ["--toy", "--n-train", "90", "--held-out", "10", "--n-test", "10", "--steps", "2", "--rounds", "3"]
+SMALL = ["--toy", "--n-train", "170", "--held-out", "10", "--n-test", "10", "--steps", "5", "--rounds", "2"]
+TINY = [*SMALL, "--n-train", "90", "--steps", "2", "--rounds", "1"]  # one block of requests; SMALL walks through two
 TRACES = Path(os.environ.get("ADASTAR_TRACES", SHARED / "traces" / "adastar.json"))
 
 
@@ -40,7 +41,7 @@ def test_trace_of_the_walk(tmp_path, traces, processes):
     """Both samplers, answering from the trace in any order of completion: what is visited, trained on, committed."""
     done = launch(tmp_path, "tests/walk.py", TRACES.resolve(), processes=processes)
     result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))[7:])
-    assert result["same"] and result["ahead"] > 0  # on all processes; and some draws were thrown away
+    assert result["same"] and result["ahead"] > 0 < result["aborted"]  # on all; some draws thrown away, some cut off
     golden = {name: trace["iterations"] for name, trace in traces.items() if not name.startswith("released")}
     assert {key.split()[1] for key in result["found"]} == set(golden) and len(result["found"]) == 2 * len(golden) > 0
     for key, found in result["found"].items():
@@ -102,6 +103,36 @@ def test_trace_of_the_released_program(traces):
             assert mine["alpha"] == pytest.approx(expected["alpha"], abs=1e-12)
             for what in ("visited", "trained", "committed", "heap"):
                 assert mine[what] == expected[what], (name, expected["iteration"], what)
+
+
+def test_walks_end_where_they_should(alone):
+    """Four processes that finish and listen at any pace, after a kill that left any blocks known: no hang, one end."""
+    rng = np.random.default_rng(0)
+    draws = [[{"correct": right, "finish": "stop"}] for right in (False, True)]
+    for trial in range(150):
+        n, size, goal = 200, int(rng.choice([1, 4, 64])), int(rng.integers(1, 70))
+        gave = (rng.random(n) < np.linspace(*rng.choice([0.02, 0.3, 0.9], 2), n)).astype(int)
+        walks, working = [adastar.Walk(n, goal, rng.choice([0.0, 0.5, 1.0])) for _ in range(4)], {}
+        blocks = alone.claims(-(-n // size))
+        for walk in walks:
+            walk.log.name, walk.claims = walks[0].log.name, blocks
+        left = np.flatnonzero(np.repeat(rng.random(n) < rng.choice([0, 0.5]), size)[:n])  # of the run that was killed
+        walks[0].exchange({int(i): draws[gave[i]] for i in left})
+        for step in range(20_000):
+            who = int(rng.integers(4))
+            if who in working:
+                walks[who].exchange({i: draws[gave[i]] for i in working.pop(who)})
+            elif (start := walks[who].take(size)) is not None:
+                working[who] = range(start, min(start + size, n))
+            elif rng.random() < 0.2:
+                walks[who].exchange({})
+            if not working and all(walk.over() for walk in walks):
+                break
+        else:
+            pytest.fail(f"trial {trial}: nobody takes what is needed")
+        sums = gave.cumsum()
+        assert {walk.end for walk in walks} == {int(np.searchsorted(sums, goal)) + 1 if sums[-1] >= goal else n}
+        assert {walk.total >= goal for walk in walks} == {bool(sums[-1] >= goal)}
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -212,20 +243,20 @@ def test_selection_alone_tells_every_decision(small):
     run = small / "runs" / "one"
     metrics = {(m["round"], m["phase"]): m for m in lines(run / "metrics.jsonl")}
     source = [f"toy/train/{n}" for n in range(1, 1801)]
-    state, held_out = {}, set(json.loads((run / "round_1/eval_held_out.json").read_text())["correct"])
-    taken = sorted(np.random.default_rng(0).permutation(1800)[:90])
+    held_out = set(json.loads((run / "round_1/eval_held_out.json").read_text())["correct"])
+    taken = sorted(np.random.default_rng(0).permutation(1800)[:170])
     state = {source[i]: (0, 0.0) for i in taken if source[i] not in held_out}
-    assert len(held_out) == 10 and len(state) == 80
-    for t in (1, 2, 3):
+    assert len(held_out) == 10 and len(state) == 160
+    for t, beta in (1, 40), (2, 48):
         selection, responses, train = (lines(run / f"round_{t}" / f"{name}.jsonl")
                                        for name in ("selection", "responses", "train"))
-        beta, m = 16, len(selection)
+        m = len(selection)
         order = sorted(state, key=lambda i: (*state[i], source.index(i)))
         assert [s["id"] for s in selection] == order[:m] and [s["visit"] for s in selection] == list(range(m))
         solved = [any(s["outcomes"]) for s in selection]
         assert sum(solved) == beta and solved[-1]  # it stops at the very problem that gave the last one
         commits = sum(solved) ** 2 // m
-        assert 0 < commits < m < 80
+        assert 0 < commits < m and 64 < m < 160  # two blocks of requests, and not all
         for s, ok in zip(selection, solved):
             assert (s["last"], s["w"]) == state[s["id"]] and s["alpha"] == sum(solved) / m
             assert s["outcomes"] in ([1], [0, 1], [0, 0]) and s["chosen"] == [len(s["outcomes"]) - 1] * ok
@@ -245,21 +276,27 @@ def test_selection_alone_tells_every_decision(small):
         assert whole["flops"] == sample["flops"] + metrics[t, "train"]["flops"] <= whole["spent_flops"]
         assert whole["flops"] < whole["padded_flops"] and whole["outside_seconds"] > 0
         assert whole["total_flops"] == sum(metrics[k, "round"]["flops"] for k in range(t + 1))
-    best = max((1, 2, 3), key=lambda t: metrics[t, "eval_held_out"]["correct"])
+    best = max((1, 2), key=lambda t: metrics[t, "eval_held_out"]["correct"])
     assert metrics[0, "reported"]["iteration"] == best
+    assert metrics[0, "reported"]["total_flops"] == metrics[best, "round"]["total_flops"]
     assert metrics[0, "reported"]["test"] == metrics[best, "eval"]["correct"] / 10
 
 
 def test_two_processes_visit_the_same(small, tmp_path):
-    """The same answers from the same weights, so the same walk; later rounds by replay."""
+    """Each takes a block: the same answers from the same weights, so the same walk. Killed amid it, and run again by
+    one: the same once more. The second iteration by replay, since weights that differ by 1e-6 may flip a token."""
     one, two = small / "runs" / "one", tmp_path / "runs" / "two"
-    for t in (2, 3):
-        (two / f"round_{t}").mkdir(parents=True)
-        shutil.copy(one / f"round_{t}" / "responses.jsonl", two / f"round_{t}")
-    launch(tmp_path, "adastar.py", *SMALL, "--run", "two", processes=2)
-    for t in (1, 2, 3):
-        for name in ("responses", "selection", "train"):
-            assert (one / f"round_{t}/{name}.jsonl").read_bytes() == (two / f"round_{t}/{name}.jsonl").read_bytes()
+    (two / "round_2").mkdir(parents=True)
+    shutil.copy(one / "round_2" / "responses.jsonl", two / "round_2")
+    assert killed(tmp_path, "adastar", "Sampler._generate:3", *SMALL, "--run", "two", processes=2)
+    launch(tmp_path, "adastar.py", *SMALL, "--run", "two")
+    (tmp_path / "runs" / "three" / "round_2").mkdir(parents=True)
+    shutil.copy(one / "round_2" / "responses.jsonl", tmp_path / "runs" / "three" / "round_2")
+    launch(tmp_path, "adastar.py", *SMALL, "--run", "three", processes=2)
+    for run in (two, tmp_path / "runs" / "three"):
+        for t in (1, 2):
+            for name in ("responses", "selection", "train"):
+                assert (one / f"round_{t}/{name}.jsonl").read_bytes() == (run / f"round_{t}/{name}.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("place, left, after", [
@@ -267,14 +304,14 @@ def test_two_processes_visit_the_same(small, tmp_path):
     ("Draws.put:40", "round_1-sample@0.jsonl", "round_1/responses.jsonl"),
     ("select:1", "", "round_1/selection.jsonl"),
     ("scale_and_clip:2", "round_1-step_0000001", "round_1/model"),
-    ("save_model:1", "round_1-step_0000002", "round_1/model"),
+    ("save_model:1", "round_1-step_0000005", "round_1/model"),
     ("Sampler._generate:1", "", "round_1/eval.json"),
 ])
 def test_a_killed_run_goes_on(small, tmp_path, place, left, after):
     """One SIGKILL in each phase of the first iteration; the rerun ends with the same files, bit for bit."""
     run, phases = tmp_path / "runs" / "one", [f"round_1/{name}" for name in (
         "responses.jsonl", "selection.jsonl", "train.jsonl", "model", "eval.json", "eval_held_out.json")]
-    shutil.copytree(small / "runs" / "one", run, ignore=shutil.ignore_patterns("round_[23]"))
+    shutil.copytree(small / "runs" / "one", run, ignore=shutil.ignore_patterns("round_2"))
     for name in phases[phases.index(after):]:
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     whole = lines(run / "metrics.jsonl")
@@ -284,7 +321,13 @@ def test_a_killed_run_goes_on(small, tmp_path, place, left, after):
     assert left in [*killed(tmp_path, "adastar", place, *flags), ""]
     launch(tmp_path, "adastar.py", *flags)
     assert files(run) == {name: text for name, text in files(small / "runs" / "one").items()
-                          if not name.startswith(("round_2", "round_3"))}
+                          if not name.startswith("round_2")}
+    again = {(m["round"], m["phase"]): m for m in counts(run)}
+    for m in counts(small / "runs" / "one"):
+        key = m["round"], m["phase"]
+        if m["round"] < 2 and key != (0, "reported") and key in again:  # what was made before it is not counted again
+            assert again[key] == m or after not in ("round_1/responses.jsonl",) and key == (1, "round")
+    assert not any("outside_seconds" in m for m in lines(run / "metrics.jsonl") if m["round"] == 1)
 
 
 def write_problems(path, n, wrong=()):
@@ -297,7 +340,7 @@ def write_problems(path, n, wrong=()):
 def test_problems_that_give_too_few_answers(tmp_path):
     """All visited, fewer than beta_t: repeated to the scheduled steps, or trained on once; it says which."""
     write_problems(tmp_path / "p.jsonl", 12, range(0, 12, 3))
-    flags = [*SMALL, "--train-data", "p.jsonl", "--held-out", "0", "--rounds", "1"]
+    flags = [*TINY, "--train-data", "p.jsonl", "--held-out", "0", "--rounds", "1"]
     for more, said, steps in (["--fill-steps"], "repeated to 16", 2), (["--no-fill-steps"], "each trained on once", 1):
         done = launch(tmp_path, "adastar.py", *flags, *more, "--run", f"few{steps}")
         [select] = [m for m in lines(tmp_path / f"runs/few{steps}/metrics.jsonl") if m["phase"] == "select"]
@@ -311,7 +354,7 @@ def test_problems_that_give_too_few_answers(tmp_path):
 
 def test_no_answer_is_correct(tmp_path):
     write_problems(tmp_path / "p.jsonl", 3, range(3))
-    done = launch(tmp_path, "adastar.py", *SMALL, "--train-data", "p.jsonl", "--held-out", "0", "--rounds", "2")
+    done = launch(tmp_path, "adastar.py", *TINY, "--train-data", "p.jsonl", "--held-out", "0", "--rounds", "2")
     assert done.stdout.count("6 answers and none is correct: D+ is empty, the model stays as it is") == 2
     run = tmp_path / "runs" / "adastar-0"
     assert not (run / "round_1/model").exists()
@@ -323,7 +366,7 @@ def test_one_problem_on_two_processes(tmp_path):
     write_problems(tmp_path / "p.jsonl", 1)
     grader = tmp_path / "kind.py"
     grader.write_text("def grade(problem, text):\n    return True, 'equal'\n")
-    done = launch(tmp_path, "adastar.py", *SMALL, "--train-data", "p.jsonl", "--held-out", "0", "--rounds", "2",
+    done = launch(tmp_path, "adastar.py", *TINY, "--train-data", "p.jsonl", "--held-out", "0", "--rounds", "2",
                   "--grader", f"{grader}:grade", processes=2)
     assert "1 of 1 visited, 1 solved (1 at once), alpha 1.00, 1 committed" in done.stdout
     assert "gave 1 correct answers of 16: repeated to 16" in done.stdout
@@ -334,36 +377,39 @@ def test_one_problem_on_two_processes(tmp_path):
 def test_all_correct_at_once(small, tmp_path):
     grader = tmp_path / "kind.py"
     grader.write_text("def grade(problem, text):\n    return True, 'equal'\n")
-    launch(tmp_path, "adastar.py", *SMALL, "--rounds", "2", "--grader", f"{grader}:grade")
+    launch(tmp_path, "adastar.py", *TINY, "--rounds", "2", "--grader", f"{grader}:grade")
     first, second = (lines(tmp_path / f"runs/adastar-0/round_{t}/selection.jsonl") for t in (1, 2))
     assert len(first) == len(second) == 16 and all(s["committed"] and s["alpha"] == 1.0 for s in first + second)
     assert not {s["id"] for s in first} & {s["id"] for s in second}  # the stalest are now others
 
 
 @pytest.mark.parametrize("flags, check", [
-    (["--no-stop-at-beta", "--order", "random"],  # STaR-Acc
-     lambda s, train: len(s) == 30 and len(train) == 16 and sum(map(len, (x["chosen"] for x in s))) > 0),
-    (["--no-stop-at-beta", "--train-on-all", "--start", "base"],  # STaR-Full
-     lambda s, train: len(s) == 30 and len(train) == sum(any(x["outcomes"]) for x in s)),
+    (["--no-stop-at-beta", "--order", "random", "--no-fill-steps"],  # STaR-Acc
+     lambda s, copies: len(s) == 30 and sum(copies) == min(8, len(copies)) and (len(copies) <= 8 or 0 in copies)),
+    (["--no-stop-at-beta", "--train-on-all"],  # STaR-Acc-Full
+     lambda s, copies: len(s) == 30 and copies == [1] * sum(any(x["outcomes"]) for x in s)),
     (["--no-stop-at-beta", "--train-on-all", "--k-samples", "5", "--no-retry", "--traces", "0"],  # STaR-Acc-Full-K
-     lambda s, train: all(len(x["outcomes"]) == 5 for x in s) and len(train) == sum(sum(x["outcomes"]) for x in s)),
+     lambda s, copies: {len(x["outcomes"]) for x in s} == {5} and copies == [1] * sum(sum(x["outcomes"]) for x in s)),
     (["--no-retry", "--traces", "0"],  # Alg. 1 to the letter: both draws, every correct one
-     lambda s, train: all(len(x["outcomes"]) == 2 for x in s) and 16 <= len(train) <= 17),
+     lambda s, copies: {len(x["outcomes"]) for x in s} == {2} and 8 <= len(copies) <= 9 and set(copies) == {1}),
+    (["--k-samples", "4"],  # up to three retries
+     lambda s, copies: all(1 not in x["outcomes"][:-1] for x in s) and max(len(x["outcomes"]) for x in s) == 4),
 ])
 def test_baselines(tmp_path, flags, check):
-    """What the constants of the baselines change, seen in the records of a second iteration."""
-    launch(tmp_path, "adastar.py", *SMALL, "--n-train", "40", "--rounds", "1", *flags)
-    run = tmp_path / "runs" / "adastar-0"
-    assert check(lines(run / "round_1/selection.jsonl"), lines(run / "round_1/train.jsonl"))
+    """What the constants of the baselines change, seen in the records."""
+    done = launch(tmp_path, "adastar.py", *TINY, "--n-train", "30", "--held-out", "0", "--steps", "1", *flags)
+    assert "reported: round 1, the last; test" in done.stdout
+    selection = lines(tmp_path / "runs" / "adastar-0" / "round_1/selection.jsonl")
+    assert check(selection, [n for s in selection for n in s["copies"]])
 
 
 def test_start_and_hint_and_examples(small, tmp_path):
     """START: from which weights the second iteration trains. HINT: other second draws, the first stay; never trained
     on. EXAMPLES_FROM: our own examples make other first draws."""
     one, changed = small / "runs" / "one", {}
-    for name, kept, flags in (("base", "round_3", ["--start", "base", "--rounds", "2"]),
-                              ("hint", "round_[123]", ["--hint", "--rounds", "1"]),
-                              ("own", "round_[123]", ["--examples-from", "", "--rounds", "1"])):
+    for name, kept, flags in (("base", "nothing", ["--start", "base"]),
+                              ("hint", "round_[12]", ["--hint", "--rounds", "1"]),
+                              ("own", "round_[12]", ["--examples-from", "", "--rounds", "1", "--test-data", ""])):
         changed[name] = tmp_path / "runs" / name
         shutil.copytree(one, changed[name], ignore=shutil.ignore_patterns(kept, "constants.json", "metrics.jsonl"))
         if name == "base":
@@ -382,11 +428,17 @@ def test_start_and_hint_and_examples(small, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--train-on-all"], "--train-on-all needs --no-stop-at-beta"),
     (["--traces", "2"], "--traces 2 needs --no-retry"),
+    (["--traces", "3", "--no-retry"], "--traces 3 needs --no-retry and as many --k-samples"),
+    (["--hint", "--k-samples", "1"], "--hint needs --k-samples above 1"),
+    (["--growth", "0.9"], "--growth 0.9: the steps shrink"),
+    (["--examples-from", "p.jsonl"], "--examples-from p.jsonl: no problem in it has a solution"),
+    (["--top-p", "0"], "out of range"),
     (["--order", "newest"], "--order"),
 ])
 def test_bad_flags(tmp_path, flags, words):
+    write_problems(tmp_path / "p.jsonl", 3)
     done = launch(tmp_path, "adastar.py", *SMALL, *flags, check=False)
-    assert words in error_of(done, 2 if flags[0] == "--order" else 1)
+    assert words in error_of(done, 2 if flags[0] in ("--order", "--top-p") else 1)
 
 
 TASKS = {"arc_challenge": ("--hint",), "commonsenseqa": ("--hint",), "anli_r1": ("--hint",), "cladder": ("--hint",),

@@ -79,7 +79,8 @@ SETS = {  # name/split: (problems, kinds, with a solution)
     "adastar_svamp/test": (200, "math", 0), "adastar_gsm8k/test": (500, "math", 500),
     "arc_challenge/train": (1119, "choice", 0), "arc_challenge/test": (1172, "choice", 0),
     "commonsenseqa/train": (9741, "choice", 0), "commonsenseqa/test": (1221, "choice", 0),
-    "anli_r1/test": (1000, "label", 0), "cladder/test": (500, "yesno", 500)}
+    "anli_r1/test": (1000, "label", 0), "cladder/test": (500, "yesno", 500),
+    "adastar_arc/train": (1418, "choice", 0), "adastar_arc/test": (500, "choice", 0)}
 FAILS = {"tal_scq5k/en_train/2974"}  # its solution's box is "(\rm B) \textasciitilde A\textasciitilde makes ..."
 
 

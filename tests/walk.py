@@ -79,7 +79,9 @@ class VllmReplay(common.VllmSampler):
     parameters, read_tokenizer = 1, Replay.read_tokenizer
 
     def load(self, folder):
-        self.llm, self.parameters_of = SimpleNamespace(llm_engine=Engine(self.tokenizer)), dict
+        if self.llm is None:
+            self.llm, self.parameters_of = SimpleNamespace(llm_engine=Engine(self.tokenizer)), dict
+        assert not self.llm.llm_engine.flying  # what the phase before did not need is gone
         return {}
 
 
@@ -89,7 +91,7 @@ def iteration(t, engine, name, problems, last, w, beta, all_draws):
     responses = common.sample(
         run, MODEL, [problems[i] for i in order], 2, lambda p, d: f"{p['number']} {d}",
         enough=None if all_draws else lambda rs: adastar.outcomes_of(rs)[-1] == 1,
-        walk=adastar.Walk(len(problems), beta), round=t, phase=f"{engine}-{name}", style="zero_shot",
+        walk=adastar.Walk(len(problems), beta, 0.5), round=t, phase=f"{engine}-{name}", style="zero_shot",
         temperature=1.0, max_new_tokens=4)
     visited, place = adastar.by_problem(responses), {p["id"]: i for i, p in enumerate(problems)}
     before = [place[i] for i in visited]
@@ -122,6 +124,8 @@ if __name__ == "__main__":
                 found.setdefault(f"{engine} {name}", []).append(
                     iteration(t, engine, name, problems, last, w, beta, all_draws))
     everyone = common.gather(found)
+    aborted = common.gather(run.sampler.llm.llm_engine.aborted)
     spent = [m["spent_draws"] - m["draws"] for m in run.metrics.values() if "draws" in m]
     if common.rank() == 0:
-        print("RESULT", json.dumps({"same": all(f == found for f in everyone), "ahead": sum(spent), "found": found}))
+        print("RESULT", json.dumps({"same": all(f == found for f in everyone), "ahead": sum(spent),
+                                    "aborted": sum(aborted), "found": found}))
