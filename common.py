@@ -1402,7 +1402,7 @@ class Sampler:
                 for group in groups:
                     self._answer_group(work, group)
                 work.settle(wait=True)
-            time.sleep(0.01)
+            time.sleep(0.01 * (start is None))
             work.settle()  # hears of the others
         work.exchange()
 

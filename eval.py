@@ -226,7 +226,7 @@ def difference(score, other, rng):
 
 def end_round(run, t):
     """Log what round t cost: FLOPs of sampling and training (not of evaluation), in it and so far, and the seconds that
-    went neither into sampling nor into training (not of a round at which a run was started again)."""
+    went neither into sampling nor into training (not of the rounds at which a run was started again)."""
     of_round = [m for m in run.metrics.values() if m["round"] == t]
     phases = [m for m in of_round if m["phase"] not in ("round", "reported")]
     costs = {name: m[name] for m in of_round if m["phase"] == "round" for name in m if name.endswith("seconds")}
@@ -234,8 +234,9 @@ def end_round(run, t):
     for name in ("flops", "padded_flops", "spent_flops"):
         costs[name] = sum(m.get(name, 0) for m in phases if not m["phase"].startswith("eval"))
         costs[f"total_{name}"] = costs[name] + sum(m[name] for m in before)
-    began, run.began, logged, run.logged = run.began, time.time(), run.logged, set()
-    if began and logged >= {m["phase"] for m in phases}:
+    whole = run.logged >= {m["phase"] for m in phases}  # all of it was made since the last start
+    began, run.began, run.logged = run.began, time.time() if whole else None, set()
+    if whole and began:
         costs["seconds"] = run.began - began
         costs["outside_seconds"] = costs["seconds"] - sum(m.get("seconds", 0) for m in phases)
     run.log(t, "round", **costs)

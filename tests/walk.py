@@ -1,14 +1,17 @@
 """The golden traces through the real sampling code, with engines that answer from the traces, in any order.
 
-  torchrun tests/walk.py TRACES.json        in an empty folder; prints one line, RESULT and JSON
+  python tests/walk.py TRACES.json 4        in an empty folder, on 4 processes; prints one line, RESULT and JSON
 
 Everything is real but the model: the two samplers' loops, the shared log, the checker, adastar's rules. Each process
-finishes requests in a random order of its own and at a random pace.
+finishes requests in a random order of its own and at a random pace. They are forks, which spares their imports.
 """
 import json
+import os
 import random
+import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,9 +110,11 @@ def iteration(t, engine, name, problems, last, w, beta, all_draws):
             "heap": [[int(last[i]), float(w[i]), problems[i]["number"]] for i in adastar.walk_order(last, w, None)]}
 
 
-if __name__ == "__main__":
-    run, common.GROUP, common.say, adastar.FILL_STEPS = common.start_run(globals(), []), 4, lambda *_: None, False
-    rng, found = random.Random(common.rank()), {}
+def main():
+    """All traces with both samplers, on this process; rank 0 prints what came out."""
+    global run, rng, outcomes
+    common.GROUP, common.say, adastar.FILL_STEPS = 4, lambda *_: None, False
+    run, rng, found = common.start_run(globals(), []), random.Random(os.environ["RANK"]), {}
     for engine, run.sampler in ("transformers", Replay(run)), ("vllm", VllmReplay(run)):
         for name, trace in json.loads(Path(sys.argv[1]).read_text()).items():
             if name.startswith("released"):
@@ -129,3 +134,22 @@ if __name__ == "__main__":
     if common.rank() == 0:
         print("RESULT", json.dumps({"same": all(f == found for f in everyone), "ahead": sum(spent),
                                     "aborted": sum(aborted), "found": found}))
+
+
+if __name__ == "__main__":
+    with socket.create_server(("localhost", 0)) as free:
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": sys.argv[2],
+                       "LOCAL_WORLD_SIZE": sys.argv[2]}
+    children = []
+    for number in range(int(sys.argv[2])):
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+            try:
+                main()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            sys.stdout.flush()
+            os._exit(0)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
