@@ -17,9 +17,10 @@ whole optimizer steps (code); one answer to a problem is trained on, and where t
 these are repeated to as many steps (code); AdamW on float32 weights; prompts of our own, and answers in a box; the
 iteration to report is chosen on training problems that are held out for it, never on the test set as in the paper.
 
-  torchrun adastar.py --toy                                               2 CPU cores: not measured yet
-  torchrun adastar.py --model Qwen/Qwen2.5-3B --train-data gsm8k --test-data gsm8k          one GPU: not measured yet
-  torchrun --nproc-per-node 8 adastar.py --train-data adastar_arc --test-data arc_challenge --hint     not measured yet
+  torchrun adastar.py --toy                                   2 CPU cores: 2 min, 0.6 GB, 61 % (measured)
+  torchrun adastar.py --model Qwen/Qwen2.5-3B                 one GPU: not measured yet
+  torchrun --nproc-per-node 8 adastar.py --model meta-llama/Llama-3.2-3B --train-data adastar_arc \\
+      --test-data arc_challenge --hint                        eight GPUs: not measured yet
 """
 from collections import defaultdict
 
@@ -40,7 +41,7 @@ HELD_OUT = 200  # training problems put aside, which choose the iteration to rep
 ROUNDS = 20  # iterations (ours; the paper reports the best of its own, between 2 and 23)
 SEED = 0  # of everything random (ours)
 
-# The method
+# The method: README's table has the values that make STaR, STaR-Acc-Full-K, ReST-EM, AdaD and the other arms
 ORDER = "adaptive"  # "adaptive" | "stale" | "hardest" | "random": by (t~, w), t~ alone, (w, t~), chance (paper)
 STEPS = 40  # sigma_1: optimizer steps of the first iteration; beta_t is BATCH_SIZE times sigma_t (paper)
 GROWTH = 1.2  # of the steps, per iteration (paper)

@@ -228,12 +228,13 @@ def end_round(run, t):
     """Log what round t cost: FLOPs of sampling and training (not of evaluation), in it and so far, and the seconds that
     went neither into sampling nor into training (not of the rounds at which a run was started again)."""
     of_round = [m for m in run.metrics.values() if m["round"] == t]
-    phases = [m for m in of_round if m["phase"] not in ("round", "reported")]
-    costs = {name: m[name] for m in of_round if m["phase"] == "round" for name in m if name.endswith("seconds")}
+    phases, costs = [m for m in of_round if m["phase"] not in ("round", "reported")], {}
     before = [m for m in run.metrics.values() if m["phase"] == "round" and m["round"] < t]
     for name in ("flops", "padded_flops", "spent_flops"):
         costs[name] = sum(m.get(name, 0) for m in phases if not m["phase"].startswith("eval"))
         costs[f"total_{name}"] = costs[name] + sum(m[name] for m in before)
+    for m in of_round:  # of a round that was closed before, the seconds stay
+        costs |= {name: m[name] for name in ("seconds", "outside_seconds") if m["phase"] == "round" and name in m}
     whole = run.logged >= {m["phase"] for m in phases}  # all of it was made since the last start
     began, run.began, run.logged = run.began, time.time() if whole else None, set()
     if whole and began:

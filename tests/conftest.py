@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # else what is not to be had is asked for over and over
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact is exact on CPU; tests/gpu_check.py is for the GPU
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy"
@@ -16,6 +17,11 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--rounds", "1"]  # the whole loop in seconds
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first: two processes that take a file each then end together."""
+    items.sort(key=lambda item: item.path.stem not in ("test_vllm", "test_runs", "test_adastar"))
 
 
 def launch(folder, script, *flags, processes=0, check=True, bytes=0):
