@@ -21,7 +21,7 @@ SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--roun
 
 def pytest_collection_modifyitems(items):
     """The long files first: two processes that take a file each then end together."""
-    items.sort(key=lambda item: item.path.stem not in ("test_vllm", "test_runs", "test_adastar"))
+    items.sort(key=lambda item: {"test_vllm": 0, "test_runs": 1, "test_adastar": 2}.get(item.path.stem, 3))
 
 
 def launch(folder, script, *flags, processes=0, check=True, bytes=0):
