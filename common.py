@@ -250,7 +250,7 @@ class Checker:
         return worker, False  # not known to be ready: its imports take a second or two
 
     def submit(self, problem, text):
-        """A Future of (correct, reason): equal, different, no_answer, bad_gold, timeout, memory, crash; a grader's."""
+        """Future of (correct, reason): equal, different, no_answer, bad_gold, timeout, memory, crash, or a grader's."""
         verdict, pair = (None, (problem, text)) if self.grader else judge(problem, text)
         key = json.dumps(pair) if self.grader else pair or verdict
         if len(self.verdicts) > 1 << 18:
@@ -1690,7 +1690,7 @@ def sequence_logprobs(logprobs, batch):
 
 
 class Policy(torch.nn.Module):
-    """A causal language model that gives the log-probabilities of a packed batch's targets, (P,), and no others."""
+    """A causal language model that gives log-probabilities of a batch's targets, (P,): the head sees these only."""
 
     def __init__(self, model):
         super().__init__()
@@ -1706,7 +1706,7 @@ class Policy(torch.nn.Module):
 # 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
 
 def tokenize(tokenizer, example):
-    """[(prompt ids, completion ids with the end token)] of an example. A completion is plain text, come what may."""
+    """[(prompt ids, completion ids with the end token)] of an example; its completions hold no special tokens."""
     prompt, end = encode(tokenizer, example["prompt"]) if example["prompt"] else [], example["end"]
     return [(prompt, tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"]
              + [tokenizer.convert_tokens_to_ids(end)]) for c in example["completions"]]

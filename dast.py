@@ -67,7 +67,7 @@ GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place 
 # Training
 LR = 2e-5  # of SFT, its peak; cosine to 0 (code)
 LR_DPO = 1e-6  # of DPO, its peak (ours; the code's 2e-4 is for LoRA)
-WARMUP = 0.05  # share of the steps; 0 is none (code)
+WARMUP = 0.05  # share of the steps, or from 1 on their number; 0 is none (code)
 EPOCHS = 1  # passes over D_u (code)
 BATCH_SIZE = 32  # answers (pairs) per optimizer step, over all GPUs (code)
 WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (code)
