@@ -364,13 +364,15 @@ def checking_worker(grader=""):
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         # Limits in processor time, so that a verdict does not depend on what else runs here. Python may not get to
-        # ask (a huge power is one instruction): then the kernel ends this process.
-        used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-        resource.setrlimit(resource.RLIMIT_CPU, (used + CHECK_SECONDS, resource.RLIM_INFINITY))
+        # ask (a huge power is one instruction): then the kernel ends this process, at a whole second after these.
+        until = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) + CHECK_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (1 + int(until), resource.RLIM_INFINITY))
         try:
-            signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS / 2, 0.1)
-            verdict = compare(*json.loads(line))
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            try:
+                signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS / 2, 0.1)
+                verdict = compare(*json.loads(line))
+            finally:  # not later: freeing what a late case holds takes time too
+                signal.setitimer(signal.ITIMER_PROF, 0)
             verdict = bool(verdict[0]), str(verdict[1])
         except Late:
             verdict = False, "timeout"
@@ -378,7 +380,7 @@ def checking_worker(grader=""):
             verdict = False, "memory"
         except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
             verdict = False, "crash"
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)  # should it have fired in that very line
         print(json.dumps(verdict), file=out, flush=True)
         if verdict[1] == "memory":
             return  # a new worker has its memory back
