@@ -22,11 +22,9 @@ iteration to report is chosen on training problems that are held out for it, nev
   torchrun --nproc-per-node 8 adastar.py --model meta-llama/Llama-3.2-3B --train-data adastar_arc \\
       --test-data arc_challenge --hint                        eight GPUs: not measured yet
 """
-from collections import defaultdict
-
 import numpy as np
 
-from common import (Log, claims, fail, last_boxed, load_problems, load_tokenizer, make_example, make_prompt,
+from common import (Log, by_problem, claims, fail, last_boxed, load_problems, load_tokenizer, make_example, make_prompt,
                     override_from_cli, sample, say, start_run, train)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
 
@@ -204,14 +202,6 @@ def sft_loss(logprobs, batch):
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
-
-def by_problem(records):
-    """{id: its records, in order}."""
-    groups = defaultdict(list)
-    for record in records:
-        groups[record["id"]].append(record)
-    return groups
-
 
 def make_examples(tokenizer, selection, by_id, responses):
     """D+: the chosen answers as training examples, in the order of the walk."""

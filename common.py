@@ -1,14 +1,14 @@
 """What the method scripts share: mechanics, and nothing about a method.
 
 Sections, each readable alone: 1 checking, 2 run, 3 processes, 4 problems and prompts, 5 sampling, 6 log-probabilities,
-7 packing, 8 training, 9 saving, 10 accounting.
+7 packing, 8 training, 9 saving, 10 accounting, 11 process rewards.
 
 Records are JSON lines:
   problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags, choices. id is
              set/split/line of the source file, so that a dropped record shifts nobody's seed; kind is how to grade:
              "math", "choice" (answer is a letter), "label" (answer is one of choices), "yesno".
   response   {id, draw, text, tokens, finish, correct}: draw counts from 0 per problem and round, tokens is the number
-             generated, finish is "stop" (ended by itself) or "length" (cut).
+             generated, finish is "stop" (ended by itself) or "length" (cut); with a PRM also reward and step_rewards.
   selection  {id, ...}: every number the method decided from; each script says which.
   example    {id, prompt, completions, end}: what is trained on. One completion for SFT, [chosen, rejected] for DPO; the
              loss is on the completions and on the end token after each, never on the prompt.
@@ -518,8 +518,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not torch.cuda.is_available():  # vllm's wheel brings CUDA builds of these, which break transformers on a CPU torch
     for package in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(package, None)
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,  # noqa: E402
-                          GenerationConfig)
+from transformers import (AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM,  # noqa: E402
+                          AutoTokenizer, GenerationConfig)
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()
@@ -616,7 +616,8 @@ def start_run(g, *problem_sets):
     script, about = Path(g["__file__"]), constants_of(g["__file__"])
     constants = json.loads(json.dumps({name: g[name] for name in about if isinstance(g[name], FLAG_TYPES)}))
     data = [seed_of(sorted(problem.items())) for problems in problem_sets for problem in problems]
-    models = [fingerprint(local_folder(model)) for model in constants["MODEL"].split(",")]
+    models = [*constants["MODEL"].split(","), *filter(None, [constants.get("PRM")])]
+    models = [fingerprint(local_folder(model)) for model in models]
     grader = Path(constants["GRADER"].rpartition(":")[0])  # "." where there is none
     grader = grader.read_text() if grader.is_file() else ""
     constants["contents"] = f"{seed_of(data, *models, grader):x}"
@@ -789,6 +790,22 @@ def write(path, value):
         os.fsync(file.fileno())
     half.rename(path)
     flush(path.parent)
+
+
+def by_problem(records):
+    """{id: its records, in order}."""
+    groups = defaultdict(list)
+    for record in records:
+        groups[record["id"]].append(record)
+    return groups
+
+
+def spread_evenly(total, n, rng):
+    """`total` spread over n places as evenly as can be: a list of n numbers; the remainder goes to random ones."""
+    counts = [total // n] * n
+    for i in rng.permutation(n)[:total % n]:
+        counts[i] += 1
+    return counts
 
 
 def flush(path):
@@ -1138,7 +1155,8 @@ def load_tokenizer(model, prompt):
     folder = local_folder(model)
     check_weights(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
             raise ValueError("there is no tokenizer in it")
     except (OSError, ValueError) as error:
@@ -1699,10 +1717,14 @@ class Policy(torch.nn.Module):
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
 
     def forward(self, batch):
-        hidden = self.body(input_ids=batch["tokens"][None], position_ids=batch["positions"][None], use_cache=False,
-                           cu_seq_lens_q=batch["starts"], cu_seq_lens_k=batch["starts"],
-                           max_length_q=batch["longest"], max_length_k=batch["longest"]).last_hidden_state[0]
-        return token_logprobs(hidden[batch["predict"]], self.head.weight, batch["targets"])
+        return token_logprobs(hidden_states(self.body, batch), self.head.weight, batch["targets"])
+
+
+def hidden_states(body, batch):
+    """What a transformer without its head makes of a packed batch, where it predicts: (P, H)."""
+    return body(input_ids=batch["tokens"][None], position_ids=batch["positions"][None], use_cache=False,
+                cu_seq_lens_q=batch["starts"], cu_seq_lens_k=batch["starts"], max_length_q=batch["longest"],
+                max_length_k=batch["longest"]).last_hidden_state[0, batch["predict"]]
 
 
 # 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
@@ -1972,3 +1994,147 @@ def report_training(run, round, progress, lengths, epochs, reference, network, m
             **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens * epochs / seconds:,.0f} tok/s, {seconds:.1f} s")
+
+
+# 11. Process rewards: how right each step of a response looks to a process reward model (PRM) -------------------------
+
+REWARD_CHARACTERS = 2**15  # of a batch that a PRM reads, whoever does it: part of the result, by rounding
+
+
+class RewardModel:
+    """A process reward model in one of two published layouts, told apart by the name of its head's tensors.
+
+    "v_head": Skywork-o1-Open-PRM. After the problem and a line's end, each step is followed by the last token of
+        "\\n\\n", where a linear head gives a logit; the reward is its sigmoid. Steps are tokenized one by one.
+    "score": Qwen2.5-Math-PRM. In the assistant's turn of its chat template each step is followed by <extra_0>, where a
+        head of two layers gives two logits; the reward is the softmax's second, which is the sigmoid of the difference.
+    So the authors' inference code and vLLM's read them; the published weights could not be downloaded here. No code of
+    a folder is run. The head computes in float32, on hidden states in bfloat16 on GPUs."""
+
+    HEADS = {"v_head": lambda hidden: torch.nn.ModuleDict({"summary": torch.nn.Linear(hidden, 1)}),
+             "score": lambda hidden: torch.nn.Sequential(torch.nn.Linear(hidden, hidden), torch.nn.ReLU(),
+                                                         torch.nn.Linear(hidden, 2))}
+    SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what "score" was trained with
+
+    def __init__(self, name):
+        """Read all but the backbone; ends the program where something is missing. name: a folder or a Hub name."""
+        self.folder, self.body, tensors = local_folder(name), None, {}
+        self.tokenizer = load_tokenizer(name, "")
+        config = AutoConfig.from_pretrained(self.folder)
+        self.context = config.max_position_embeddings
+        for path in weight_files(self.folder):
+            with safe_open(path, "pt") as file:
+                tensors |= {n: file.get_tensor(n).float() for n in file.keys() if n.split(".")[0] in self.HEADS}
+        self.layout = next((n.split(".")[0] for n in tensors), None)
+        if self.layout is None:
+            fail(f"{name} is no process reward model that is known here: no tensor {' or '.join(self.HEADS)} in it")
+        self.head = self.HEADS[self.layout](config.hidden_size)
+        try:
+            self.head.load_state_dict({n.split(".", 1)[1]: tensor for n, tensor in tensors.items()})
+        except RuntimeError as error:
+            fail(f"{name}: {' '.join(lines_of(error)[1:])}")
+        mark = "\n\n" if self.layout == "v_head" else "<extra_0>"
+        ids = self.tokenizer(mark, add_special_tokens=False)["input_ids"]
+        unknown = not ids or ids[-1] == self.tokenizer.unk_token_id
+        if unknown or self.layout == "score" and (len(ids) > 1 or not self.tokenizer.chat_template):
+            fail(f"{name}: its tokenizer has no token for the end of a step, {mark!r}, or no chat template")
+        self.mark = ids[-1]
+
+    def load(self):
+        """Bring the backbone to this process' device."""
+        AttentionInterface.register("packed", packed_attention)
+        self.body, info = AutoModel.from_pretrained(self.folder, dtype=compute_dtype(), attn_implementation="packed",
+                                                    output_loading_info=True)
+        if info["missing_keys"]:
+            fail(f"{self.folder}: tensors are missing: {sorted(info['missing_keys'])[:3]}")
+        self.body, self.head = self.body.to(device()).eval(), self.head.to(device())
+
+    def unload(self):
+        """Give the backbone's memory back."""
+        self.body = None
+        if device().type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def encode(self, problem, text):
+        """(token ids, the place in them of each step's mark) of a response. A step is what blank lines divide; an
+        empty one is its mark alone. Beyond the model's context nothing is read: the last mark stands at its end then.
+        No place at all where the problem itself is too long."""
+        if self.layout == "v_head":
+            ids = encode(self.tokenizer, f"{self.tokenizer.bos_token or ''}{problem['problem']}\n")
+        else:
+            ids = encode(self.tokenizer, make_prompt(self.tokenizer, "chat", problem, system=self.SYSTEM))
+        first, places = len(ids), []
+        steps = self.tokenizer(text.split("\n\n"), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for step in steps:
+            ids += [*step, self.mark]
+            places.append(len(ids) - 1)
+        if len(ids) > self.context:
+            places = [place for place in places if place < self.context - 1] + [self.context - 1]
+            ids = ids[:self.context - 1] + [self.mark]
+        return ids, places if first < self.context else []
+
+    def logits(self, rows):
+        """The logit of "this step is right" at each place of rows [(ids, places)], (P,), in their order."""
+        batch = pack([[([], ids)] for ids, _ in rows])
+        batch["predict"] = torch.tensor([start + place for start, (_, places) in zip(batch["starts"].tolist(), rows)
+                                         for place in places], dtype=torch.long, device=device())
+        hidden = hidden_states(self.body, batch).float()
+        if self.layout == "v_head":
+            return self.head["summary"](hidden)[:, 0]
+        return self.head(hidden) @ torch.tensor([-1.0, 1.0], device=device())
+
+
+def step_rewards(run, prm, problems, responses, *, round, phase):
+    """[[reward of each step, 0 to 1]] of responses, in their order, by a RewardModel; equal ones are read once.
+
+    Responses are packed end to end, without padding, into batches by their length in characters: whoever reads one, it
+    is the same. What was read is kept in unfinished/. To a problem beyond the PRM's context there is no reward."""
+    slept = run.sampler.sleep() if run.sampler else {}
+    by_id, began = {p["id"]: p for p in problems}, time.time()
+    different = sorted({(r["id"], r["text"]) for r in responses},
+                       key=lambda key: (-len(by_id[key[0]]["problem"]) - len(key[1]), key))
+    sizes = [min(REWARD_CHARACTERS, len(by_id[i]["problem"]) + len(text)) for i, text in different]
+    starts = (np.cumsum(sizes) - sizes) // REWARD_CHARACTERS
+    batches = [[different[at] for at in of] for _, of in itertools.groupby(range(len(starts)), key=starts.__getitem__)]
+    name, found, mine = f"round_{round}-{phase}@{{}}.jsonl", {}, {}  # by what a batch holds
+    for path in run.unfinished.glob(name.format("*")):
+        for line in open(path):
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                found.update([json.loads(line)])
+    barrier()  # everybody has read before anybody writes on
+    prm.load()
+    torch.set_num_threads(1)  # as when sampling: the result does not depend on how many there are
+    run.unfinished.mkdir(parents=True, exist_ok=True)
+    with open(run.unfinished / name.format(rank()), "a") as file, bar(len(batches), f"round {round} {phase}") as shown:
+        for number in claims(len(batches)):
+            if (key := f"{seed_of(batches[number]):x}") not in found:
+                rows = [prm.encode(by_id[i], text) for i, text in batches[number]]
+                with torch.inference_mode():
+                    rewards = prm.logits(rows).sigmoid().tolist()
+                if not all(map(math.isfinite, rewards)):
+                    fail(f"{prm.folder}: its rewards are not numbers, in answers to {batches[number][0][0]} and others")
+                rewards = iter(rewards)
+                mine[key] = [[len(ids), [next(rewards) for _ in places]] for ids, places in rows]
+                file.write("\n" + json.dumps([key, mine[key]]) + "\n")
+                file.flush()
+            shown.update(world_size())
+    torch.set_num_threads(threads_per_process())
+    cost = 2 * sum(p.numel() for p in prm.body.parameters())
+    prm.unload()
+    for part in gather(mine):
+        found.update(part)
+    read_as = dict(zip(different, itertools.chain(*(found[f"{seed_of(b):x}"] for b in batches)), strict=True))
+    lengths = [size for size, _ in read_as.values()]
+    rewards = [read_as[r["id"], r["text"]][1] for r in responses]
+    steps, full, seconds = sum(map(len, rewards)), lengths.count(prm.context), time.time() - began
+    flops = cost * sum(lengths)
+    run.log(round, phase, responses=len(responses), different=len(different), steps=steps, tokens=sum(lengths),
+            filled_context=full, unread=rewards.count([]), flops=flops, spent_flops=flops,
+            padded_flops=cost * len(lengths) * max(lengths), seconds=seconds, **slept)
+    say(f"  round {round}  {phase:<9} {len(responses):>7,} answers, {len(different):,} different, of {steps:,} steps, "
+        f"{sum(lengths) / seconds:,.0f} tok/s, {seconds:.1f} s")
+    if full:
+        say(f"           {full:,} answers reach the end of the PRM's context, {prm.context:,} tokens, and are read up "
+            f"to there; {rewards.count([]):,} have no reward, as their problem alone is longer")
+    return rewards

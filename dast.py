@@ -21,13 +21,12 @@ Differs from the paper in what cannot be known.
   torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
 """
 import functools
-from collections import defaultdict
 from pathlib import Path
 
 import torch.nn.functional as F
 
-from common import (fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
-                    sample, say, sequence_logprobs, start_run, train)
+from common import (by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
+                    sample, say, sequence_logprobs, spread_evenly, start_run, train)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
 
 # What to run
@@ -102,14 +101,6 @@ def target_and_budget(level):
     return M_TARGET * TARGETS[hardness], K_SAMPLES * BUDGETS[hardness]
 
 
-def spread_evenly(total, n, rng):
-    """`total` spread over n places as evenly as can be: a list of n numbers; the remainder goes to random ones."""
-    counts = [total // n] * n
-    for i in rng.permutation(n)[:total % n]:
-        counts[i] += 1
-    return counts
-
-
 def outcomes_of(responses):
     """One problem's draws as numbers: 0 is wrong (or cut by the length limit), k the k-th distinct correct text.
 
@@ -161,14 +152,6 @@ def dpo_loss(logprobs, batch):
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
-
-def by_problem(records):
-    """{id: its records, in order}."""
-    groups = defaultdict(list)
-    for record in records:
-        groups[record["id"]].append(record)
-    return groups
-
 
 def of_other_run(folder, t):
     """The selection that another run made in round t; ends the program if it has not got so far."""

@@ -225,8 +225,8 @@ def difference(score, other, rng):
 
 
 def end_round(run, t):
-    """Log what round t cost: FLOPs of sampling and training (not of evaluation), in it and so far, and the seconds that
-    went neither into sampling nor into training (not of the rounds at which a run was started again)."""
+    """Log what round t cost: FLOPs of sampling, rewards and training (not of evaluation), in it and so far, and the
+    seconds that went into none of these (not of the rounds at which a run was started again)."""
     of_round = [m for m in run.metrics.values() if m["round"] == t]
     phases, costs = [m for m in of_round if m["phase"] not in ("round", "reported")], {}
     before = [m for m in run.metrics.values() if m["phase"] == "round" and m["round"] < t]
@@ -244,8 +244,8 @@ def end_round(run, t):
 
 
 def final_table(run, scores):
-    """Print the table of a run's rounds, and what they cost in FLOPs (sampling and training, without evaluation), and
-    of their seconds those outside sampling and training."""
+    """Print the table of a run's rounds, and what they cost in FLOPs (without evaluation), and of their seconds those
+    outside sampling, rewards and training."""
     print_table(scores, "model")
     say(f"\n{'FLOPs':<13}{'of it':>10}{'so far':>10}{'padded':>10}{'all drawn':>11}{'seconds':>9}{'outside':>9}")
     for m in run.metrics.values():
@@ -253,7 +253,7 @@ def final_table(run, scores):
             seconds = "".join(f"{m[n]:>9.1f}" if n in m else f"{'-':>9}" for n in ("seconds", "outside_seconds"))
             say(f"round {m['round']:<7}{m['flops']:>10.2e}{m['total_flops']:>10.2e}{m['total_padded_flops']:>10.2e}"
                 f"{m['total_spent_flops']:>11.2e}{seconds}")
-    say("(sampling and training; the first two of the draws that count; padded and all drawn: so far)")
+    say("(sampling, rewards and training; the first two of the draws that count; padded and all drawn: so far)")
     sampled = sum(m.get("spent_tokens", 0) for m in run.metrics.values())
     trained = sum(m["tokens"] for m in run.metrics.values() if m["phase"] == "train")
     seconds = sum(m.get("seconds", 0) for m in run.metrics.values() if m["phase"] != "round")

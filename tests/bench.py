@@ -1,4 +1,4 @@
-"""Speed of what is ours: python tests/bench.py checking [../shared], python tests/bench.py selection.
+"""Speed of what is ours: python tests/bench.py checking [../shared], selection, or rewards [../shared].
 
 checking: MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model outputs,
 judged by plain math-verify (parse and verify, as its README says) and by the Checker, in turn, in processes of their
@@ -7,12 +7,17 @@ differ are printed, and how the wall time falls with the number of workers.
 
 selection: what adastar.py decides in an iteration over 1,000,000 problems if it visits all of them: seconds of the
 processor, and memory with all libraries.
+
+rewards: the toy's reward model reads the toy's training solutions, and MATH solutions of any length, as responses: by
+common.step_rewards' batches, and by a plain Hugging Face loop, padded batches of 4 in the order of the file. Wall
+seconds, medians of 5 in turn, tokenizing on both sides; and the largest difference of a reward.
 """
 import json
 import multiprocessing
 import os
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -92,10 +97,55 @@ def selection(n=1_000_000):
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
 
+def padded_loop(prm, model, pairs):
+    """Rewards of each step as a plain Hugging Face program finds them."""
+    import torch
+    found = []
+    for at in range(0, len(pairs), 4):
+        rows = [prm.encode(problem, text) for problem, text in pairs[at:at + 4]]
+        batch = prm.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt")
+        with torch.inference_mode():
+            hidden = model(**batch).last_hidden_state
+            rewards = torch.sigmoid(prm.head["summary"](hidden))[..., 0]
+        found += [rewards[i, places].tolist() for i, (_, places) in enumerate(rows)]
+    return found
+
+
+def rewards(shared):
+    import common
+    import numpy as np
+    from transformers import AutoModel
+    script, folder = ROOT / "hs_star.py", ROOT / "tests" / "toy"
+    toy = [json.loads(line) for line in open(folder / "train.jsonl")]
+    math = common.load_problems("math", "test", shared / "data", 300)
+    constants = dict(MODEL=str(folder / "model"), RUN="bench-rewards", SEED=0, WANDB=False, ENGINE="transformers",
+                     GRADER="", __file__=str(script))
+    constants = {**{name: 0 for name in common.constants_of(script)}, **constants, "PRM": ""}
+    os.chdir(tempfile.mkdtemp())
+    run, common.say = common.start_run(constants), lambda *_: None
+    prm, plain = common.RewardModel(folder / "prm"), AutoModel.from_pretrained(folder / "prm").eval()
+    toy = [{"id": str(n), **p} for n, p in enumerate(toy)]
+    for what, problems in ("toy solutions", toy), ("MATH solutions", math):
+        responses = [{"id": p["id"], "text": p["solution"]} for p in problems]
+        pairs, seconds, found = [(p, p["solution"]) for p in problems], ([], []), [None, None]
+        for turn in range(6):
+            for way in (0, 1):
+                began = time.time()
+                found[way] = padded_loop(prm, plain, pairs) if way == 0 else common.step_rewards(
+                    run, prm, problems, responses, round=turn, phase=what.split()[0])
+                seconds[way].append(time.time() - began)
+        theirs, ours = (float(np.median(s[1:])) for s in seconds)  # the first is to warm up
+        off = max(abs(a - b) for pair in zip(*found, strict=True) for a, b in zip(*pair, strict=True))
+        print(f"{what}: ratio {theirs / ours:.1f}; {len(pairs):,} responses, {sum(map(len, found[0])):,} steps, padded "
+              f"batches of 4 {theirs:.2f} s, packed {ours:.2f} s, rewards differ by {off:.1g}")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["checking"]:
         checking(Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
     elif sys.argv[1:] == ["selection"]:
         selection()
+    elif sys.argv[1:2] == ["rewards"]:
+        rewards(Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
     else:
         sys.exit(__doc__)

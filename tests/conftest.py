@@ -24,24 +24,27 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: {"test_vllm": 0, "test_runs": 1, "test_adastar": 2}.get(item.path.stem, 3))
 
 
-def launch(folder, script, *flags, processes=0, check=True, bytes=0):
-    """Run a script of the project in `folder`, where its runs/ will be, with torchrun if `processes`.
+def launch(folder, script, *flags, processes=0, torchrun=False, check=True, bytes=0):
+    """Run a script of the project in `folder`, where its runs/ will be.
 
-    Without it in a fork of a process that has the libraries: see fork_server.py. bytes: the largest file it may write.
+    In forks of a process that has the libraries (see fork_server.py), or as a user does, by torchrun, which takes ten
+    seconds longer. processes: 0 is without a process group. bytes: the largest file it may write.
     """
     if not (folder / "tests").exists():
         (folder / "tests").symlink_to(ROOT / "tests")  # --toy names its files from the project's root
     command = [str(ROOT / script), *map(str, flags)]
-    if processes:
+    if torchrun:
         # "--" because torchrun would take --run for the beginning of its own --run-path
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         done = subprocess.run([*start, "--", *command], cwd=folder, capture_output=True, text=True, timeout=600,
                               env=environment())
     else:
         out, err = folder / "stdout.txt", folder / "stderr.txt"
+        out.write_text("")
+        err.write_text("")
         server = fork_server()
         print(json.dumps({"folder": str(folder), "command": command, "out": str(out), "err": str(err),
-                          "bytes": bytes}), file=server.stdin, flush=True)
+                          "bytes": bytes, "processes": processes}), file=server.stdin, flush=True)
         status = int(server.stdout.readline())
         done = subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
         out.unlink()
@@ -73,7 +76,7 @@ def shared():
 def finished(tmp_path_factory):
     """A folder with the finished run "one": dast.py, smoke-sized, on one process. Only for reading: see `copy_of`."""
     folder = tmp_path_factory.mktemp("finished")
-    launch(folder, "dast.py", *SMOKE, "--run", "one", processes=1)
+    launch(folder, "dast.py", *SMOKE, "--run", "one", processes=1, torchrun=True)
     return folder
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy"
 sys.path.insert(0, str(ROOT))
-LIMITS = {"machine": 50, "attention": 40, "step": 70, "updates": 110, "toy_sft": 105, "toy_dpo": 105,
-          "toy_adastar": 100}  # seconds
+LIMITS = {"machine": 40, "attention": 35, "step": 65, "updates": 100, "rewards": 30, "toy_sft": 85, "toy_dpo": 80,
+          "toy_adastar": 80, "toy_hs_star": 80}  # seconds
 
 
 def machine():
@@ -124,6 +124,27 @@ def step():
                     and max(f["gradient_error"] for f in found.values()) < bounds[1]}
 
 
+def rewards():
+    """The toy's reward model: packed in the GPU's precision, against float64 on CPU, answer by answer."""
+    import common
+    import torch
+    common.setup()
+    problems = [json.loads(line) for line in open(TOY / "test.jsonl")][:200]
+    prm, found, exact = common.RewardModel(TOY / "prm"), [], []
+    rows = [prm.encode(p, p["solution"]) for p in problems]
+    prm.load()
+    with torch.inference_mode():
+        for at in range(0, len(rows), 50):
+            found += prm.logits(rows[at:at + 50]).sigmoid().tolist()
+        body = common.AutoModel.from_pretrained(TOY / "prm", dtype=torch.float64, attn_implementation="eager").eval()
+        head = prm.head.cpu().double()
+        for ids, places in rows:
+            exact += head["summary"](body(torch.tensor([ids])).last_hidden_state[0, places])[:, 0].sigmoid().tolist()
+    errors = [abs(a - b) for a, b in zip(found, exact, strict=True)]
+    return {"steps": len(exact), "mean_error": sum(errors) / len(errors), "max_error": max(errors),
+            "passed": sum(errors) / len(errors) < (5e-3 if common.compute_dtype() == torch.bfloat16 else 1e-6)}
+
+
 def run_script(folder, *command):
     """A script in a folder of its own: (status, what it printed, seconds)."""
     began = time.time()
@@ -168,8 +189,8 @@ def toy(script, *flags):
 
 
 CHECKS = {"machine": machine, "attention": attention, "step": step, "updates": updates,
-          "toy_sft": lambda: toy("dast"), "toy_dpo": lambda: toy("dast", "--loss", "dpo"),
-          "toy_adastar": lambda: toy("adastar")}
+          "rewards": rewards, "toy_sft": lambda: toy("dast"), "toy_dpo": lambda: toy("dast", "--loss", "dpo"),
+          "toy_adastar": lambda: toy("adastar"), "toy_hs_star": lambda: toy("hs_star")}
 
 
 def main():

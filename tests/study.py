@@ -3,6 +3,7 @@
   python tests/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
   python tests/study.py dast-dpo       the same with --loss dpo
   python tests/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
+  python tests/study.py hs_star        HS-STaR against uniform iterative DPO and its ablations at the same budget, 3 seeds
   python tests/study.py dast --seeds 0   with one seed
 """
 import argparse
@@ -152,13 +153,37 @@ def adastar(seeds):
         print(f"seed {seed}:", *(len(walk) for walk in walks), f"; iteration {again}")
 
 
+HS_STAR = {"HS-STaR": [], "uniform": ["--pre-samples", 8], "accuracy only": ["--difficulty", "accuracy"],
+           "reward only": ["--difficulty", "reward"], "random pairs": ["--pairing", "random"],
+           "uniform, random pairs": ["--pre-samples", 8, "--pairing", "random"]}
+
+
+def hs_star(seeds):
+    """M_0, and all arms after the toy run's three rounds, with as many answers drawn by each."""
+    folders = {arm: [run("hs_star.py", f"study-hs_star-{re.sub('[^a-z]+', '-', arm.lower())}-{seed}", "--seed", seed,
+                         *flags) for seed in seeds] for arm, flags in HS_STAR.items()}
+    rounds = range(1, 4)
+    arms = {"M_0": [correct(folder, "round_0/eval.json") for folder in folders["HS-STaR"]]}
+    arms |= {arm: [correct(folder, "round_3/eval.json") for folder in of_arm] for arm, of_arm in folders.items()}
+    print_arms("after three rounds", arms, "M_0")
+    print_arms("after three rounds", arms, "uniform")
+    print(f"\n{'by seed':<24}{'answers':<22}{'pairs':<20}boundary problems, by round")
+    for arm, of_arm in folders.items():
+        lines = [[[json.loads(line) for line in open(folder / f"round_{t}" / f"{name}.jsonl")] for t in rounds]
+                 for name in ("responses", "selection") for folder in of_arm]
+        drawn, chosen = lines[:len(seeds)], lines[len(seeds):]
+        print(f"{arm:<24}{' '.join(str(sum(map(len, r))) for r in drawn):<22}"
+              f"{' '.join(str(sum(len(s['pairs']) for of in r for s in of)) for r in chosen):<20}"
+              + "; ".join(" ".join(str(sum(s["class"] == "boundary" for s in of)) for of in r) for r in chosen))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["dast", "dast-dpo", "adastar"])
+    parser.add_argument("name", choices=["dast", "dast-dpo", "adastar", "hs_star"])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated [0,1,2]")
     arguments = parser.parse_args()
     numbers = list(map(int, arguments.seeds.split(",")))
-    if arguments.name == "adastar":
-        adastar(numbers)
+    if arguments.name in ("adastar", "hs_star"):
+        {"adastar": adastar, "hs_star": hs_star}[arguments.name](numbers)
     else:
         dast(numbers, "dpo" if arguments.name == "dast-dpo" else "sft")

@@ -68,7 +68,7 @@ def test_two_processes_draw_and_decide_the_same(finished, copy_of):
     (two / "round_1").mkdir(parents=True)
     # the recorded answers of the first round are replayed, since weights that differ by 1e-6 may flip a token
     shutil.copy(one / "round_1" / "responses.jsonl", two / "round_1")
-    done = launch(copy_of, "dast.py", *SMOKE, "--run", "two", processes=2)
+    done = launch(copy_of, "dast.py", *SMOKE, "--run", "two", processes=2, torchrun=True)
     assert "runs/two has results but no constants.json; they are taken as they are" in done.stdout
     for name in ("round_0/probe.jsonl", "round_0/eval_base.json", "round_1/selection.jsonl", "round_1/train.jsonl"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
