@@ -928,9 +928,9 @@ SETS = {  # name: {split: its file in the DATA folder, and where the Hub has it:
                 "test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default"},
 }
 FIELDS = {  # the names that the sets give to the parts of a problem; the first that is there counts
-    "problem": ("problem", "question_concat", "question", "Question", "prompt"),
+    "problem": ("problem", "question_concat", "question", "Question", "prompt", "query"),
     "answer": ("answer", "expected_answer", "final_answer", "Answer", "answerKey", "answer_value", "label"),
-    "solution": ("solution", "reference_solution", "reasoning", "answer_analysis"),
+    "solution": ("solution", "reference_solution", "reasoning", "answer_analysis", "response"),
     "level": ("level", "difficulty"),
     "tags": ("tags", "subject", "type", "Type", "subfield", "data_topic", "knowledge_point_routes", "query_type"),
 }
@@ -2004,8 +2004,8 @@ REWARD_CHARACTERS = 2**15  # of a batch that a PRM reads, whoever does it: part 
 class RewardModel:
     """A process reward model in one of two published layouts, told apart by the name of its head's tensors.
 
-    "v_head": Skywork-o1-Open-PRM. After the problem and a line's end, each step is followed by the last token of
-        "\\n\\n", where a linear head gives a logit; the reward is its sigmoid. Steps are tokenized one by one.
+    "v_head": Skywork-o1-Open-PRM. After the problem and a line's end, each step is followed by the token "\\n\\n",
+        where a linear head gives a logit; the reward is its sigmoid. Steps are tokenized one by one.
     "score": Qwen2.5-Math-PRM. In the assistant's turn of its chat template each step is followed by <extra_0>, where a
         head of two layers gives two logits; the reward is the softmax's second, which is the sigmoid of the difference.
     So the authors' inference code and vLLM's read them; the published weights could not be downloaded here. No code of
@@ -2018,12 +2018,13 @@ class RewardModel:
 
     def __init__(self, name):
         """Read all but the backbone; ends the program where something is missing. name: a folder or a Hub name."""
-        self.folder, self.body, tensors = local_folder(name), None, {}
+        self.folder, self.body, tensors, names = local_folder(name), None, {}, set()
         self.tokenizer = load_tokenizer(name, "")
         config = AutoConfig.from_pretrained(self.folder)
         self.context = config.max_position_embeddings
         for path in weight_files(self.folder):
             with safe_open(path, "pt") as file:
+                names.update(file.keys())
                 tensors |= {n: file.get_tensor(n).float() for n in file.keys() if n.split(".")[0] in self.HEADS}
         self.layout = next((n.split(".")[0] for n in tensors), None)
         if self.layout is None:
@@ -2033,20 +2034,21 @@ class RewardModel:
             self.head.load_state_dict({n.split(".", 1)[1]: tensor for n, tensor in tensors.items()})
         except RuntimeError as error:
             fail(f"{name}: {' '.join(lines_of(error)[1:])}")
+        with torch.device("meta"):
+            missing = [n for n in AutoModel.from_config(config).state_dict() if not {n, f"model.{n}"} & names]
+        if missing:
+            fail(f"{name}: {len(missing)} tensors of a {config.model_type} are missing: {missing[0]}, ...")
         mark = "\n\n" if self.layout == "v_head" else "<extra_0>"
         ids = self.tokenizer(mark, add_special_tokens=False)["input_ids"]
-        unknown = not ids or ids[-1] == self.tokenizer.unk_token_id
-        if unknown or self.layout == "score" and (len(ids) > 1 or not self.tokenizer.chat_template):
+        if len(ids) != 1 or ids == [self.tokenizer.unk_token_id] or (
+                self.layout == "score" and not self.tokenizer.chat_template):
             fail(f"{name}: its tokenizer has no token for the end of a step, {mark!r}, or no chat template")
-        self.mark = ids[-1]
+        self.mark = ids[0]
 
     def load(self):
         """Bring the backbone to this process' device."""
         AttentionInterface.register("packed", packed_attention)
-        self.body, info = AutoModel.from_pretrained(self.folder, dtype=compute_dtype(), attn_implementation="packed",
-                                                    output_loading_info=True)
-        if info["missing_keys"]:
-            fail(f"{self.folder}: tensors are missing: {sorted(info['missing_keys'])[:3]}")
+        self.body = AutoModel.from_pretrained(self.folder, dtype=compute_dtype(), attn_implementation="packed")
         self.body, self.head = self.body.to(device()).eval(), self.head.to(device())
 
     def unload(self):
@@ -2085,6 +2087,14 @@ class RewardModel:
         return self.head(hidden) @ torch.tensor([-1.0, 1.0], device=device())
 
 
+def reward_batches(sizes):
+    """{key: characters} as lists of keys, the longest first, REWARD_CHARACTERS or a little more in each."""
+    keys = sorted(sizes, key=lambda key: (-sizes[key], key))
+    capped = [min(REWARD_CHARACTERS, sizes[key]) for key in keys]  # so that a huge one is alone
+    starts = (np.cumsum(capped) - capped) // REWARD_CHARACTERS
+    return [[keys[at] for at in of] for _, of in itertools.groupby(range(len(keys)), key=starts.__getitem__)]
+
+
 def step_rewards(run, prm, problems, responses, *, round, phase):
     """[[reward of each step, 0 to 1]] of responses, in their order, by a RewardModel; equal ones are read once.
 
@@ -2092,11 +2102,7 @@ def step_rewards(run, prm, problems, responses, *, round, phase):
     is the same. What was read is kept in unfinished/. To a problem beyond the PRM's context there is no reward."""
     slept = run.sampler.sleep() if run.sampler else {}
     by_id, began = {p["id"]: p for p in problems}, time.time()
-    different = sorted({(r["id"], r["text"]) for r in responses},
-                       key=lambda key: (-len(by_id[key[0]]["problem"]) - len(key[1]), key))
-    sizes = [min(REWARD_CHARACTERS, len(by_id[i]["problem"]) + len(text)) for i, text in different]
-    starts = (np.cumsum(sizes) - sizes) // REWARD_CHARACTERS
-    batches = [[different[at] for at in of] for _, of in itertools.groupby(range(len(starts)), key=starts.__getitem__)]
+    batches = reward_batches({(r["id"], r["text"]): len(by_id[r["id"]]["problem"]) + len(r["text"]) for r in responses})
     name, found, mine = f"round_{round}-{phase}@{{}}.jsonl", {}, {}  # by what a batch holds
     for path in run.unfinished.glob(name.format("*")):
         for line in open(path):
@@ -2104,35 +2110,45 @@ def step_rewards(run, prm, problems, responses, *, round, phase):
                 found.update([json.loads(line)])
     barrier()  # everybody has read before anybody writes on
     prm.load()
-    torch.set_num_threads(1)  # as when sampling: the result does not depend on how many there are
+
+    def read_batch(number):
+        key = f"{seed_of(batches[number]):x}"
+        if key in found:
+            return key, None
+        rows = [prm.encode(by_id[i], text) for i, text in batches[number]]
+        with torch.inference_mode():
+            rewards = prm.logits(rows).sigmoid().tolist()
+        if not all(map(math.isfinite, rewards)):
+            fail(f"{prm.folder}: its rewards are not numbers, in answers to {batches[number][0][0]} and others")
+        rewards = iter(rewards)
+        return key, [[len(ids), [next(rewards) for _ in places]] for ids, places in rows]
+
+    # On CPU each core reads a batch of its own, with one thread: so the result does not depend on how many there are
+    workers, numbers = 1 if device().type == "cuda" else threads_per_process(), claims(len(batches))
     run.unfinished.mkdir(parents=True, exist_ok=True)
-    with open(run.unfinished / name.format(rank()), "a") as file, bar(len(batches), f"round {round} {phase}") as shown:
-        for number in claims(len(batches)):
-            if (key := f"{seed_of(batches[number]):x}") not in found:
-                rows = [prm.encode(by_id[i], text) for i, text in batches[number]]
-                with torch.inference_mode():
-                    rewards = prm.logits(rows).sigmoid().tolist()
-                if not all(map(math.isfinite, rewards)):
-                    fail(f"{prm.folder}: its rewards are not numbers, in answers to {batches[number][0][0]} and others")
-                rewards = iter(rewards)
-                mine[key] = [[len(ids), [next(rewards) for _ in places]] for ids, places in rows]
-                file.write("\n" + json.dumps([key, mine[key]]) + "\n")
-                file.flush()
-            shown.update(world_size())
-    torch.set_num_threads(threads_per_process())
+    with (ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+          open(run.unfinished / name.format(rank()), "a") as file,
+          bar(len(batches), f"round {round} {phase}") as shown):
+        while some := list(itertools.islice(numbers, workers)):
+            for key, rewards in (map if workers == 1 else pool.map)(read_batch, some):
+                if rewards is not None:
+                    mine[key] = rewards
+                    file.write("\n" + json.dumps([key, rewards]) + "\n")
+                    file.flush()
+                shown.update(world_size())
     cost = 2 * sum(p.numel() for p in prm.body.parameters())
     prm.unload()
     for part in gather(mine):
         found.update(part)
-    read_as = dict(zip(different, itertools.chain(*(found[f"{seed_of(b):x}"] for b in batches)), strict=True))
+    read_as = dict(pair for b in batches for pair in zip(b, found[f"{seed_of(b):x}"], strict=True))
     lengths = [size for size, _ in read_as.values()]
     rewards = [read_as[r["id"], r["text"]][1] for r in responses]
     steps, full, seconds = sum(map(len, rewards)), lengths.count(prm.context), time.time() - began
     flops = cost * sum(lengths)
-    run.log(round, phase, responses=len(responses), different=len(different), steps=steps, tokens=sum(lengths),
+    run.log(round, phase, responses=len(responses), different=len(lengths), steps=steps, tokens=sum(lengths),
             filled_context=full, unread=rewards.count([]), flops=flops, spent_flops=flops,
             padded_flops=cost * len(lengths) * max(lengths), seconds=seconds, **slept)
-    say(f"  round {round}  {phase:<9} {len(responses):>7,} answers, {len(different):,} different, of {steps:,} steps, "
+    say(f"  round {round}  {phase:<9} {len(responses):>7,} answers, {len(lengths):,} different, of {steps:,} steps, "
         f"{sum(lengths) / seconds:,.0f} tok/s, {seconds:.1f} s")
     if full:
         say(f"           {full:,} answers reach the end of the PRM's context, {prm.context:,} tokens, and are read up "

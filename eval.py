@@ -38,6 +38,7 @@ PROMPT = "zero_shot"  # "zero_shot" | "few_shot" | "chat": form of the prompts
 EXAMPLES_FROM = ""  # with few_shot: a set's train split or a file whose solutions are shown; empty shows our own
 SHOTS = 8  # with few_shot: how many at most
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only
+FIRST = ""  # what stands before every prompt, for models that were trained so (by hs_star.py); empty is nothing
 SAMPLES = 1  # answers per problem; with more than one also pass@k and maj@k
 TEMPERATURE = 0.0  # 0 is greedy
 TOP_P = 1.0  # 1: off
@@ -365,7 +366,8 @@ def main():
         def prompt(problem, draw):
             pool = examples or worked_examples(problem) if PROMPT == "few_shot" else []
             shown = [e for e in pool if e["problem"] != problem["problem"]][:SHOTS]
-            return make_prompt(tokenizers[model], PROMPT, problem, shown, SYSTEM)
+            text = make_prompt(tokenizers[model], PROMPT, problem, shown, SYSTEM)
+            return f"{FIRST}\n\n{text}" if FIRST else text
 
         for name, problems in sets.items():
             phase = f"{slug(model)}/{slug(name)}"

@@ -15,10 +15,10 @@ each problem where the model is at the edge of what it can do, and spends the re
 
 Of the paper we could read the abstract, its first lines and a figure; its code lacks the programs that sample and
 train, and so the loss: plain DPO is ours. The rules above, thresholds and settings are the code's, where marked so.
-Differs from the code in: phi_r is a mean over all n_p answers, not over the different ones; exactly the budget is
-drawn, where the code draws more and drops it; an answer that was cut counts as wrong, and is in no pair; answers are
-checked by math-verify, and never read off as the last number; of its seven test sets two, of 30 and 40 problems drawn
-32 times each, are for eval.py.
+Differs from the code in: M_0 is MODEL as it is, unless there is a STEP_SET (solutions with blank lines between steps);
+phi_r is a mean over all n_p answers, not over the different ones; exactly the budget is drawn, where the code draws
+more and drops it; an answer that was cut counts as wrong, and is in no pair; answers are checked by math-verify, and
+never read off as the last number; AIME24 and AMC23, drawn 32 times, are for eval.py (with --first "SYSTEM's words").
 
   torchrun hs_star.py --toy                                   2 CPU cores: not measured yet
   torchrun hs_star.py --model Qwen/Qwen2.5-7B                 one GPU: not measured yet
@@ -38,14 +38,14 @@ from eval import end_round, evaluate, final_table, hold_out, show_answers, worke
 MODEL = "Qwen/Qwen2.5-7B"  # M_0, or the base that is trained on STEP_SET first: a Hub name or a folder (code)
 START = "previous"  # "previous" | "base": what each round trains from, and its reference; "base" is M_0 (code)
 PRM = "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B"  # Hub name or folder; empty is none: for arms without rewards (code)
-STEP_SET = ""  # a set whose solutions, in steps, M_0 is trained on first; empty is none: MODEL is M_0 (code)
+STEP_SET = ""  # solutions in steps, to train M_0 on first; empty: MODEL is M_0 (ours; code: MATH's, rewritten)
 TRAIN_DATA = "gsm8k,math"  # names of sets, .jsonl or .json files, owner/name of the Hub (ours; code: NuminaMath-1.5)
 TEST_DATA = "gsm8k,math500,minerva_math,olympiadbench,college_math"  # scored greedily; may be empty (code)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (code)
 HELD_OUT = 0  # training problems put aside, and scored like a test set; 0 is none (ours)
 SLICE = 4900  # N: problems of a round, no round's the same while they last (ours; 7,500 in the code)
-ROUNDS = 3  # (code)
+ROUNDS = 3  # after round 0 (code)
 SEED = 0  # of everything random (ours)
 
 # The method: README's table has the values that make the other arms
@@ -195,8 +195,12 @@ def rewarded(run, prm, problems, responses, **phase):
     return [{**r, "reward": reward_of(s), "step_rewards": s} for r, s in zip(responses, steps)]
 
 
-def classify(problems, presamples):
-    """[(phi_a, phi_r, class)], parallel to problems, from their pre-samples."""
+def classify(run, problems, presamples):
+    """[(phi_a, phi_r, class)], parallel to problems, from their pre-samples; ends the program if these, which may have
+    been copied from a report, are not what would have been drawn here."""
+    due = [(p["id"], draw) for p in problems for draw in range(PRE_SAMPLES)]
+    if due != [(r["id"], r["draw"]) for r in presamples] or not all(("reward" in r) == bool(PRM) for r in presamples):
+        fail(f"{run.folder}: presamples.jsonl was made with other problems, --pre-samples or --prm; remove it")
     drawn = by_problem(presamples)
     return [difficulty_of(outcomes_of(drawn[p["id"]]), [r.get("reward", 0.0) for r in drawn[p["id"]]])
             for p in problems]
@@ -265,13 +269,15 @@ def main():
     problems, held_out = hold_out(problems, HELD_OUT, SEED)
     tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])
     solved = [p for p in load_problems(STEP_SET, "train", DATA) if "solution" in p] if STEP_SET else []
+    solved = [p for p in solved if p["problem"] not in {h["problem"] for h in held_out}]
     if STEP_SET and not solved:
         fail(f"--step-set {STEP_SET}: no problem in it has a solution")
     run = start_run(globals(), problems + solved, tests)
-    by_id, fresh = {p["id"]: p for p in problems}, len(problems) // SLICE
-    say(f"  data     {len(problems):,} training problems, {SLICE:,} a round; {len(tests):,} test problems")
+    by_id, fresh = {p["id"]: p for p in problems}, max(1, len(problems) // SLICE)
+    say(f"  data     {len(problems):,} training problems, {min(SLICE, len(problems)):,} a round; {len(tests):,} test "
+        f"problems\n  taus     {TAU_LOW} and {TAU_HIGH}")
     if ROUNDS > fresh:
-        say(f"           the training problems are enough for {fresh:,} rounds; then they come again (--slice)")
+        say(f"           from round {fresh + 1} on they come again: fewer than {ROUNDS} times {SLICE:,} (--slice)")
 
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
@@ -293,7 +299,8 @@ def main():
         model = run.once("round_0/model", lambda to: train(run, MODEL, d_0, sft_loss, to, round=0, lr=LR, **training))
     m_0, scores = model, {}
     if not REPORT_ONLY:
-        scores["M_0"] = run.once("round_0/eval.json", lambda: evaluate(run, m_0, tests, ask, round=0, **greedy))
+        scores["round 0" if solved else "base"] = run.once("round_0/eval.json", lambda: evaluate(
+            run, m_0, tests, ask, round=0, **greedy))
     end_round(run, 0)
 
     for t in range(1, ROUNDS + 1):
@@ -301,11 +308,12 @@ def main():
         own = [problems[i] for i in slice_of(len(problems), t, run.rng)]
         presamples = run.once(f"round_{t}/presamples.jsonl", lambda: rewarded(run, prm, own, sample(
             run, model, own, PRE_SAMPLES, ask, round=t, phase="presample", **drawn), round=t, phase="prereward"))
-        difficulties = classify(own, presamples)
-        report_rewards(run, t, difficulties)
+        difficulties = classify(run, own, presamples)
+        if prm:
+            report_rewards(run, t, difficulties)
         if REPORT_ONLY:
             say("now choose --tau-low and --tau-high, and another --run; with this round_1/presamples.jsonl (and "
-                "round_0/) copied there, nothing is drawn twice")
+                "round_0/) copied there, and all else the same, nothing is drawn twice")
             return
 
         # 2. Re-sample: the remaining (n - n_p) N answers go to the boundary

@@ -8,9 +8,10 @@ differ are printed, and how the wall time falls with the number of workers.
 selection: what adastar.py decides in an iteration over 1,000,000 problems if it visits all of them: seconds of the
 processor, and memory with all libraries.
 
-rewards: the toy's reward model reads the toy's training solutions, and MATH solutions of any length, as responses: by
-common.step_rewards' batches, and by a plain Hugging Face loop, padded batches of 4 in the order of the file. Wall
-seconds, medians of 5 in turn, tokenizing on both sides; and the largest difference of a reward.
+rewards: the toy's reward model reads 1,600 answers that the toy model draws, the toy's training solutions (all are
+different) and 300 MATH solutions (long ones): by common.step_rewards, which reads the model from disk each time, and by
+a plain Hugging Face loop, padded batches of 4 in the order of the file. Wall seconds on all cores, medians of 5 in
+turn, tokenizing on both sides; and the largest difference of a reward.
 """
 import json
 import multiprocessing
@@ -123,11 +124,17 @@ def rewards(shared):
     constants = {**{name: 0 for name in common.constants_of(script)}, **constants, "PRM": ""}
     os.chdir(tempfile.mkdtemp())
     run, common.say = common.start_run(constants), lambda *_: None
+    tokenizer = common.load_tokenizer(folder / "model", "")
+    drawn = common.sample(run, str(folder / "model"), [{"id": str(n), "kind": "math", **toy[n]} for n in range(200)], 8,
+                          lambda p, d: common.make_prompt(tokenizer, "zero_shot", p), round=0, phase="draw",
+                          style="zero_shot", temperature=0.7, max_new_tokens=96)
     prm, plain = common.RewardModel(folder / "prm"), AutoModel.from_pretrained(folder / "prm").eval()
-    toy = [{"id": str(n), **p} for n, p in enumerate(toy)]
-    for what, problems in ("toy solutions", toy), ("MATH solutions", math):
-        responses = [{"id": p["id"], "text": p["solution"]} for p in problems]
-        pairs, seconds, found = [(p, p["solution"]) for p in problems], ([], []), [None, None]
+    by_id = {p["id"]: p for p in math} | {str(n): {"id": str(n), **p} for n, p in enumerate(toy)}
+    solutions = [{"id": p["id"], "text": p["solution"]} for p in by_id.values()]
+    for what, responses in {"drawn answers": drawn, "toy solutions": [r for r in solutions if r["id"].isdigit()],
+                            "MATH solutions": [r for r in solutions if not r["id"].isdigit()]}.items():
+        problems, pairs = list(by_id.values()), [(by_id[r["id"]], r["text"]) for r in responses]
+        seconds, found = ([], []), [None, None]
         for turn in range(6):
             for way in (0, 1):
                 began = time.time()

@@ -21,7 +21,8 @@ SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--roun
 
 def pytest_collection_modifyitems(items):
     """The long files first: two processes that take a file each then end together."""
-    items.sort(key=lambda item: {"test_vllm": 0, "test_runs": 1, "test_adastar": 2}.get(item.path.stem, 3))
+    long = ["test_vllm", "test_runs", "test_adastar", "test_hs_star"]
+    items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
 def launch(folder, script, *flags, processes=0, torchrun=False, check=True, bytes=0):

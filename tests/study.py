@@ -3,7 +3,7 @@
   python tests/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
   python tests/study.py dast-dpo       the same with --loss dpo
   python tests/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
-  python tests/study.py hs_star        HS-STaR against uniform iterative DPO and its ablations at the same budget, 3 seeds
+  python tests/study.py hs_star        HS-STaR, uniform DPO and the ablations at the same budget, 3 seeds
   python tests/study.py dast --seeds 0   with one seed
 """
 import argparse
@@ -165,8 +165,8 @@ def hs_star(seeds):
     rounds = range(1, 4)
     arms = {"M_0": [correct(folder, "round_0/eval.json") for folder in folders["HS-STaR"]]}
     arms |= {arm: [correct(folder, "round_3/eval.json") for folder in of_arm] for arm, of_arm in folders.items()}
-    print_arms("after three rounds", arms, "M_0")
-    print_arms("after three rounds", arms, "uniform")
+    for reference in ("M_0", "uniform", "uniform, random pairs"):
+        print_arms("after three rounds", arms, reference)
     print(f"\n{'by seed':<24}{'answers':<22}{'pairs':<20}boundary problems, by round")
     for arm, of_arm in folders.items():
         lines = [[[json.loads(line) for line in open(folder / f"round_{t}" / f"{name}.jsonl")] for t in rounds]

@@ -78,6 +78,33 @@ def test_budget(monkeypatch):
     assert hs_star.quotas(["inlier"] * 3, rng) == [0, 0, 0]
 
 
+def test_what_is_spent_is_what_was_given(monkeypatch):
+    """Counted from the responses of a round, for many N, |B|, n and n_p: n N, or n_p N where there is no boundary."""
+    def sample(run, model, problems, draws, prompt, **settings):
+        return [{"id": p["id"], "draw": d} for p, n in zip(problems, draws, strict=True) for d in range(n)]
+
+    monkeypatch.setattr(hs_star, "sample", sample)
+    rng, seen = np.random.default_rng(1), set()
+    for _ in range(300):
+        n, size = int(rng.integers(1, 17)), int(rng.integers(1, 60))
+        pre, boundary = int(rng.integers(1, n + 1)), int(rng.integers(0, size + 1))
+        monkeypatch.setattr(hs_star, "BUDGET", n)
+        monkeypatch.setattr(hs_star, "PRE_SAMPLES", pre)
+        problems = [{"id": f"p/{i}"} for i in range(size)]
+        classes = rng.permutation(["boundary"] * boundary + ["inlier"] * (size - boundary)).tolist()
+        responses = hs_star.resample(None, None, "", problems, sample(None, "", problems, [pre] * size, None),
+                                     hs_star.quotas(classes, rng), None, 1, {})
+        assert len(responses) == (n if boundary else pre) * size
+        counts = [0] * size
+        for r in responses:  # in the order of problems and draws, each draw once
+            assert r["draw"] == counts[int(r["id"][2:])]
+            counts[int(r["id"][2:])] += 1
+        assert [r["id"] for r in responses] == [p["id"] for p, c in zip(problems, counts) for _ in range(c)]
+        assert all(c == pre for c, name in zip(counts, classes) if name == "inlier")
+        seen.add((n == pre, boundary == 0, boundary == size))
+    assert len(seen) == 6
+
+
 @pytest.mark.parametrize("outcomes, rewards, right, wrong", [
     ([1, 0, 1, 0, 1], [0.2, 0.9, 0.8, 0.1, 0.5], {2, 4}, {1, 3}),  # K = 2: of three right ones the two best
     ([0, 1, 0, 0], [0.1, 0.0, 0.3, 0.2], {1}, {2}),  # the wrong one that looks best
@@ -160,7 +187,11 @@ def write_prm(folder, layout, drop=(), **config):
                         "score.2.weight": (2, HIDDEN), "score.2.bias": (2,)}}[layout]
     tensors = load_file(TOY / "model" / "model.safetensors")
     tensors |= {name: torch.randn(shape, generator=rng) * 0.2 for name, shape in shapes.items()}
-    save_file({n: t for n, t in tensors.items() if n not in drop}, folder / "model.safetensors", {"format": "pt"})
+    tensors = {n: t for n, t in tensors.items() if n not in drop}
+    files_of = {n: f"model-0000{1 + ('.1.' in n)}-of-00002.safetensors" for n in tensors}  # as large models come
+    for name in sorted(set(files_of.values())):
+        save_file({n: t for n, t in tensors.items() if files_of[n] == name}, folder / name, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files_of}))
     if layout == "score":
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -175,7 +206,7 @@ def step_by_step(folder, layout, problem, text):
     from transformers import AutoTokenizer, Qwen2Model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     body = Qwen2Model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tensors = load_file(folder / "model.safetensors")
+    tensors = {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
 
     def last_state(ids):
         with torch.inference_mode():
@@ -264,6 +295,15 @@ def test_equal_responses_alone_and_in_company(alone, tmp_path, monkeypatch):
     monkeypatch.setattr(alone, "REWARD_CHARACTERS", 64)
     other = alone.step_rewards(run, alone.RewardModel(TOY / "prm"), problems, responses, round=1, phase="reward500")
     assert other == found[64]
+    # beyond the context: read up to there; not at all where the problem is longer, and then S is 0
+    prm = alone.RewardModel(TOY / "prm")
+    prm.context = 40
+    some = [{"id": "p/0", "text": "\\boxed{1}"}, {"id": "p/0", "text": "\n\n".join(["1+1=2"] * 50)}]
+    short, long = alone.step_rewards(run, prm, problems, some, round=2, phase="long")
+    assert len(short) == 1 and 1 < len(long) < 15 and run.metrics[2, "long"]["filled_context"] == 1
+    prm.context = 10
+    assert alone.step_rewards(run, prm, problems, some, round=3, phase="long") == [[], []]
+    assert run.metrics[3, "long"]["unread"] == 2 and hs_star.reward_of([]) == 0
     metrics = run.metrics[1, "reward64"]
     assert metrics["responses"] == 90 and metrics["different"] == 45 and metrics["steps"] == 2 * 9 * 9
 
@@ -274,6 +314,14 @@ def break_prm(folder, what):
         return write_prm(folder, "v_head", drop=["model.layers.1.mlp.up_proj.weight"])
     if what == "other":  # an architecture that only code of the folder knows
         return write_prm(folder, "score", model_type="unheard_of")
+    if what == "blank":  # a blank line is two tokens to it
+        write_prm(folder, "v_head")
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        merges = tokenizer["model"]["merges"]
+        tokenizer["model"]["merges"] = [m for m in merges if m not in (["\u010a", "\u010a"], "\u010a \u010a")]
+        assert len(tokenizer["model"]["merges"]) < len(merges)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        return folder
     if what == "head":
         return write_prm(folder, "score", drop=["score.2.bias"])
     write_prm(folder, "score")
@@ -283,7 +331,8 @@ def break_prm(folder, what):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--prm", "missing"], ["tensors are missing", "layers.1.mlp.up_proj.weight"]),
+    (["--prm", "missing"], ["1 tensors of a qwen2 are missing: layers.1.mlp.up_proj.weight"]),
+    (["--prm", "blank"], ["its tokenizer has no token for the end of a step, '\\n\\n'"]),
     (["--prm", "head"], ["head: ", "2.bias"]),
     (["--prm", "mark"], ["its tokenizer has no token for the end of a step, '<extra_0>'"]),
     (["--prm", str(TOY / "model")], ["no process reward model that is known here", "v_head or score"]),
@@ -296,30 +345,22 @@ def break_prm(folder, what):
     (["--step-set", "p.jsonl"], ["--step-set p.jsonl: no problem in it has a solution"]),
 ])
 def test_bad_input_is_one_line(tmp_path, flags, words):
-    if flags[0] == "--prm" and flags[1] in ("missing", "head", "mark", "other"):
+    if flags[0] == "--prm" and flags[1] in ("missing", "head", "mark", "other", "blank"):
         break_prm(tmp_path / flags[1], flags[1])
     (tmp_path / "p.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n')
     line = error_of(launch(tmp_path, "hs_star.py", *SMALL, "--rounds", "1", "--pre-samples", "1", *flags, check=False))
     assert all(word in line for word in words), line
 
 
-def test_the_toys_reward_model_tells_right_from_wrong(alone):
-    """On solutions of held-out problems, half of which have a wrong line, labelled by arithmetic."""
-    import random
-
+def test_the_toys_reward_model_tells_right_from_wrong(small):
+    """Steps of drawn answers to problems that it has not seen, labelled by arithmetic."""
     import make_prm
-    from make import make_problem, write_solution
-    rng, prm, rows = random.Random(5), alone.RewardModel(TOY / "prm"), []
-    prm.load()
-    for n in range(150):
-        problem, chain = make_problem(2 + n % 5, rng.choice(["sums", "multiples", "digit sums", "swaps"]), rng)
-        text = write_solution(*chain, rng.choice(["careful", "brisk"]), rng, slip=0.3 * (n % 2))
-        labels = make_prm.labels_of(problem, text)
-        assert n % 2 or all(labels)
-        rows.append((prm.encode(problem, text), labels))
-    with torch.inference_mode():
-        scores = prm.logits([row for row, _ in rows]).numpy()
-    assert make_prm.area_under_curve(scores, [n for _, of in rows for n in of]) > 0.95
+    problems = {f"toy/train/{n}": p for n, p in enumerate(lines(TOY / "train.jsonl"), 1)}
+    scores, labels = [], []
+    for r in lines(small / "runs/one/round_1/responses.jsonl"):
+        scores += r["step_rewards"]
+        labels += make_prm.labels_of(problems[r["id"]], r["text"])
+    assert 0.2 < np.mean(labels) < 0.8 and make_prm.area_under_curve(np.array(scores), labels) > 0.85
 
 
 @pytest.mark.parametrize("text, labels", [
@@ -417,6 +458,8 @@ def test_two_processes_decide_the_same(small, tmp_path):
     (tmp_path / "many.py").write_text(SMALL_BATCHES.format(root=str(ROOT)))
     for processes in (1, 2):
         launch(tmp_path, tmp_path / "many.py", *ONE, "--run", f"many{processes}", processes=processes)
+    again = "from round 2 on they come again: fewer than 2 times 12"
+    assert again in launch(tmp_path, "hs_star.py", *ONE, "--rounds", "2", "--run", "many1x", "--report-only").stdout
     for name in names:
         one, two = (tmp_path / f"runs/many{processes}/round_1/{name}.jsonl" for processes in (1, 2))
         assert one.read_bytes() == two.read_bytes(), name
@@ -495,6 +538,16 @@ def test_another_reward_model_is_refused(tmp_path):
     assert "contents" in error_of(launch(tmp_path, "hs_star.py", *flags, check=False))
 
 
+def test_known_thresholds_are_taken_and_stored(tmp_path):
+    prm, model = tmp_path / "Skywork-o1-Open-PRM-Qwen-2.5-1.5B", tmp_path / "Qwen2.5-7B"
+    shutil.copytree(TOY / "prm", prm)
+    shutil.copytree(TOY / "model", model)
+    done = launch(tmp_path, "hs_star.py", *ONE, "--prm", prm, "--model", model, "--tau-low", "0", "--tau-high", "0",
+                  "--rounds", "0")
+    stored = json.loads((tmp_path / "runs/one/constants.json").read_text())["constants"]
+    assert (stored["TAU_LOW"], stored["TAU_HIGH"]) == (0.25, 0.5) and "taus     0.25 and 0.5" in done.stdout
+
+
 def test_rewards_that_are_not_numbers_stop_the_run(tmp_path):
     shutil.copytree(TOY / "prm", tmp_path / "prm")
     weights = load_file(tmp_path / "prm" / "model.safetensors")
@@ -544,3 +597,8 @@ def test_report_only_and_step_set(tmp_path):
     launch(tmp_path, "hs_star.py", *ONE, "--run", "known")
     assert [r for r in lines(run / "round_1/responses.jsonl") if r["draw"] < 3] == one
     assert "presample" not in {m["phase"] for m in lines(run / "metrics.jsonl")}
+    shutil.rmtree(run)
+    (run / "round_1").mkdir(parents=True)
+    shutil.copy(tmp_path / "runs/one/round_1/presamples.jsonl", run / "round_1")
+    assert "presamples.jsonl was made with other problems" in error_of(
+        launch(tmp_path, "hs_star.py", *ONE, "--run", "known", "--slice", "11", check=False))

@@ -404,6 +404,11 @@ def test_eval_shows_examples_and_scores_what_was_held_out(tmp_path):
     launch(tmp_path, "eval.py", *few, "--run", "ours")
     answers = {run: lines(next((tmp_path / "runs" / run).glob("*/held-out.jsonl"))) for run in ("theirs", "ours")}
     assert {r["id"] for r in answers["ours"]} == {r["id"] for r in answers["theirs"]} and len(answers["ours"]) == 6
+    first = [*flags, "--first", "Take your time.", "--run"]
+    launch(tmp_path, "eval.py", *first, "told")
+    launch(tmp_path, "eval.py", *flags, "--run", "plain")
+    told, plain = (lines(tmp_path / "runs" / name / "metrics.jsonl")[0]["prompt_tokens"] for name in ("told", "plain"))
+    assert told > plain + 6 * 5
     prompt_tokens = {run: lines(tmp_path / "runs" / run / "metrics.jsonl")[0]["prompt_tokens"] for run in answers}
     assert prompt_tokens["ours"] > prompt_tokens["theirs"] > 6 * 60
     for more, words in {("--samples", "2"): "--temperature", ("--model", "."): "no letter or digit",
