@@ -20,7 +20,7 @@ phi_r is a mean over all n_p answers, not over the different ones; exactly the b
 more and drops it; an answer that was cut counts as wrong, and is in no pair; answers are checked by math-verify, and
 never read off as the last number; AIME24 and AMC23, drawn 32 times, are for eval.py (with --first "SYSTEM's words").
 
-  torchrun hs_star.py --toy                                   2 CPU cores: not measured yet
+  torchrun hs_star.py --toy                                   2 CPU cores: 1.7 min, 0.65 GB, 58 % (measured)
   torchrun hs_star.py --model Qwen/Qwen2.5-7B                 one GPU: not measured yet
   torchrun --nproc-per-node 8 hs_star.py                      eight GPUs: not measured yet
 """
