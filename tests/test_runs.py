@@ -349,7 +349,7 @@ def test_problems_without_solutions_and_other_starts(tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(
         json.dumps({k: r[k] for k in ("problem", "answer")}) + "\n" for r in lines(TOY / "train.jsonl")[:12]))
     done = launch(tmp_path, "dast.py", *SMOKE, "--train-data", "p.jsonl", "--prompt", "chat", "--start", "previous",
-                  "--rounds", "2", "--k-samples", "2", "--max-new-tokens", "64", "--run", "r")
+                  "--rounds", "2", "--k-samples", "2", "--max-new-tokens", "64", "--shots", "1", "--run", "r")
     assert "D_o is empty" in done.stdout and not (tmp_path / "runs/r/round_0/model").exists()
     for t in (1, 2):
         examples = lines(tmp_path / f"runs/r/round_{t}/train.jsonl")
