@@ -121,11 +121,10 @@ def difficulty_of(outcomes, rewards):
     """(phi_a, phi_r, class) of a problem, from its n_p pre-samples: share correct, mean reward, and "inlier", "outlier"
     or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
     phi_a, phi_r = mean(o == 1 for o in outcomes), mean(rewards)
-    easy, hard = [phi_a == 1], [phi_a == 0]
-    if DIFFICULTY != "accuracy":
-        sure, unsure = phi_r > TAU_HIGH, phi_r < TAU_LOW
-        easy, hard = ([sure], [unsure]) if DIFFICULTY == "reward" else (easy + [sure], hard + [unsure])
-    return phi_a, phi_r, "inlier" if all(easy) else "outlier" if all(hard) else "boundary"
+    solved, failed, sound, poor = phi_a == 1, phi_a == 0, phi_r > TAU_HIGH, phi_r < TAU_LOW
+    inlier = {"both": solved and sound, "accuracy": solved, "reward": sound}[DIFFICULTY]
+    outlier = {"both": failed and poor, "accuracy": failed, "reward": poor}[DIFFICULTY]
+    return phi_a, phi_r, "inlier" if inlier else "outlier" if outlier else "boundary"
 
 
 def quotas(classes, rng):
