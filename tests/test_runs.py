@@ -358,7 +358,7 @@ def test_problems_without_solutions_and_other_starts(tmp_path):
 
 def test_gsm8k_where_nearly_nothing_is_correct(shared, tmp_path):
     done = launch(tmp_path, "dast.py", "--toy", "--train-data", "gsm8k", "--test-data", "gsm8k", "--data",
-                  shared / "data", "--n-train", "16", "--n-test", "16", "--k-probe", "1", "--k-samples", "1",
+                  shared / "data", "--n-train", "16", "--n-test", "4", "--k-probe", "1", "--k-samples", "1",
                   "--rounds", "1", "--shots", "1", "--max-new-tokens", "24", "--run", "gsm8k", processes=1)
     selection = lines(tmp_path / "runs/gsm8k/round_1/selection.jsonl")
     said = "D_a is empty, the model stays as it is" in done.stdout
