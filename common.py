@@ -928,9 +928,9 @@ SETS = {  # name: {split: its file in the DATA folder, and where the Hub has it:
                 "test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default"},
 }
 FIELDS = {  # the names that the sets give to the parts of a problem; the first that is there counts
-    "problem": ("problem", "question_concat", "question", "Question", "prompt", "query"),
+    "problem": ("problem", "question_concat", "question", "Question", "prompt"),
     "answer": ("answer", "expected_answer", "final_answer", "Answer", "answerKey", "answer_value", "label"),
-    "solution": ("solution", "reference_solution", "reasoning", "answer_analysis", "response"),
+    "solution": ("solution", "reference_solution", "reasoning", "answer_analysis"),
     "level": ("level", "difficulty"),
     "tags": ("tags", "subject", "type", "Type", "subfield", "data_topic", "knowledge_point_routes", "query_type"),
 }
@@ -2112,8 +2112,7 @@ def step_rewards(run, prm, problems, responses, *, round, phase):
     prm.load()
 
     def read_batch(number):
-        key = f"{seed_of(batches[number]):x}"
-        if key in found:
+        if (key := f"{seed_of(batches[number]):x}") in found:
             return key, None
         rows = [prm.encode(by_id[i], text) for i, text in batches[number]]
         with torch.inference_mode():
@@ -2124,13 +2123,14 @@ def step_rewards(run, prm, problems, responses, *, round, phase):
         return key, [[len(ids), [next(rewards) for _ in places]] for ids, places in rows]
 
     # On CPU each core reads a batch of its own, with one thread: so the result does not depend on how many there are
-    workers, numbers = 1 if device().type == "cuda" else threads_per_process(), claims(len(batches))
+    on_gpu, numbers = device().type == "cuda", claims(len(batches))
+    workers = 1 if on_gpu else threads_per_process()
     run.unfinished.mkdir(parents=True, exist_ok=True)
     with (ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
           open(run.unfinished / name.format(rank()), "a") as file,
           bar(len(batches), f"round {round} {phase}") as shown):
         while some := list(itertools.islice(numbers, workers)):
-            for key, rewards in (map if workers == 1 else pool.map)(read_batch, some):
+            for key, rewards in (map if on_gpu else pool.map)(read_batch, some):
                 if rewards is not None:
                     mine[key] = rewards
                     file.write("\n" + json.dumps([key, rewards]) + "\n")
