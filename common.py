@@ -1,7 +1,7 @@
 """What the method scripts share: mechanics, and nothing about a method.
 
 Sections, each readable alone: 1 checking, 2 run, 3 processes, 4 problems and prompts, 5 sampling, 6 log-probabilities,
-7 packing, 8 training, 9 saving, 10 accounting, 11 process rewards.
+7 packing, 8 training, 9 saving, 10 accounting, 11 process rewards, 12 clusters of texts.
 
 Records are JSON lines:
   problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags, choices. id is
@@ -21,6 +21,7 @@ A run folder:
 Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden size, V vocabulary.
 """
 import argparse
+import array
 import contextlib
 import difflib
 import functools
@@ -238,9 +239,9 @@ class Checker:
 
     def __init__(self, workers, grader=""):
         self.threads = ThreadPoolExecutor(workers)  # a thread waits for its worker; the work is done in the process
-        self.grader, self.idle, self.verdicts = grader, queue.SimpleQueue(), {}
+        self.grader, self.idle, self.verdicts = grader, queue.LifoQueue(), {}
         for _ in range(workers):
-            self.idle.put(self._start())
+            self.idle.put(None)  # started when it is needed: what is told by the text alone needs none
         if grader:  # somebody's file may not work at all
             self.threads.submit(self._compare, ({"id": "", "problem": "", "answer": "", "kind": "math"}, "")).result()
 
@@ -264,7 +265,7 @@ class Checker:
         return self.verdicts[key]
 
     def _compare(self, pair, again=True):
-        worker, ready = self.idle.get()
+        worker, ready = self.idle.get() or self._start()
         try:
             if not ready and (line := self._line(worker, 60)) != b"ready\n":
                 said = line.decode().strip() or "see what `python common.py` says"
@@ -608,16 +609,16 @@ def lines_of(error):
     return str(error).strip().splitlines() or [repr(error)]
 
 
-def start_run(g, *problem_sets):
+def start_run(g, *problem_sets, models=()):
     """Join the other processes, open the run folder that a script's constants name, print the header; the Run.
 
-    A folder that was made with other constants, problems or model files is refused, with the list of differences; the
-    constants under "# Machine" and ROUNDS may differ. Changed source files are a warning."""
+    models: those beside MODEL that the results depend on. A folder that was made with other constants, problems or
+    model files is refused, with the list of differences; the constants under "# Machine" and ROUNDS may differ. Changed
+    source files are a warning."""
     script, about = Path(g["__file__"]), constants_of(g["__file__"])
     constants = json.loads(json.dumps({name: g[name] for name in about if isinstance(g[name], FLAG_TYPES)}))
     data = [seed_of(sorted(problem.items())) for problems in problem_sets for problem in problems]
-    models = [*constants["MODEL"].split(","), *filter(None, [constants.get("PRM")])]
-    models = [fingerprint(local_folder(model)) for model in models]
+    models = [fingerprint(local_folder(model)) for model in (*constants["MODEL"].split(","), *models)]
     grader = Path(constants["GRADER"].rpartition(":")[0])  # "." where there is none
     grader = grader.read_text() if grader.is_file() else ""
     constants["contents"] = f"{seed_of(data, *models, grader):x}"
@@ -800,11 +801,34 @@ def by_problem(records):
     return groups
 
 
+def outcomes_of(responses):
+    """One problem's draws as numbers: 1 is correct, 0 wrong, -1 cut by the length limit."""
+    return [int(r["correct"]) if r["finish"] == "stop" else -1 for r in responses]
+
+
 def spread_evenly(total, n, rng):
     """`total` spread over n places as evenly as can be: a list of n numbers; the remainder goes to random ones."""
     counts = [total // n] * n
     for i in rng.permutation(n)[:total % n]:
         counts[i] += 1
+    return counts
+
+
+def apportion(shares, room, total):
+    """`total` divided among places (n,) in proportion to their shares, but to none more than it has room for; what one
+    cannot take goes to the others, in proportion to theirs. Made whole by the largest remainders (of equals the first).
+    A place without a share gets nothing, even if so less than `total` is given."""
+    free, counts = (shares > 0) & (room > 0), np.zeros(len(room), dtype=int)
+    total = min(total, room[free].sum())
+    while free.any():
+        parts = np.where(free, (total - counts.sum()) * shares / shares[free].sum(), 0)
+        full = free & (parts >= room)
+        if not full.any():
+            counts[free] = np.floor(parts[free] + 1e-9)
+            remainders = np.where(free, parts - counts, -np.inf)
+            counts[np.argsort(-remainders, kind="stable")[:total - counts.sum()]] += 1
+            break
+        counts[full], free = room[full], free & ~full
     return counts
 
 
@@ -819,6 +843,7 @@ def flush(path):
 
 _shared = None  # a key-value store that all processes see
 _counters = itertools.count()  # in it: all processes open them in the same order
+STARTS = "TIMES_STARTED_AGAIN"  # environment variable: how often `start_again` was called
 
 
 def setup():
@@ -827,7 +852,8 @@ def setup():
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        _shared, my_rank, size = next(dist.rendezvous("env://"))
+        store, my_rank, size = next(dist.rendezvous("env://"))
+        _shared = dist.PrefixStore(os.environ.get(STARTS, "0"), store)
     else:
         _shared, my_rank, size = dist.TCPStore("localhost", 0, 1, True), 0, 1
     if torch.cuda.is_available():
@@ -835,6 +861,16 @@ def setup():
     # A barrier may wait through a whole sampling phase; torchrun, not a timeout, notices a dead process.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=my_rank,
                             world_size=size, store=dist.PrefixStore("group", _shared), timeout=timedelta(days=7))
+
+
+def start_again(environment):
+    """Begin this program anew, in the place of this process: what is finished, it finds in its run folder."""
+    barrier()
+    sys.stdout.flush()
+    starts = 1 + int(environment.get(STARTS, "0"))  # torchrun's store still has what the processes have said
+    if starts > 99:
+        fail("started again 99 times, which is no progress any more")
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment | {STARTS: str(starts)})
 
 
 def device():
@@ -1215,14 +1251,15 @@ def encode(tokenizer, text):
 
 # 5. Sampling: requests in, checked responses out ----------------------------------------------------------------------
 
-def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, walk=None, **settings):
+def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, walk=None, check=None, **settings):
     """Draw answers with the model in folder `model` and check them: responses in the order of problems, then of draws.
 
     draws: how many per problem (a number, or a list parallel to problems). prompt(problem, draw): the text to continue.
     enough(responses): asked after each draw with those of the problem so far; once true, later draws are not recorded
     (what they cost counts as "spent" in the metrics). walk: problems are taken in order, and recorded up to an end that
-    it finds on the way (adastar.Walk shows what it needs: take, exchange, over, end, goal, total). settings: style (the
-    form of the prompts), temperature (0 is greedy), max_new_tokens, and where wanted top_p, top_k.
+    it finds on the way (adastar.Walk shows what it needs: take, exchange, over, end, goal, total). check(response): for
+    output that is no answer, whether it is usable; called in this process. settings: style (the form of the prompts),
+    temperature (0 is greedy), max_new_tokens, and where wanted top_p, top_k.
     The recorded responses depend on the seed, the round and the requests, not on the number of processes."""
     sampler = run.sampler = run.sampler or (VllmSampler if run.engine == "vllm" else Sampler)(run)
     model = local_folder(model)
@@ -1238,7 +1275,7 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, wa
     loading = sampler.load(model)
     for problem, text in longest:  # once more: an engine may have room for less than the model could take
         sampler.prompt_ids(problem, text)
-    work = Draws(run, problems, draws, prompt, enough, round, phase, walk)
+    work = Draws(run, problems, draws, prompt, enough, round, phase, walk, check)
     with bar(walk.goal if walk else sum(work.draws), f"round {round} {phase}") as work.progress:
         work.progress.update(walk.total if walk else len(work.answers))
         sampler.answer(work)
@@ -1247,7 +1284,8 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, wa
     costs, seconds = work.costs(sampler.parameters), time.time() - work.began
     run.log(round, phase, **costs, **loading, seconds=seconds)
     say(f"  round {round}  {phase:<9} {costs['draws']:>7,} answers of {costs['spent_draws']:,} drawn, "
-        f"{costs['correct'] / max(1, costs['draws']):.1%} correct, {costs['spent_tokens'] / seconds:,.0f} tok/s, "
+        f"{costs['correct'] / max(1, costs['draws']):.1%} {'usable' if check else 'correct'}, "
+        f"{costs['spent_tokens'] / seconds:,.0f} tok/s, "
         f"{seconds:.1f} s")
     odd = [f"{reason} {costs[f'check_{reason}']:,}" for reason in ("bad_gold", "timeout", "memory", "crash")
            if costs[f"check_{reason}"]]
@@ -1263,8 +1301,8 @@ class Draws:
     With `enough`, a problem's draws come in waves [0], [1], [2, 3], [4..7], ..., since most are not needed; else all at
     once. Answers are kept in unfinished/ when their verdict is known, so that a killed phase goes on from there."""
 
-    def __init__(self, run, problems, draws, prompt, enough, round, phase, walk):
-        self.problems, self.enough, self.checker, self.walk = problems, enough, run.checker, walk
+    def __init__(self, run, problems, draws, prompt, enough, round, phase, walk, usable):
+        self.problems, self.enough, self.checker, self.walk, self.usable = problems, enough, run.checker, walk, usable
         self.prompt = lambda i, d: (problems[i], prompt(problems[i], d))
         self.draws = [draws] * len(problems) if isinstance(draws, int) else draws
         self.seed = lambda i, d: seed_of(run.seed, round, phase, problems[i]["id"], d)
@@ -1297,7 +1335,12 @@ class Draws:
         """Take in an answer and hand it to the checker; `settle` will record it."""
         answer = {"id": self.problems[i]["id"], "draw": draw, "text": text, "tokens": tokens, "finish": finish,
                   "prompt_tokens": prompt_tokens}
-        self.pending.append((answer, self.checker.submit(self.problems[i], text)))
+        if self.usable:
+            verdict = Future()
+            verdict.set_result((True, "usable") if self.usable(answer) else (False, "unusable"))
+        else:
+            verdict = self.checker.submit(self.problems[i], text)
+        self.pending.append((answer, verdict))
 
     def settle(self, wait=False):
         """Record the answers whose verdicts are there (or, to wait, all): [(problem's place, draw)]."""
@@ -1315,7 +1358,8 @@ class Draws:
         self.file.flush()
         self.right += sum(self.answers[request]["correct"] for request in settled)
         self.settled += len(settled)
-        self.progress.set_postfix_str(f"{self.right / max(1, self.settled):.1%} correct", refresh=False)
+        what = "usable" if self.usable else "correct"
+        self.progress.set_postfix_str(f"{self.right / max(1, self.settled):.1%} {what}", refresh=False)
         if self.walk:
             self.walk.exchange({i: self.recorded[i] for i, _ in settled if self.done[i]})
         more = len(settled) * world_size()  # the others are about as far
@@ -1380,8 +1424,8 @@ class Sampler:
         ids = encode(self.tokenizer, text)
         context = min(self.context, self.engine_context)
         if len(ids) + self.max_new_tokens > context:
-            fail(f"the prompt of {problem['id']} has {len(ids):,} tokens; with --max-new-tokens "
-                 f"{self.max_new_tokens} it exceeds the context of {context:,}; shorten either (--shots)")
+            fail(f"the prompt of {problem['id']} has {len(ids):,} tokens; with {self.max_new_tokens} new ones it "
+                 f"exceeds the context of {context:,}; shorten either (--max-new-tokens, --shots)")
         return ids
 
     def load(self, folder):
@@ -1461,7 +1505,8 @@ class Sampler:
 
 class VllmSampler(Sampler):
     """vLLM: one engine in each process, built once. It sleeps while the GPU trains, is given new weights without a
-    restart, and after each change has to show that it has them."""
+    restart, and after each change has to show that it has them. For a model of another shape (after a tagger, or the
+    next one to score) the program starts again: an engine cannot be taken down, nor have a second beside it."""
 
     def __init__(self, run):
         super().__init__(run)
@@ -1471,6 +1516,9 @@ class VllmSampler(Sampler):
     def load(self, folder):
         if folder == self.folder and self.awake:
             return {}
+        if self.llm is not None and architecture(folder) != self.architecture:
+            say(f"  vLLM needs another engine for {folder}: the program starts again, with what it has")
+            start_again(self.environment)
         began, built, self.folder = time.time(), self.llm is None, None
         self._do("start" if built else f"take the weights of {folder}", self._build if built else self._send, folder)
         sent = time.time()
@@ -1491,6 +1539,7 @@ class VllmSampler(Sampler):
     def _build(self, folder):
         # What vLLM does to its process: it reseeds the global generators (nobody here draws from them unseeded) and
         # makes torch.set_num_threads do nothing, which the trainer needs.
+        self.architecture, self.environment = architecture(folder), dict(os.environ)
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
         for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             os.environ.setdefault(name, value)
@@ -1608,6 +1657,15 @@ class VllmSampler(Sampler):
                                   prompt_tokens=0 if state.is_prefilling else state.prompt_len)
         if requests:
             self.llm.llm_engine.abort_request([f"{i}/{d}" for i, d in requests])
+
+
+def architecture(folder):
+    """What an engine is built for, of a model's configuration (as transformers reads it: files of different age say the
+    same in different words) and its vocabulary: it can be given other weights, but nothing else."""
+    other = "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id"
+    config = AutoConfig.from_pretrained(folder).to_dict()
+    vocabulary = seed_of(sorted(AutoTokenizer.from_pretrained(folder).get_vocab().items()))
+    return {**{name: value for name, value in config.items() if name not in other}, "vocabulary": vocabulary}
 
 
 def read_weights(folder, tied=True):
@@ -2154,3 +2212,137 @@ def step_rewards(run, prm, problems, responses, *, round, phase):
         say(f"           {full:,} answers reach the end of the PRM's context, {prm.context:,} tokens, and are read up "
             f"to there; {rewards.count([]):,} have no reward, as their problem alone is longer")
     return rewards
+
+
+# 12. Clusters of texts: what they are about, without anybody's labels -------------------------------------------------
+
+TFIDF_SIZE = 512  # numbers in the vector of a text
+START_POINTS = 50_000  # points that k-means' starts are tried on
+
+
+def cluster_texts(encoder, texts, k, rng):
+    """The cluster of each text, (n,), of at most k; 0 is the largest. encoder: "tfidf", or a folder or Hub name. Done
+    by one process; the others, which wait for it, get zeros."""
+    if rank() > 0:
+        return np.zeros(len(texts), dtype=int)
+    return kmeans(tfidf(texts) if encoder == "tfidf" else embed(encoder, texts), k, rng)[0]
+
+
+def tfidf(texts):
+    """Unit vectors of texts, (n, TFIDF_SIZE) float32: their words, of two letters or more, and LaTeX's commands, each
+    weighted by (1 + ln count) ln(n / texts that have it), at a place and with a sign that its hash gives it (so that
+    words which share a place cancel out on average; Weinberger et al. 2009)."""
+    vocabulary, found, lengths = {}, array.array("q"), []
+    for text in texts:
+        words = re.findall(r"\\?[^\W\d_]{2,}", text.lower())
+        found.extend(vocabulary.setdefault(word, len(vocabulary)) for word in words)
+        lengths.append(len(words))
+    n, size = len(texts), max(1, len(vocabulary))
+    cells, counts = np.unique(np.repeat(np.arange(n), lengths) * size + np.array(found, dtype=int), return_counts=True)
+    rows, words = np.divmod(cells, size)
+    hashes = np.array([seed_of(word) for word in vocabulary] or [0])
+    rarity = np.log(n / np.bincount(words, minlength=size).clip(1)) + 1e-3  # of a word that all have: not quite 0
+    values = np.where(hashes & 1, 1, -1)[words] * (1 + np.log(counts)) * rarity[words]
+    vectors = np.zeros(n * TFIDF_SIZE, dtype=np.float32)
+    np.add.at(vectors, rows * TFIDF_SIZE + (hashes // 2 % TFIDF_SIZE)[words], values.astype(np.float32))
+    return F.normalize(torch.from_numpy(vectors).view(n, TFIDF_SIZE)).numpy()
+
+
+def read_encoder(name):
+    """(folder, tokenizer, longest text in tokens) of a sentence encoder; ends the program if it is not one whose vector
+    of a text is the mean of those of its tokens. None for "tfidf"."""
+    if name == "tfidf":
+        return None
+    folder, tokenizer = Path(local_folder(name)), load_tokenizer(name, "")
+    layers, pooling, about, defaults = (read(folder / file) if (folder / file).exists() else {} for file in (
+        "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"))
+    ways = {key if value is True else value for key, value in pooling.items() if "pooling_mode" in key and value}
+    more = {layer["type"].split(".")[-1] for layer in layers} - {"Transformer", "Pooling", "Normalize"}
+    more |= {key for of in (about, defaults) for key in ("do_lower_case", "default_prompt_name") if of.get(key)}
+    if more or not ways <= {"mean", "pooling_mode_mean_tokens"}:
+        fail(f"{name}: its vectors are not plain means over tokens, as here ({', '.join(sorted(more or ways))})")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    most = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", tokenizer.model_max_length)
+    return folder, tokenizer, about.get("max_seq_length") or min(most, tokenizer.model_max_length)
+
+
+def embed(name, texts, batch_size=64):
+    """Unit vectors of texts, (n, H) float32, by a sentence encoder: the mean of its last hidden states over the tokens
+    of a text, cut at the encoder's length, as sentence-transformers has it (Reimers & Gurevych 2019). In fixed batches
+    of texts of like length, and on CPU with one thread: the same in every process."""
+    folder, tokenizer, longest = read_encoder(name)
+    body = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device()).eval()
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    vectors, threads = np.zeros((len(texts), body.config.hidden_size), dtype=np.float32), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode(), bar(len(texts), "embedded") as shown:
+        for at in range(0, len(texts), batch_size):
+            batch = tokenizer([texts[i] for i in order[at:at + batch_size]], padding=True, truncation=True,
+                              max_length=longest, return_tensors="pt").to(device())
+            mask = batch["attention_mask"][..., None]
+            means = (body(**batch).last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1)
+            vectors[order[at:at + batch_size]] = F.normalize(means).cpu().numpy()
+            shown.update(len(means))
+    torch.set_num_threads(threads)
+    return vectors
+
+
+def kmeans(points, k, rng, starts=10):
+    """(cluster of each point (n,), the largest being 0; sum of squared distances to their centres) of points (n, H).
+
+    Lloyd's algorithm, from the best of `starts` beginnings by k-means++ (Arthur & Vassilvitskii 2007), each of which is
+    tried on START_POINTS points. There are fewer clusters where these points do not differ enough. With one thread: the
+    same in every process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    points = torch.from_numpy(points)
+    some = points[rng.permutation(len(points))[:START_POINTS]]
+    tried = [lloyd(some, first_centres(some, k, rng)) for _ in range(starts)]
+    clusters, _, inertia = lloyd(points, min(tried, key=lambda of: of[2])[1])
+    torch.set_num_threads(threads)
+    order = torch.bincount(clusters).argsort(descending=True, stable=True)
+    return order.argsort()[clusters].numpy(), inertia
+
+
+def squared_distances(points, centres):
+    """(n, k), of points (n, H) and centres (k, H); 0 where rounding alone tells a point from a centre."""
+    squares = torch.linalg.vector_norm(points, dim=1) ** 2
+    distances = squares[:, None] + centres.square().sum(1) - points @ (2 * centres.T)
+    return distances.masked_fill_(distances < 1e-5 * squares.max(), 0)
+
+
+def first_centres(points, k, rng):
+    """k-means++: each next centre is a point with a chance in proportion to its squared distance to those before."""
+    centres = points[[rng.integers(len(points))]]
+    nearest = squared_distances(points, centres)[:, 0]
+    while len(centres) < k and (sums := nearest.double().cumsum(0))[-1] > 0:
+        place = torch.searchsorted(sums, float(rng.random() * sums[-1]), right=True)
+        centres = torch.cat([centres, points[place][None]])
+        nearest = torch.minimum(nearest, squared_distances(points, centres[-1:])[:, 0])
+    return centres
+
+
+def lloyd(points, centres, steps=100):
+    """(clusters, centres, sum of squared distances) when no point moves any more, or after so many steps. A cluster
+    that runs empty begins again at the point farthest from its centre."""
+    before = None
+    for _ in range(steps):
+        nearest, clusters = squared_distances(points, centres).min(1)
+        sizes = torch.bincount(clusters, minlength=len(centres))
+        empty = (sizes == 0).nonzero()[:, 0]
+        if before is not None and torch.equal(clusters, before) and not len(empty):
+            break
+        before = clusters
+        centres = torch.zeros_like(centres).index_add_(0, clusters, points) / sizes.clamp(min=1)[:, None]
+        centres[empty] = points[nearest.topk(len(empty)).indices]
+    return clusters, centres, float(nearest.double().sum())
+
+
+def typical_words(words, clusters, n=4):
+    """The n words that are most typical of each cluster: many in it, and few outside. words: an iterable of each text's
+    different ones; clusters: of each text, in the same order."""
+    counts, everywhere = [Counter() for _ in range(1 + max(clusters))], Counter()
+    for of_text, cluster in zip(words, clusters):
+        counts[cluster].update(of_text)
+        everywhere.update(of_text)
+    return [sorted(of, key=lambda word: (-of[word] ** 2 / everywhere[word], word))[:n] for of in counts]

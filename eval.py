@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from common import (YES_NO, Checker, bar, fail, final_answer, label_of, letter_of, load_problems, load_tokenizer,
-                    local_folder, make_prompt, normalize, override_from_cli, piece_of, rank, read, read_problem, sample,
+                    make_prompt, normalize, override_from_cli, piece_of, rank, read, read_problem, sample,
                     say, seed_of, setup, start_run, threads_per_process)
 
 # What to score
@@ -261,13 +261,6 @@ def final_table(run, scores):
     say(f"{sampled:,} tokens sampled, {trained:,} trained on, {seconds:.0f} s; {run.folder}/metrics.jsonl")
 
 
-def architecture(model):
-    """What of a model's configuration an engine is built for: it can be given other weights, but no other shape."""
-    config = read(Path(local_folder(model)) / "config.json")
-    other = "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "bos_token_id", "eos_token_id"
-    return json.dumps({name: value for name, value in config.items() if name not in other}, sort_keys=True)
-
-
 def stored_problem(record, known):
     """The problem that a stored record {answer, text} (choices, kind) answers; one without `answer` is looked up by its
     id in `known`. ValueError if it cannot be used."""
@@ -357,9 +350,6 @@ def main():
             fail("--examples-from needs --prompt few_shot, and problems with solutions")
         examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
     run = start_run({**globals(), "RUN": RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]}, *sets.values(), examples)
-
-    if run.engine == "vllm" and len(set(map(architecture, models))) > 1:
-        fail("--model: vLLM takes several models in one call if their config.json agrees; score the others in another")
 
     scores = {}
     for place, model in enumerate(models):

@@ -31,7 +31,8 @@ import numpy as np
 import torch.nn.functional as F
 
 from common import (RewardModel, by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt,
-                    override_from_cli, sample, say, sequence_logprobs, spread_evenly, start_run, step_rewards, train)
+                    outcomes_of, override_from_cli, sample, say, sequence_logprobs, spread_evenly, start_run,
+                    step_rewards, train)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
 
 # What to run
@@ -110,11 +111,6 @@ def slice_of(n, t, rng):
 def reward_of(steps):
     """S(r): the reward of a response is that of its worst step; 0 where the PRM could not read any."""
     return min(steps, default=0.0)
-
-
-def outcomes_of(responses):
-    """One problem's draws as numbers: 1 is correct, 0 wrong, -1 cut by the length limit."""
-    return [int(r["correct"]) if r["finish"] == "stop" else -1 for r in responses]
 
 
 def difficulty_of(outcomes, rewards):
@@ -271,7 +267,7 @@ def main():
     solved = [p for p in solved if p["problem"] not in {h["problem"] for h in held_out}]
     if STEP_SET and not solved:
         fail(f"--step-set {STEP_SET}: no problem in it has a solution")
-    run = start_run(globals(), problems + solved, tests)
+    run = start_run(globals(), problems + solved, tests, models=[PRM] * bool(PRM))
     by_id, fresh = {p["id"]: p for p in problems}, max(1, len(problems) // SLICE)
     say(f"  data     {len(problems):,} training problems, {min(SLICE, len(problems)):,} a round; {len(tests):,} test "
         f"problems\n  taus     {TAU_LOW} and {TAU_HIGH}")

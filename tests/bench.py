@@ -1,4 +1,5 @@
-"""Speed of what is ours: python tests/bench.py checking [../shared], selection, or rewards [../shared].
+"""Speed of what is ours: python tests/bench.py checking [../shared], selection, rewards [../shared], or clusters
+[../shared].
 
 checking: MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model outputs,
 judged by plain math-verify (parse and verify, as its README says) and by the Checker, in turn, in processes of their
@@ -12,6 +13,9 @@ rewards: the toy's reward model reads 1,600 answers that the toy model draws, th
 different) and 300 MATH solutions (long ones): by common.step_rewards, which reads the model from disk each time, and by
 a plain Hugging Face loop, padded batches of 4 in the order of the file. Wall seconds on all cores, medians of 5 in
 turn, tokenizing on both sides; and the largest difference of a reward.
+
+clusters: what sai_dpo.py does with 400,000 problems (halves of two of MATH's training problems each) before and after a
+probe: tf-idf, k-means, the probe's choice, and a draw of 20,000; seconds with one thread; memory with all libraries.
 """
 import json
 import multiprocessing
@@ -147,12 +151,38 @@ def rewards(shared):
               f"batches of 4 {theirs:.2f} s, packed {ours:.2f} s, rewards differ by {off:.1g}")
 
 
+def clusters(shared, n=400_000):
+    import common
+    import numpy as np
+
+    import sai_dpo
+    rng, words = np.random.default_rng(0), [p["problem"].split(" ") for p in common.load_problems(
+        "math", "train", shared / "data")]
+    texts = [" ".join(a[:len(a) // 2] + b[len(b) // 2:]) for a, b in (
+        (words[i], words[j]) for i, j in rng.integers(0, len(words), (n, 2)))]
+    began = [time.time()]
+    points = common.tfidf(texts)
+    began.append(time.time())
+    found, _ = common.kmeans(points, sai_dpo.N_CLUSTERS, rng)
+    began.append(time.time())
+    probe = sai_dpo.probe_of(found, rng)
+    rates = [[float(rng.random() < 0.5) for i in probe if found[i] == j] for j in range(max(found) + 1)]
+    pool = np.setdiff1d(np.arange(n), probe)
+    shares = sai_dpo.shares_of(sai_dpo.error_masses(rates, np.bincount(found[pool])))
+    drawn, _ = sai_dpo.draw_round(pool, pool[:100_000], found, shares, sai_dpo.SAMPLES_PER_ROUND, rng)
+    began.append(time.time())
+    seconds = np.diff(began)
+    print(f"{n:,} problems: tf-idf {seconds[0]:.0f} s, {len(rates)} clusters {seconds[1]:.0f} s, a probe of "
+          f"{len(probe):,} and a draw of {len(drawn):,} {seconds[2]:.1f} s, "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["checking"]:
         checking(Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
     elif sys.argv[1:] == ["selection"]:
         selection()
-    elif sys.argv[1:2] == ["rewards"]:
-        rewards(Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
+    elif sys.argv[1:2] in (["rewards"], ["clusters"]):
+        globals()[sys.argv[1]](Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
     else:
         sys.exit(__doc__)

@@ -4,6 +4,7 @@
   python tests/study.py dast-dpo       the same with --loss dpo
   python tests/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
   python tests/study.py hs_star        HS-STaR, uniform DPO and the ablations at the same budget, 3 seeds
+  python tests/study.py sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs, 3 seeds
   python tests/study.py dast --seeds 0   with one seed
 """
 import argparse
@@ -177,13 +178,37 @@ def hs_star(seeds):
               + "; ".join(" ".join(str(sum(s["class"] == "boundary" for s in of)) for of in r) for r in chosen))
 
 
+SAI_DPO = {"SAI-DPO": [], "knowledge only": ["--select", "knowledge"], "difficulty only": ["--select", "difficulty"],
+           "static": ["--select", "static"], "random": ["--select", "random"],
+           "middle first": ["--prefer", "middle"]}
+
+
+def sai_dpo(seeds):
+    """pi_0, and all arms after the toy run's three rounds; what each drew of the skill that was planted weak."""
+    folders = {arm: [run("sai_dpo.py", f"study-sai_dpo-{re.sub('[^a-z]+', '-', arm.lower())}-{seed}", "--seed", seed,
+                         *flags) for seed in seeds] for arm, flags in SAI_DPO.items()}
+    arms = {"pi_0": [correct(folder, "round_0/eval.json") for folder in folders["SAI-DPO"]]}
+    arms |= {arm: [correct(folder, "round_3/eval.json") for folder in of_arm] for arm, of_arm in folders.items()}
+    for reference in ("pi_0", "random", "static"):
+        print_arms("after three rounds", arms, reference)
+    print(f"\n{'by seed':<20}{'answers':<22}{'pairs':<16}of 'remainders', by round: error in the probe, drawn")
+    for arm, of_arm in folders.items():
+        metrics = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in of_arm]
+        answers = [sum(m["draws"] for m in of if m["phase"] in ("probe", "rollout")) for of in metrics]
+        clusters = [[m["clusters"] for m in of if m["phase"] == "select"] for of in metrics]
+        weak = [[next(c for c in of if c["tags"] == ["remainders"]) for of in rounds] for rounds in clusters]
+        print(f"{arm:<20}{' '.join(map(str, answers)):<22}"
+              f"{' '.join(str(sum(c['kept'] for of in rounds for c in of)) for rounds in clusters):<16}"
+              + "; ".join(" ".join(f"{c['error']:.0%} {c['drawn']}" for c in rounds) for rounds in weak))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["dast", "dast-dpo", "adastar", "hs_star"])
+    parser.add_argument("name", choices=["dast", "dast-dpo", "adastar", "hs_star", "sai_dpo"])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated [0,1,2]")
     arguments = parser.parse_args()
     numbers = list(map(int, arguments.seeds.split(",")))
-    if arguments.name in ("adastar", "hs_star"):
-        {"adastar": adastar, "hs_star": hs_star}[arguments.name](numbers)
+    if arguments.name in ("adastar", "hs_star", "sai_dpo"):
+        {"adastar": adastar, "hs_star": hs_star, "sai_dpo": sai_dpo}[arguments.name](numbers)
     else:
         dast(numbers, "dpo" if arguments.name == "dast-dpo" else "sft")

@@ -193,7 +193,7 @@ def test_hostile_inputs(shared):
 
 
 def test_a_slow_case_does_not_cost_the_worker():
-    worker, _ = common.Checker(1).idle.get()
+    worker, _ = common.Checker(1)._start()
     assert worker.stdout.readline() == b"ready\n"
     for _ in range(2):
         worker.stdin.write(json.dumps(["1", "\\sum_{k=1}^{10^7} \\frac{1}{k}"]).encode() + b"\n")

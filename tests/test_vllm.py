@@ -7,7 +7,9 @@ from importlib.metadata import packages_distributions, version
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+import common
 from conftest import SMOKE, TOY, launch
 from test_runs import killed
 
@@ -36,7 +38,7 @@ def untied(tmp_path_factory):
 TEXTS = {}  # of what was drawn before training, by model
 
 
-@pytest.mark.parametrize("head, processes", [("tied", 1), ("tied", 2), ("untied", 1), ("untied", 2), ("bfloat16", 1)])
+@pytest.mark.parametrize("head, processes", [("tied", 1), ("tied", 2), ("untied", 2), ("bfloat16", 1)])
 def test_new_weights_and_forgotten_ones(tmp_path, untied, head, processes):
     """After training the engine has the trainer's weights, all of them bit for bit; a skipped update stops the run."""
     model = untied if head == "untied" else TOY / "model"
@@ -104,3 +106,43 @@ def test_a_walk_under_vllm(tmp_path):
         [sample] = [m for m in metrics if (m["round"], m["phase"]) == (t, "sample")]
         assert sample["draws"] == sum(len(s["outcomes"]) for s in selection) <= sample["spent_draws"]
     assert state
+
+
+def test_a_tagger_of_another_shape(tmp_path):
+    """sai_dpo.py on two processes: an engine for the tagger, then, after a start of its own, one for the policy."""
+    folder = tmp_path / "tagger"
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+                         num_key_value_heads=1, vocab_size=512, tie_word_embeddings=True)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    flags = ["--toy", "--n-train", "24", "--n-test", "4", "--rounds", "1", "--samples-per-round", "8", "--n-clusters",
+             "2", "--k-samples", "4", "--engine", "vllm", "--no-own-tags", "--tagger", folder, "--tag-tokens", "8"]
+    done = launch(tmp_path, "sai_dpo.py", *flags, processes=2)
+    assert done.stdout.count("the program starts again") == 1 and "goes on in runs/sai_dpo-0" in done.stdout
+    assert done.stderr == ""
+    run = tmp_path / "runs" / "sai_dpo-0"
+    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
+    assert [m["phase"] for m in metrics if "start_seconds" in m] == ["tag", "eval"]
+    outputs = [json.loads(line) for line in open(run / "round_0" / "tagger.jsonl")]
+    assert len({o["id"] for o in outputs}) == 24 and (run / "round_1" / "eval.json").exists()
+
+
+def test_engines_are_told_apart_by_what_matters(tmp_path, untied):
+    """Not by how a file says it: one as the Hub has it, of an older transformers, and one that is saved now."""
+    older, newer = tmp_path / "older", tmp_path / "newer"
+    shutil.copytree(TOY / "model", older)
+    config = json.loads((older / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("layer_types", "rope_parameters", "dtype")}
+    (older / "config.json").write_text(json.dumps({
+        **config, "rope_theta": 10000.0, "sliding_window": 4096, "use_sliding_window": False}))
+    network = AutoModelForCausalLM.from_pretrained(older)
+    network.save_pretrained(newer)
+    AutoTokenizer.from_pretrained(older).save_pretrained(newer)
+    assert common.architecture(older) == common.architecture(newer)
+    assert (older / "config.json").read_text() != (newer / "config.json").read_text()
+    assert common.architecture(newer) != common.architecture(untied)
+    tokenizer = AutoTokenizer.from_pretrained(newer)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(newer)
+    assert common.architecture(older) != common.architecture(newer)
