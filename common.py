@@ -239,16 +239,26 @@ class Checker:
 
     def __init__(self, workers, grader=""):
         self.threads = ThreadPoolExecutor(workers)  # a thread waits for its worker; the work is done in the process
-        self.grader, self.idle, self.verdicts = grader, queue.LifoQueue(), {}
+        self.grader, self.idle, self.verdicts, self.broken = grader, queue.LifoQueue(), {}, False
         for _ in range(workers):
             self.idle.put(None)  # started when it is needed: what is told by the text alone needs none
         if grader:  # somebody's file may not work at all
             self.threads.submit(self._compare, ({"id": "", "problem": "", "answer": "", "kind": "math"}, "")).result()
 
     def _start(self):
-        worker = subprocess.Popen([sys.executable, __file__, *filter(None, [self.grader])], stdin=subprocess.PIPE,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        return worker, False  # not known to be ready: its imports take a second or two
+        """A worker that is ready, which takes a second or two; ends the program if it does not start."""
+        line, broken = b"", self.broken
+        with contextlib.suppress(OSError):  # TimeoutError too
+            if not broken:
+                worker = subprocess.Popen([sys.executable, __file__, *filter(None, [self.grader])],
+                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                if (line := self._line(worker, 300)) == b"ready\n":
+                    return worker
+        self.broken = True
+        self.idle.put(None)  # or the other threads would wait for it, and the program could not end
+        if broken:
+            sys.exit(1)
+        fail(f"a checking worker does not start: {line.decode().strip() or 'see what `python common.py` says'}")
 
     def submit(self, problem, text):
         """Future of (correct, reason): equal, different, no_answer, bad_gold, timeout, memory, crash, or a grader's."""
@@ -265,20 +275,17 @@ class Checker:
         return self.verdicts[key]
 
     def _compare(self, pair, again=True):
-        worker, ready = self.idle.get() or self._start()
+        worker = self.idle.get() or self._start()
         try:
-            if not ready and (line := self._line(worker, 60)) != b"ready\n":
-                said = line.decode().strip() or "see what `python common.py` says"
-                fail(f"a checking worker does not start: {said}")
             worker.stdin.write(json.dumps(pair).encode() + b"\n")
             worker.stdin.flush()
             verdict = tuple(json.loads(self._line(worker, 10 * CHECK_SECONDS)))
-            self.idle.put((worker, True))
+            self.idle.put(worker)
             return verdict
         except (OSError, ValueError) as error:  # no answer in time; or it is dead, perhaps not by this case: try again
             worker.kill()
             late = worker.wait() == -signal.SIGXCPU or isinstance(error, TimeoutError)
-            self.idle.put(self._start())
+            self.idle.put(None)
             if late:
                 return False, "timeout"
             return self._compare(pair, again=False) if again else (False, "crash")
@@ -1518,6 +1525,8 @@ class VllmSampler(Sampler):
             return {}
         if self.llm is not None and architecture(folder) != self.architecture:
             say(f"  vLLM needs another engine for {folder}: the program starts again, with what it has")
+            if self.run.wandb:
+                self.run.wandb.finish()
             start_again(self.environment)
         began, built, self.folder = time.time(), self.llm is None, None
         self._do("start" if built else f"take the weights of {folder}", self._build if built else self._send, folder)
@@ -2217,6 +2226,7 @@ def step_rewards(run, prm, problems, responses, *, round, phase):
 # 12. Clusters of texts: what they are about, without anybody's labels -------------------------------------------------
 
 TFIDF_SIZE = 512  # numbers in the vector of a text
+EMBEDDED_TOKENS = 2**15  # of a batch, at most
 START_POINTS = 50_000  # points that k-means' starts are tried on
 
 
@@ -2254,36 +2264,43 @@ def read_encoder(name):
     if name == "tfidf":
         return None
     folder, tokenizer = Path(local_folder(name)), load_tokenizer(name, "")
-    layers, pooling, about, defaults = (read(folder / file) if (folder / file).exists() else {} for file in (
-        "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json"))
-    ways = {key if value is True else value for key, value in pooling.items() if "pooling_mode" in key and value}
-    more = {layer["type"].split(".")[-1] for layer in layers} - {"Transformer", "Pooling", "Normalize"}
-    more |= {key for of in (about, defaults) for key in ("do_lower_case", "default_prompt_name") if of.get(key)}
+    config, files = AutoConfig.from_pretrained(folder), (
+        "modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+    layers, pooling, about, defaults = (read(folder / file) if (folder / file).exists() else {} for file in files)
+    try:
+        ways = {k if value is True else str(value) for k, value in pooling.items() if "pooling_mode" in k and value}
+        more = {layer["type"].split(".")[-1] for layer in layers} - {"Transformer", "Pooling", "Normalize"}
+        more |= {key for of in (about, defaults) for key in ("do_lower_case", "default_prompt_name") if of.get(key)}
+        more |= {"encoder and decoder"} if config.is_encoder_decoder else set()
+    except (AttributeError, KeyError, TypeError):
+        fail(f"{name}: one of {', '.join(files)} is not as sentence-transformers writes it")
     if more or not ways <= {"mean", "pooling_mode_mean_tokens"}:
         fail(f"{name}: its vectors are not plain means over tokens, as here ({', '.join(sorted(more or ways))})")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    most = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: no token to pad with")
+    most = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     return folder, tokenizer, about.get("max_seq_length") or min(most, tokenizer.model_max_length)
 
 
-def embed(name, texts, batch_size=64):
+def embed(name, texts):
     """Unit vectors of texts, (n, H) float32, by a sentence encoder: the mean of its last hidden states over the tokens
     of a text, cut at the encoder's length, as sentence-transformers has it (Reimers & Gurevych 2019). In fixed batches
     of texts of like length, and on CPU with one thread: the same in every process."""
     folder, tokenizer, longest = read_encoder(name)
     body = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device()).eval()
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    order, size = sorted(range(len(texts)), key=lambda i: -len(texts[i])), max(1, EMBEDDED_TOKENS // longest)
     vectors, threads = np.zeros((len(texts), body.config.hidden_size), dtype=np.float32), torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.inference_mode(), bar(len(texts), "embedded") as shown:
-        for at in range(0, len(texts), batch_size):
-            batch = tokenizer([texts[i] for i in order[at:at + batch_size]], padding=True, truncation=True,
+        for at in range(0, len(texts), size):
+            batch = tokenizer([texts[i] for i in order[at:at + size]], padding=True, truncation=True,
                               max_length=longest, return_tensors="pt").to(device())
             mask = batch["attention_mask"][..., None]
             means = (body(**batch).last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1)
-            vectors[order[at:at + batch_size]] = F.normalize(means).cpu().numpy()
+            vectors[order[at:at + size]] = F.normalize(means).cpu().numpy()
             shown.update(len(means))
     torch.set_num_threads(threads)
+    if not np.isfinite(vectors).all():
+        fail(f"{name}: its vectors are not numbers")
     return vectors
 
 
@@ -2336,6 +2353,23 @@ def lloyd(points, centres, steps=100):
         centres = torch.zeros_like(centres).index_add_(0, clusters, points) / sizes.clamp(min=1)[:, None]
         centres[empty] = points[nearest.topk(len(empty)).indices]
     return clusters, centres, float(nearest.double().sum())
+
+
+def last_list(text):
+    """The phrases of the last JSON list of texts in what a model wrote, in lower case, each once; or of the last that
+    is nearly one (single quotes, a comma too many); [] if there is none. Looks at the last 2,000 characters."""
+    lists, nearly = [], []
+    for found in reversed(re.findall(r'\[(?:[^]["]|"[^"]{0,200}")*\]', text[-2000:])):
+        strict = re.sub(r'(?<!\\)\\(?![\\"]|u[0-9a-f]{4})', r"\\\\", found)  # \frac is LaTeX, not a form feed
+        try:
+            lists.append([phrase for phrase in json.loads(strict) if isinstance(phrase, str)])
+        except ValueError:
+            nearly.append([m[2] for m in re.finditer(r"(?s)(?<=[\[,])\s*([\"'])(.{1,80}?)\1(?=\s*[,\]])", found)])
+    for phrases in lists + nearly:
+        phrases = dict.fromkeys(" ".join(phrase.lower().split()) for phrase in phrases)
+        if phrases := [p for p in phrases if len(p) <= 80 and re.search(r"[^\W\d_]{2}", p)]:
+            return phrases
+    return []
 
 
 def typical_words(words, clusters, n=4):

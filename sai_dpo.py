@@ -8,7 +8,7 @@ model is weak at: it probes a few problems of every kind, and draws the round's 
   In round t = 1..5, with K answers of pi_{t-1} to a problem, of which the share p(x) is right:
   1. Probe. Error mass of a cluster, where A_j are its problems not drawn yet, in units of the probe; and its share:
        m(j) = |A_j| / |S_j| * sum over S_j of (1 - p(x)),     q(j) = (m(j) + a) / sum of all (m + a)
-  2. Draw 20,000 problems, none twice, with P(x) ~ q(j) / |A_j|: of each cluster as many as its share says.
+  2. Draw 20,000 problems, none twice, so that P(x) ~ q(j) / |A_j|: of each cluster its share, inside it at random.
   3. Roll out. Self-aware difficulty is the key (1 - p, mean steps, mean length), compared in that order. Of the
      learnable problems, answered both right and wrong, the hardest fill the shares again.
   4. Pairs: one random right answer against one random wrong one.  pi_t = DPO of pi_{t-1}, its reference too, on them.
@@ -20,11 +20,10 @@ else are ours, or (proxy): Online-DPO-R1's, whose 20,000 prompts a round these s
 Differs from the paper in what cannot be known, and in: no probe problem is trained on, so that probes compare; all arms
 probe each round, so that they cost the same; an answer that was cut counts as wrong, and is in no pair.
 
-  torchrun sai_dpo.py --toy                                   2 CPU cores: not measured yet
+  torchrun sai_dpo.py --toy                                   2 CPU cores: 2 min, 0.7 GB, 58 % (measured)
   torchrun sai_dpo.py                                         one GPU: not measured yet
   torchrun --nproc-per-node 8 sai_dpo.py                      eight GPUs: not measured yet
 """
-import json
 import math
 import re
 from statistics import mean
@@ -32,7 +31,7 @@ from statistics import mean
 import numpy as np
 import torch.nn.functional as F
 
-from common import (apportion, by_problem, cluster_texts, fail, load_problems, load_tokenizer, make_example,
+from common import (apportion, by_problem, cluster_texts, fail, last_list, load_problems, load_tokenizer, make_example,
                     make_prompt, outcomes_of, override_from_cli, read_encoder, sample, say, sequence_logprobs,
                     start_run, train, typical_words)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
@@ -50,7 +49,7 @@ SEED = 0  # of everything random (ours)
 
 # Knowledge points
 TAGGER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"  # names those of a problem; empty: its text serves (paper)
-OWN_TAGS = True  # problems that bring tags (MATH: its seven subjects) keep them, and skip the tagger (ours)
+OWN_TAGS = True  # problems that bring tags keep them (MATH's: seven, so seven clusters), and skip the tagger (ours)
 TAG_TOKENS = 2048  # of the tagger's output, thoughts included (ours)
 EMBEDDER = "sentence-transformers/all-mpnet-base-v2"  # a Hub name or a folder, or tfidf (ours)
 N_CLUSTERS = 20  # of the pool; fewer where fewer problems differ (ours)
@@ -60,10 +59,10 @@ SELECT = "both"  # "both" | "knowledge" | "difficulty" | "random" | "static": st
 PROBE = 0.01  # share of the problems that is probed (paper), at least 2 of each cluster (ours)
 SAMPLES_PER_ROUND = 20000  # problems drawn (paper)
 K_SAMPLES = 8  # K: answers to each problem, probed or drawn (paper)
-SMOOTHING = 1.0  # a: the mass that every cluster has besides, in errors of the probe (ours)
+SMOOTHING = 1.0  # a: mass that each cluster has besides its own; 0 draws only where the probe failed (ours)
 DIFFICULTY_BEFORE = False  # weigh the draw by the probe's mean of 4 p (1 - p) in the cluster, at least 0.1 (ours)
 PREFER = "hardest"  # "hardest" | "middle": by the key, or those with 0.25 <= p <= 0.75 before the others (ours)
-PAIRS_PER_ROUND = 5000  # at most; the order matters if it is about half of what the random arm could keep (ours)
+PAIRS_PER_ROUND = 5000  # at most: about half of what is learnable with SELECT = "random" (ours)
 BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (proxy)
 
 # Sampling
@@ -77,7 +76,7 @@ MAX_NEW_TOKENS = 3072  # an answer is cut there (ours; the proxy's 4096 leave Qw
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
 
 # Training
-LR = 5e-7  # its peak; cosine to 0 (proxy)
+LR_DPO = 5e-7  # of DPO, its peak; cosine to 0 (proxy)
 WARMUP = 0.03  # share of the steps, or from 1 on their number; 0 is none (ours)
 EPOCHS = 2  # passes over the pairs (proxy)
 BATCH_SIZE = 128  # pairs per optimizer step, over all GPUs (proxy)
@@ -96,7 +95,7 @@ WANDB = False  # log to Weights & Biases too (ours)
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TEST=300,
            ROUNDS=3, EMBEDDER="tfidf", N_CLUSTERS=5, PROBE=0.04, SAMPLES_PER_ROUND=350, PAIRS_PER_ROUND=100,
-           PROMPT="zero_shot", MAX_NEW_TOKENS=96, LR=1e-4, BATCH_SIZE=16, EAGER=True, MAX_TOKENS=8192)
+           PROMPT="zero_shot", MAX_NEW_TOKENS=96, LR_DPO=1e-4, BATCH_SIZE=16, EAGER=True, MAX_TOKENS=8192)
 
 
 # The method -----------------------------------------------------------------------------------------------------------
@@ -108,18 +107,8 @@ def tag_request(problem):
 
 
 def parse_tags(output):
-    """The tags in a tagger's output {text, finish}: phrases of the last list behind its thoughts, five at most; none
-    if it was cut. A list that is not quite JSON (single quotes, a backslash, a comma too many) is read too."""
-    text = output["text"].rsplit("</think>", 1)[-1][-2000:] if output["finish"] == "stop" else ""
-    for found in reversed(re.findall(r'\[(?:[^]["]|"[^"]{0,200}")*\]', text)):
-        try:
-            phrases = [phrase for phrase in json.loads(found) if isinstance(phrase, str)]
-        except ValueError:
-            phrases = [m[2] for m in re.finditer(r"(?s)(?<=[\[,])\s*([\"'])(.{1,80}?)\1(?=\s*[,\]])", found)]
-        tags = [" ".join(phrase.lower().split()) for phrase in phrases]
-        if tags := [tag for tag in dict.fromkeys(tags) if len(tag) <= 80 and re.search(r"[^\W\d_]{2}", tag)]:
-            return tags[:5]
-    return []
+    """The tags in a tagger's output {text, finish}: five of the last list behind its thoughts; none if it was cut."""
+    return last_list(output["text"].rsplit("</think>", 1)[-1])[:5] if output["finish"] == "stop" else []
 
 
 def steps_of(text):
@@ -161,9 +150,9 @@ def error_masses(rates, unused):
 
 
 def shares_of(masses):
-    """q(j); they sum to one (to nothing, if SMOOTHING is 0 and nothing failed)."""
-    smoothed = masses + SMOOTHING
-    return smoothed / smoothed.sum() if smoothed.sum() else smoothed
+    """q(j); they sum to one, and are all the same where nothing failed."""
+    smoothed = masses + (SMOOTHING or not masses.any())
+    return smoothed / smoothed.sum()
 
 
 def difficulty_weights(rates):
@@ -181,8 +170,8 @@ def draw(unused, clusters, weights, n, rng):
 
 
 def draw_round(pool, used, clusters, weights, n, rng):
-    """(places of a round's n problems, places used up to now): none twice, until all of the pool were drawn; then all
-    but those of this round come again."""
+    """(places of a round's n problems, places used up to now): none twice, until all of the pool were drawn, the last
+    few whatever the weights; then all but those of this round come again."""
     unused = np.setdiff1d(pool, used)
     drawn = draw(unused, clusters, weights, n, rng)
     if len(unused) < n:
@@ -235,6 +224,21 @@ def group(problems, outputs, rng):
             for i, (p, t, j) in enumerate(zip(problems, tags, clusters))]
 
 
+def knowledge_points(run, problems, untagged, tagger):
+    """What is asked once: round_0/tagger.jsonl, the tagger's outputs, and clusters.jsonl, which is returned."""
+    def request(problem, draw):
+        return make_prompt(tagger, "chat", {"problem": tag_request(problem)})
+
+    outputs = run.once("round_0/tagger.jsonl", lambda: sample(
+        run, TAGGER, untagged, 2, request, enough=lambda tries: tries[-1]["correct"], check=parse_tags, round=0,
+        phase="tag", style="chat", temperature=0.6, top_p=0.95, max_new_tokens=TAG_TOKENS)) if untagged else []
+    groups = run.once("round_0/clusters.jsonl", lambda: group(problems, outputs, run.rng))
+    if {o["id"] for o in outputs} != {p["id"] for p in untagged} or [g["id"] for g in groups] != [
+            p["id"] for p in problems]:
+        fail(f"{run.folder}/round_0: what is copied there is of other problems; remove it")
+    return groups
+
+
 def select(problems, facts, shares, responses, rng):
     """selection.jsonl: for each problem of a round all that was decided, with the numbers it was decided from. facts:
     those of its cluster (`weight` is what was drawn by, null where at random), parallel to problems."""
@@ -250,10 +254,10 @@ def select(problems, facts, shares, responses, rng):
     return rows
 
 
-def report_clusters(run, t, names, sizes, rates, shares, selection):
+def report_clusters(run, t, names, sizes, rates, facts, selection):
     """Per cluster: problems, probed, share, drawn, learnable, trained on; error in the probe of each round; tags."""
     drawn = by_problem({**s, "id": s["cluster"]} for s in selection)
-    found = [{"tags": tags, "problems": int(sizes[j]), "probed": len(rates[j]), "share": float(shares[j]),
+    found = [{"tags": tags, "problems": int(sizes[j]), "probed": len(rates[j]), "share": facts[j]["weight"],
               "drawn": len(drawn[j]), "learnable": sum({0, 1} <= {*s["outcomes"]} for s in drawn[j]),
               "kept": sum(bool(s["pair"]) for s in drawn[j]), "error": 1 - mean(rates[j])}
              for j, tags in enumerate(names)]
@@ -263,14 +267,18 @@ def report_clusters(run, t, names, sizes, rates, shares, selection):
         + "  error, by round; typical tags")
     for j, c in enumerate(found):
         errors = " ".join(f"{of[j]['error']:>4.0%}" for of in past)
-        say(f"{j:>24} {c['problems']:>9,} {c['probed']:>9,} {c['share']:>9.1%} {c['drawn']:>9,} {c['learnable']:>9,} "
+        share = f"{c['share']:.1%}" if c["share"] is not None else "random"
+        say(f"{j:>24} {c['problems']:>9,} {c['probed']:>9,} {share:>9} {c['drawn']:>9,} {c['learnable']:>9,} "
             f"{c['kept']:>9,}  {errors}  {', '.join(c['tags'])}"[:160])
+    if sum(c["learnable"] for c in found) == sum(c["kept"] for c in found):
+        say("           all that is learnable is kept, so its order has no say (--pairs-per-round)")
 
 
 def main():
-    if SELECT in ("knowledge", "random") and PREFER == "middle" or SELECT in ("knowledge", "difficulty", "random") \
-            and DIFFICULTY_BEFORE:
-        fail(f"--select {SELECT} does without --prefer middle, or --difficulty-before")
+    if DIFFICULTY_BEFORE and SELECT not in ("both", "static"):
+        fail(f"--difficulty-before is for --select both or static, not {SELECT}")
+    if PREFER == "middle" and SELECT in ("knowledge", "random"):
+        fail(f"--prefer middle is for a --select that looks at difficulty, not {SELECT}")
     tokenizer, problems = load_tokenizer(MODEL, PROMPT), load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     problems, held_out = hold_out(problems, HELD_OUT, SEED)
     tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])
@@ -279,22 +287,23 @@ def main():
     tagger = load_tokenizer(TAGGER, "chat") if untagged else None
     read_encoder(EMBEDDER)  # ends the program if it cannot serve
     models = [TAGGER] * bool(untagged) + [EMBEDDER] * (EMBEDDER != "tfidf")
-    run = start_run(globals(), problems, tests, models=models)
+    run, by_id = start_run(globals(), problems, tests, models=models), {p["id"]: p for p in problems}
     say(f"  data     {len(problems):,} training problems, {len(untagged):,} to be tagged; {len(tests):,} test problems")
 
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
+    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS,
+                    weight_decay=WEIGHT_DECAY, clip=CLIP)
 
     def ask(problem, draw=0):
         shown = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
         return make_prompt(tokenizer, PROMPT, problem, shown[:SHOTS * (PROMPT == "few_shot")], SYSTEM)
 
+    def example(problem, *texts):
+        return make_example(tokenizer, PROMPT, problem, *texts) | {"prompt": ask(problem)}
+
     # Once: knowledge points, their clusters, and the probe
-    outputs = run.once("round_0/tagger.jsonl", lambda: sample(
-        run, TAGGER, untagged, 2, lambda problem, draw: make_prompt(tagger, "chat", {"problem": tag_request(problem)}),
-        round=0, phase="tag", check=parse_tags, enough=lambda tries: tries[-1]["correct"], style="chat",
-        max_new_tokens=TAG_TOKENS, temperature=0.6, top_p=0.95)) if untagged else []
-    groups = run.once("round_0/clusters.jsonl", lambda: group(problems, outputs, run.rng))
+    groups = knowledge_points(run, problems, untagged, tagger)
     clusters = np.array([g["cluster"] for g in groups])
     names = typical_words((g["tags"] or {*re.findall(r"[^\W\d_]{4,}", p["problem"].lower())}
                            for p, g in zip(problems, groups)), clusters)
@@ -337,19 +346,17 @@ def main():
             run, model, own, K_SAMPLES, ask, round=t, phase="rollout", **drawn))
         selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
             own, [facts[j] for j in clusters[chosen]], shares, responses, lambda *key: run.rng(t, *key)))
-        report_clusters(run, t, names, np.bincount(clusters), rates, shares, selection)
+        report_clusters(run, t, names, np.bincount(clusters), rates, facts, selection)
         show_answers(own, responses)
 
         # 4. pi_t = DPO of pi_{t-1} on the pairs
-        by_id, text = {p["id"]: p for p in own}, {(r["id"], r["draw"]): r["text"] for r in responses}
-        pairs = [make_example(tokenizer, PROMPT, by_id[s["id"]], *(text[s["id"], draw] for draw in s["pair"]))
-                 | {"prompt": ask(by_id[s["id"]])} for s in selection if s["pair"]]
+        text = {(r["id"], r["draw"]): r["text"] for r in responses}
+        pairs = [example(by_id[s["id"]], *(text[s["id"], draw] for draw in s["pair"])) for s in selection if s["pair"]]
         if pairs:
             pairs = run.once(f"round_{t}/train.jsonl", lambda: pairs)
             start = model if START == "previous" else MODEL
             model = run.once(f"round_{t}/model", lambda to: train(
-                run, start, pairs, dpo_loss, to, round=t, lr=LR, warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE,
-                max_tokens=MAX_TOKENS, weight_decay=WEIGHT_DECAY, clip=CLIP, reference=True))
+                run, start, pairs, dpo_loss, to, round=t, lr=LR_DPO, reference=True, **training))
         else:
             say(f"  round {t}  no problem was answered both right and wrong: no pair, the model stays as it is")
         scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(

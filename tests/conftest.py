@@ -21,7 +21,7 @@ SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--roun
 
 def pytest_collection_modifyitems(items):
     """The long files first: two processes that take a file each then end together."""
-    long = ["test_vllm", "test_runs", "test_adastar", "test_hs_star"]
+    long = ["test_vllm", "test_runs", "test_adastar", "test_hs_star", "test_sai_dpo"]
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 

@@ -196,9 +196,11 @@ def sai_dpo(seeds):
         metrics = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in of_arm]
         answers = [sum(m["draws"] for m in of if m["phase"] in ("probe", "rollout")) for of in metrics]
         clusters = [[m["clusters"] for m in of if m["phase"] == "select"] for of in metrics]
+        kept = [[sum(c["kept"] for c in of) for of in rounds] for rounds in clusters]
+        assert {*answers} == {10128} and all(of == [100] * 3 for of in kept), "the arms are not at equal cost"
         weak = [[next(c for c in of if c["tags"] == ["remainders"]) for of in rounds] for rounds in clusters]
         print(f"{arm:<20}{' '.join(map(str, answers)):<22}"
-              f"{' '.join(str(sum(c['kept'] for of in rounds for c in of)) for rounds in clusters):<16}"
+              f"{' '.join(str(sum(of)) for of in kept):<16}"
               + "; ".join(" ".join(f"{c['error']:.0%} {c['drawn']}" for c in rounds) for rounds in weak))
 
 

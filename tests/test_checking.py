@@ -193,8 +193,7 @@ def test_hostile_inputs(shared):
 
 
 def test_a_slow_case_does_not_cost_the_worker():
-    worker, _ = common.Checker(1)._start()
-    assert worker.stdout.readline() == b"ready\n"
+    worker = common.Checker(1)._start()
     for _ in range(2):
         worker.stdin.write(json.dumps(["1", "\\sum_{k=1}^{10^7} \\frac{1}{k}"]).encode() + b"\n")
         worker.stdin.flush()
@@ -208,28 +207,34 @@ def test_a_hanging_or_dying_worker_is_replaced(monkeypatch):
         return checker.submit({"answer": "4"}, f"\\boxed{{{answer}}}").result()
 
     assert verdict("2+2") == (True, "equal")
-    worker, _ = checker.idle.get()
-    checker.idle.put((worker, True))
+    worker = checker.idle.get()
+    checker.idle.put(worker)
     os.kill(worker.pid, signal.SIGSTOP)  # hangs and uses no time: no limit of its own can help it
     monkeypatch.setattr(common, "CHECK_SECONDS", 0.05)
     assert verdict("3+1") == (False, "timeout") and worker.poll() is not None
     monkeypatch.undo()
     assert verdict("1+3") == (True, "equal")
-    worker, _ = checker.idle.get()
-    checker.idle.put((worker, True))
+    worker = checker.idle.get()
+    checker.idle.put(worker)
     worker.kill()  # between two cases: the next one is not to blame
     assert verdict("0+4") == (True, "equal")
-    monkeypatch.setattr(checker, "_start", lambda: (subprocess.Popen(
-        [sys.executable, "-c", "print('ready', flush=True); input()"], stdin=-1, stdout=-1), False))
-    while not checker.idle.empty():
-        checker.idle.get()[0].kill()
-    checker.idle.put(checker._start())
+    monkeypatch.setattr(checker, "_start", lambda: subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    checker.idle.get().kill()
+    checker.idle.put(None)
     assert verdict("4+0") == (False, "crash")  # dies of this case, twice
-    monkeypatch.setattr(checker, "_start", lambda: (subprocess.Popen(["true"], stdin=-1, stdout=-1), False))
-    checker.idle.get()
-    checker.idle.put(checker._start())
-    with pytest.raises(SystemExit):  # a checker that cannot start must not call everything wrong
-        verdict("5-1")
+
+
+def test_a_checker_that_cannot_start_ends_the_program(monkeypatch, capsys):
+    """It must not call everything wrong, nor leave threads that wait, which would keep the program from ending."""
+    checker = common.Checker(3)
+    monkeypatch.setattr(sys, "executable", "false")
+    futures = [checker.submit({"answer": "4"}, f"\\boxed{{5-{n}.0}}") for n in range(50)]
+    for future in futures:
+        with pytest.raises(SystemExit):
+            future.result(60)
+    checker.threads.shutdown()
+    assert 1 <= capsys.readouterr().err.count("a checking worker does not start") <= 3
 
 
 def test_memory_of_a_worker_is_capped(tmp_path):

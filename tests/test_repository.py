@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT
 
-CEILINGS = {"dast.py": 350, "adastar.py": 350, "hs_star.py": 350, "sai_dpo.py": 363, "common.py": 2354, "eval.py": 500,
+CEILINGS = {"dast.py": 350, "adastar.py": 350, "hs_star.py": 350, "sai_dpo.py": 370, "common.py": 2382, "eval.py": 500,
             "README.md": 300}
 TOP = {*CEILINGS, "requirements.txt", "LICENSE", "tests"}
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -57,7 +57,8 @@ def test_readme_names_what_exists():
             if "/" not in script[0]:
                 assert set(re.findall(r"--[a-z][\w-]*", after)) <= flags_of(script[0]), command
     for name in re.findall(r"`((?:tests/|\.ci/)?[\w/]+\.(?:py|md|txt|jsonl))`", README + RESULTS):
-        of_a_run = name in ("selection.jsonl", "presamples.jsonl", "responses.jsonl", "metrics.jsonl", "clusters.jsonl")
+        of_a_run = name in ("selection.jsonl", "presamples.jsonl", "responses.jsonl", "metrics.jsonl", "clusters.jsonl",
+                            "round_0/tagger.jsonl")
         assert (ROOT / name).exists() or of_a_run or name.startswith(("gsm8k/", "math/")), name
     for flag in re.findall(r"`(--[a-z][\w-]*)", README + RESULTS):
         known = set().union(*map(flags_of, ("dast.py", "adastar.py", "hs_star.py", "sai_dpo.py", "eval.py")))

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 
 import common
 import sai_dpo
@@ -35,15 +36,17 @@ def small(tmp_path_factory):
     ('<think>Perhaps ["algebra"]?</think>\n```json\n["number theory", "Modular  arithmetic"]\n```',
      ["number theory", "modular arithmetic"]),
     ('<think>["algebra"]</think> I cannot say.', []),
-    ('["first"] or rather ["second", "third",]', ["second", "third"]),
+    ('["first"] or rather ["second", "third"]', ["second", "third"]), ('["first", "second",]', ["first", "second"]),
     ("['Vieta's formulas', 'roots']", ["vieta's formulas", "roots"]),
-    ('["area \\(x^2\\)", "x"]', ["area \\(x^2\\)"]),  # no JSON: the backslash; one letter is no tag
+    ('["area \\(x^2\\)", "\\\\frac", "x"]', ["area \\(x^2\\)", "\\frac"]),  # one letter is no tag
     ('["polynomials over Z[x]", "intervals [0,1]"]', ["polynomials over z[x]", "intervals [0,1]"]),
     ('["area of\n a triangle", "algebra"]', ["area of a triangle", "algebra"]),
     ('["' + "long " * 40 + '", "algebra"]', ["algebra"]),
     ('["aa", "aa", "bb", "cc", "dd", "ee", "ff"]', ["aa", "bb", "cc", "dd", "ee"]),
     ('[{"tag": "geometry"}, 7, "sums"]', ["sums"]), ('["caf\\u00e9s"]', ["cafés"]),
-    ("The interval [0, 1] and [2, 3].", []), ("[]", []),
+    ('["the angle \\theta", "\\binom{n}{k}"]', ["the angle \\theta", "\\binom{n}{k}"]),  # no tabulator
+    ('["geometry", "lines"]\n\nNote: [see "above", "okay"].', ["geometry", "lines"]),  # JSON before what is nearly so
+    ("The interval [0, 1] and [2, 3].", []), ("[]", []), ("1. Geometry\n2. Triangles", []),
     ("", []), ("[", []), ('["unfinished", "list', []), ("]" * 9 + "[" * 9, []),
 ])
 def test_tags(text, tags):
@@ -55,7 +58,7 @@ def test_tags(text, tags):
                                    '[{"a":', '["a",'])
 def test_hostile_tagger_output_costs_nothing(piece):
     text, began = piece * (200_000 // len(piece)), time.process_time()
-    assert sai_dpo.parse_tags({"text": text + "]", "finish": "stop"}) in ([], ["aa"])
+    assert sai_dpo.parse_tags({"text": text + "]", "finish": "stop"}) == []
     sai_dpo.steps_of(text)
     sai_dpo.steps_of("\n \n" * 60_000 + "Step 1" + " \t#" * 20_000)
     assert time.process_time() - began < 1
@@ -100,7 +103,7 @@ def test_masses_and_shares(monkeypatch):
     assert sai_dpo.shares_of(np.zeros(4)) == pytest.approx([0.25] * 4)
     monkeypatch.setattr(sai_dpo, "SMOOTHING", 0.0)
     assert sai_dpo.shares_of(masses) == pytest.approx([1 / 9, 8 / 9, 0])
-    assert sai_dpo.shares_of(np.zeros(4)).tolist() == [0] * 4
+    assert sai_dpo.shares_of(np.zeros(4)) == pytest.approx([0.25] * 4)  # nothing to go by
     assert sai_dpo.difficulty_weights([[0.5, 1.0], [0.0], [0.25]]) == pytest.approx([0.5, 0.1, 0.75])
 
 
@@ -280,9 +283,8 @@ def test_maths_subjects(shared):
     found, rng = adjusted_rand_index(clusters, subjects), np.random.default_rng(0)
     chance = [adjusted_rand_index(clusters, rng.permutation(subjects)) for _ in range(200)]
     print(f"adjusted Rand index {found:.4f}, of 200 permutations 99 % below {np.quantile(chance, 0.99):.4f}")
-    assert len(names) == 7 and found > np.quantile(chance, 0.99) and found > 0.05
-    sklearn = pytest.importorskip("sklearn.cluster")
-    theirs = sklearn.KMeans(20, n_init=10, random_state=0).fit(points).inertia_
+    assert len(names) == 7 and found > np.quantile(chance, 0.99)
+    theirs = KMeans(20, n_init=10, random_state=0).fit(points).inertia_
     print(f"inertia {inertia:.1f}, scikit-learn's {theirs:.1f}")
     assert inertia < 1.01 * theirs
 
@@ -312,7 +314,7 @@ TEXTS = ["sums", "area of a trapezoid, geometry", "x" * 500, "Find the number of
 
 
 def test_embeddings(tmp_path, alone):
-    """Batched and padded as one by one; where sentence-transformers is installed, as it has them."""
+    """Batched and padded as one by one, and as sentence-transformers has them."""
     from transformers import AutoModel, AutoTokenizer
     folder = write_encoder(tmp_path / "encoder")
     vectors = common.embed(str(folder), TEXTS)
@@ -323,32 +325,34 @@ def test_embeddings(tmp_path, alone):
             mean = body(**ids).last_hidden_state[0].mean(0)
         assert np.abs(vector - (mean / mean.norm()).numpy()).max() < 1e-5
     assert (vectors[:6] == vectors[6:12]).mean() > 0.5 and np.allclose(np.linalg.norm(vectors, axis=1), 1)
-    library = pytest.importorskip("sentence_transformers")
-    theirs = library.SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
+    from sentence_transformers import SentenceTransformer  # a second or two
+    theirs = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, normalize_embeddings=True)
     print(f"largest difference from sentence-transformers {np.abs(vectors - theirs).max():.2g}")
     assert np.abs(vectors - theirs).max() < 1e-5
 
 
 def test_a_published_encoder(alone):
-    """all-mpnet-base-v2 against sentence-transformers, where both are on this machine."""
+    """all-mpnet-base-v2 against sentence-transformers, where it is on this machine."""
     name = "sentence-transformers/all-mpnet-base-v2"
-    library = pytest.importorskip("sentence_transformers")
     try:
         common.snapshot_download(name, local_files_only=True)
     except Exception as error:
         pytest.skip(f"{name} is not on this machine ({type(error).__name__})")
-    theirs = library.SentenceTransformer(name, device="cpu").encode(TEXTS, normalize_embeddings=True)
+    from sentence_transformers import SentenceTransformer  # a second or two
+    theirs = SentenceTransformer(name, device="cpu").encode(TEXTS, normalize_embeddings=True)
     assert np.abs(common.embed(name, TEXTS) - theirs).max() < 1e-5
 
 
 def test_other_encoders_are_refused(tmp_path, capsys):
-    for name, options, word in (("cls", dict(pooling="cls"), "pooling_mode_cls_token"), ("dense", dict(layer="Dense"),
-                                                                                         "(Dense)")):
+    for name, options, word in (("cls", dict(pooling="cls"), "not plain means over tokens, as here (pooling_mode_cls"),
+                                ("dense", dict(layer="Dense"), "not plain means over tokens, as here (Dense)"),
+                                ("odd", {}, "modules.json, ")):
         folder = write_encoder(tmp_path / name, **options)
+        if name == "odd":
+            (folder / "modules.json").write_text('{"0": "Transformer"}')
         with pytest.raises(SystemExit):
             common.read_encoder(str(folder))
-        said = capsys.readouterr().err
-        assert "its vectors are not plain means over tokens" in said and word in said
+        assert word in capsys.readouterr().err
     line = error_of(launch(tmp_path, "sai_dpo.py", *ONE, "--embedder", "cls", check=False))
     assert "not plain means" in line and not (tmp_path / "runs").exists()  # before anything is done
 
@@ -390,9 +394,9 @@ def recompute(run, rounds, pairs_per_round):
             assert s["p"] == s["outcomes"].count(1) / 8 and s["cluster"] == groups[s["id"]]["cluster"]
             assert s["mass"] == pytest.approx(masses[s["cluster"]])
             assert s["share"] == pytest.approx(shares[s["cluster"]])
-            assert s["steps"] == pytest.approx(np.mean([len([x for x in a["text"].split("\n\n") if x.strip()])
-                                                        for a in whole]))
-            assert s["length"] == pytest.approx(np.mean([a["tokens"] for a in whole]))
+            steps = [len([x for x in a["text"].split("\n\n") if x.strip()]) for a in whole]
+            assert s["steps"] == (pytest.approx(np.mean(steps)) if whole else None)
+            assert s["length"] == (pytest.approx(np.mean([a["tokens"] for a in whole])) if whole else None)
         kept = [s for s in selection if s["pair"]]
         able = [s for s in selection if 1 in s["outcomes"] and 0 in s["outcomes"]]
         assert len(kept) == min(len(able), pairs_per_round)
@@ -421,6 +425,16 @@ def test_the_records_alone_tell_every_decision(small):
             assert c["drawn"] == len(mine) and c["kept"] == sum(bool(s["pair"]) for s in mine) and c["probed"] >= 2
             assert c["tags"] == lines(run / "round_0/clusters.jsonl")[
                 [g["cluster"] for g in lines(run / "round_0/clusters.jsonl")].index(j)]["tags"]
+
+
+def test_the_planted_weakness_is_found_and_drawn_more(tmp_path):
+    """The toy was made weak at remainders: the probe of 40 problems sees it, and the draw follows."""
+    launch(tmp_path, "sai_dpo.py", *ONE, "--n-train", "200", "--probe", "0.2", "--k-samples", "8",
+           "--samples-per-round", "20")
+    [found] = [m["clusters"] for m in lines(tmp_path / "runs/one/metrics.jsonl") if m["phase"] == "select"]
+    weak = max(found, key=lambda c: c["error"])
+    assert weak["tags"] == ["remainders"] and weak["share"] > 1.2 * weak["problems"] / 200
+    assert weak["drawn"] / 20 > weak["problems"] / 200
 
 
 def test_two_processes_choose_the_same(small, tmp_path):
@@ -517,6 +531,16 @@ def test_the_tagger(tagger, tmp_path):
     launch(tmp_path, "sai_dpo.py", *flags, "--run", "two", "--rounds", "0", "--grader", "grader.py:grade", processes=2)
     for name in ("tagger.jsonl", "clusters.jsonl"):
         assert (one / "round_0" / name).read_bytes() == (two / "round_0" / name).read_bytes()
+    again = tmp_path / "runs" / "again" / "round_0"  # what was tagged once serves another run, if it is of its problems
+    again.mkdir(parents=True)
+    shutil.copy(one / "round_0/tagger.jsonl", again)
+    launch(tmp_path, "sai_dpo.py", *flags, "--run", "again", "--rounds", "0", "--seed", "5")
+    assert {i["id"]: i["tags"] for i in lines(again / "clusters.jsonl")} == {g["id"]: g["tags"] for g in groups}
+    (again.parent / "constants.json").unlink()
+    done = launch(tmp_path, "sai_dpo.py", *untagged(tmp_path, 39), *flags[len(ONE) + 4:], "--run", "again", "--rounds",
+                  "0", check=False)
+    assert "what is copied there is of other problems" in error_of(done)
+    untagged(tmp_path)
     weights = (tagger / "model.safetensors").read_bytes()
     (tagger / "model.safetensors").write_bytes((TOY / "model" / "model.safetensors").read_bytes())
     assert "contents" in error_of(launch(tmp_path, "sai_dpo.py", *flags, check=False))  # another tagger of that name
@@ -596,14 +620,16 @@ def test_nothing_to_learn(tmp_path, verdict):
     for t in (1, 2):
         selection = lines(run / f"round_{t}/selection.jsonl")
         assert len(selection) == 6 and not any(s["pair"] for s in selection)
-        assert {s["p"] for s in selection} == {float(verdict)} and not (run / f"round_{t}/model").exists()
-        assert not verdict or {s["mass"] for s in selection} == {0} and len({s["share"] for s in selection}) == 1
+        assert {*sum((s["outcomes"] for s in selection), [])} <= {int(verdict), -1}  # a cut one is wrong
+        assert not (run / f"round_{t}/model").exists()
+        if verdict and {r["finish"] for r in lines(run / f"round_{t}/probe.jsonl")} == {"stop"}:
+            assert {s["mass"] for s in selection} == {0} and len({s["share"] for s in selection}) == 1
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--n-train", "5", "--no-own-tags", "--tagger", "", "--n-clusters", "20"], "the probe takes all problems"),
-    (["--select", "random", "--difficulty-before"], "--select random does without"),
-    (["--select", "knowledge", "--prefer", "middle"], "--select knowledge does without"),
+    (["--select", "random", "--difficulty-before"], "--difficulty-before is for --select both or static"),
+    (["--select", "knowledge", "--prefer", "middle"], "--prefer middle is for"),
     (["--no-own-tags", "--tagger", "no/such/tagger"], "no/such/tagger"), (["--embedder", "no/such/one"], "no/such/one"),
     (["--no-own-tags", "--tagger", "bare"], "bare has no chat template"),
 ])
