@@ -125,7 +125,8 @@ def step():
 
 
 def rewards():
-    """The toy's reward model: packed in the GPU's precision, against float64 on CPU, answer by answer."""
+    """The toy's reward model, packed in the GPU's precision, and embeddings (of the toy model), padded in float32,
+    against float64 on CPU, answer by answer and text by text."""
     import common
     import torch
     common.setup()
@@ -141,8 +142,15 @@ def rewards():
         for ids, places in rows:
             exact += head["summary"](body(torch.tensor([ids])).last_hidden_state[0, places])[:, 0].sigmoid().tolist()
     errors = [abs(a - b) for a, b in zip(found, exact, strict=True)]
+    texts, encoder = [p["problem"] for p in problems], common.AutoModel.from_pretrained(
+        TOY / "model", dtype=torch.float64, attn_implementation="eager").eval()
+    vectors, far = torch.from_numpy(common.embed(str(TOY / "model"), texts)).double(), []
+    with torch.inference_mode():
+        for text, vector in zip(texts, vectors):
+            ids = torch.tensor([prm.tokenizer(text)["input_ids"]])
+            far.append(float((torch.nn.functional.normalize(encoder(ids).last_hidden_state.mean(1)) - vector).norm()))
     return {"steps": len(exact), "mean_error": sum(errors) / len(errors), "max_error": max(errors),
-            "passed": max(errors) < (0.2 if common.compute_dtype() == torch.bfloat16 else 1e-5)
+            "embedding_error": max(far), "passed": max(far) < 1e-4 and max(errors) < (0.2 if common.compute_dtype() == torch.bfloat16 else 1e-5)
             and sum(errors) / len(errors) < (5e-3 if common.compute_dtype() == torch.bfloat16 else 1e-6)}
 
 

