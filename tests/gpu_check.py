@@ -150,7 +150,8 @@ def rewards():
             ids = torch.tensor([prm.tokenizer(text)["input_ids"]])
             far.append(float((torch.nn.functional.normalize(encoder(ids).last_hidden_state.mean(1)) - vector).norm()))
     return {"steps": len(exact), "mean_error": sum(errors) / len(errors), "max_error": max(errors),
-            "embedding_error": max(far), "passed": max(far) < 1e-4 and max(errors) < (0.2 if common.compute_dtype() == torch.bfloat16 else 1e-5)
+            "embedding_error": max(far), "passed": max(far) < 1e-4
+            and max(errors) < (0.2 if common.compute_dtype() == torch.bfloat16 else 1e-5)
             and sum(errors) / len(errors) < (5e-3 if common.compute_dtype() == torch.bfloat16 else 1e-6)}
 
 

@@ -553,7 +553,8 @@ def test_a_tagger_that_says_nothing_of_use(tmp_path):
     shutil.copytree(TOY / "model", tmp_path / "mute")
     (tmp_path / "mute" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 512, 2))}))
     flags = [*untagged(tmp_path), "--tagger", "mute", "--tag-tokens", "2", "--rounds", "2", "--n-clusters", "3",
-             "--prompt", "few_shot", "--shots", "2", "--samples-per-round", "22", "--start", "base"]
+             "--prompt", "few_shot", "--shots", "2", "--samples-per-round", "22", "--start", "base", "--k-samples",
+             "2"]
     done = launch(tmp_path, "sai_dpo.py", *flags)
     run = tmp_path / "runs" / "one"
     outputs, groups = lines(run / "round_0/tagger.jsonl"), lines(run / "round_0/clusters.jsonl")
