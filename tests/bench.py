@@ -1,5 +1,5 @@
-"""Speed of what is ours: python tests/bench.py checking [../shared], selection, rewards [../shared], or clusters
-[../shared].
+"""Speed of what is ours: python tests/bench.py checking [../shared], selection, rewards [../shared], clusters
+[../shared], or training [problems] (which needs: pip install trl accelerate).
 
 checking: MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model outputs,
 judged by plain math-verify (parse and verify, as its README says) and by the Checker, in turn, in processes of their
@@ -16,11 +16,18 @@ turn, tokenizing on both sides; and the largest difference of a reward.
 
 clusters: what sai_dpo.py does with 400,000 problems (halves of two of MATH's training problems each) before and after a
 probe: tf-idf, k-means, the probe's choice, and a draw of 20,000; seconds with one thread; memory with all libraries.
+
+training: an epoch of the toy model over 960 of its problems, in steps of 32 answers or pairs, by common.train with
+dast.py's losses, by the Hugging Face Trainer with padding, and by TRL's trainers as they come (DPO with the reference
+computed before), all with AdamW in float32. Wall seconds from the model in memory on, medians of 3 in turn, tokenizing
+left out on both sides; ours writes the model too.
 """
+import contextlib
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -179,11 +186,87 @@ def clusters(shared, n=400_000):
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 
 
+def ours(what, rows, run, turn):
+    """Seconds of common.train on rows (prompt, right, wrong)."""
+    import common
+    import dast
+    examples = [{"id": str(i), "prompt": prompt, "completions": [right, wrong][:1 + (what == "dpo")],
+                 "end": "<|endoftext|>"} for i, (prompt, right, wrong) in enumerate(rows)]
+    common.train(run, str(ROOT / "tests/toy/model"), examples, vars(dast)[f"{what}_loss"], Path(tempfile.mkdtemp()),
+                 round=turn, lr=1e-5, warmup=0, epochs=1, batch_size=32, max_tokens=8192, weight_decay=0.0, clip=1.0,
+                 decay=False, reference=what == "dpo")
+    shutil.rmtree(run.unfinished, ignore_errors=True)  # as Run.once does
+    return run.metrics[turn, "train"]["seconds"]
+
+
+def theirs(way, rows):
+    """Seconds of a Trainer on the same rows: "trainer" (padded, SFT), "sft" or "dpo" (TRL's)."""
+    import datasets
+    import transformers
+    import trl
+    datasets.disable_progress_bars()
+    model, before = str(ROOT / "tests/toy/model"), 0.0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    plain = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=32, num_train_epochs=1, learning_rate=1e-5,
+                 lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, bf16=False, use_cpu=True,
+                 report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True)
+    if way == "trainer":
+        data = []
+        for prompt, right, _ in rows:
+            ids, answer = (tokenizer(text)["input_ids"] for text in (prompt, right + "<|endoftext|>"))
+            data.append({"input_ids": ids + answer, "labels": [-100] * len(ids) + answer})
+        trainer = transformers.Trainer(network, transformers.TrainingArguments(**plain), train_dataset=data,
+                                       data_collator=transformers.DataCollatorForSeq2Seq(tokenizer))
+    elif way == "sft":
+        data = datasets.Dataset.from_list([{"prompt": p, "completion": right} for p, right, _ in rows])
+        trainer = trl.SFTTrainer(network, trl.SFTConfig(**plain, gradient_checkpointing=False), train_dataset=data,
+                                 processing_class=tokenizer)
+    else:
+        data = datasets.Dataset.from_list([{"prompt": p, "chosen": right, "rejected": wrong}
+                                           for p, right, wrong in rows])
+        for precompute in (False, True):  # which it does as it is made, after tokenizing
+            made = time.time()
+            trainer = trl.DPOTrainer(network, args=trl.DPOConfig(
+                **plain, gradient_checkpointing=False, precompute_ref_log_probs=precompute, beta=0.1),
+                train_dataset=data, processing_class=tokenizer)
+            before = time.time() - made - before
+    began = time.time()
+    with contextlib.redirect_stdout(None):
+        trainer.train()
+    return time.time() - began + before
+
+
+def training(n=960):
+    import common
+    import numpy as np
+    problems = [json.loads(line) for line in open(ROOT / "tests" / "toy" / "train.jsonl")][:n + 1]
+    rows = [(f"Question: {p['problem']}\nAnswer:\n", p["solution"], q["solution"])
+            for p, q in zip(problems, problems[1:])]
+    constants = dict(MODEL=str(ROOT / "tests/toy/model"), RUN="bench-training", SEED=0, WANDB=False, GRADER="",
+                     ENGINE="transformers", SAVE_MINUTES=30.0, __file__=str(ROOT / "dast.py"))
+    os.chdir(tempfile.mkdtemp())
+    run = common.start_run({**{name: 0 for name in common.constants_of(ROOT / "dast.py")}, **constants})
+    common.say = lambda *_: None
+    for what, others in (("sft", ("trainer", "sft")), ("dpo", ("dpo",))):
+        seconds = {way: [] for way in ("ours", *others)}
+        for turn in range(4):
+            for way, of in seconds.items():
+                of.append(ours(what, rows, run, turn) if way == "ours" else theirs(way, rows))
+        mine, *rest = (float(np.median(of[1:])) for of in seconds.values())  # the first is to warm up
+        for way, other in zip(others, rest):
+            name = {"trainer": "padded Hugging Face Trainer", "sft": "TRL SFTTrainer", "dpo": "TRL DPOTrainer"}[way]
+            print(f"{what}: ratio {other / mine:.1f}; {name} {other:.2f} s, ours {mine:.2f} s, {len(rows):,} "
+                  f"{'pairs' if what == 'dpo' else 'answers'}", flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["checking"]:
         checking(Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
     elif sys.argv[1:] == ["selection"]:
         selection()
+    elif sys.argv[1:2] == ["training"]:
+        training(*map(int, sys.argv[2:]))
     elif sys.argv[1:2] in (["rewards"], ["clusters"]):
         globals()[sys.argv[1]](Path(sys.argv[2] if sys.argv[2:] else ROOT.parent / "shared"))
     else:
