@@ -61,7 +61,7 @@ def test_hostile_tagger_output_costs_nothing(piece):
     assert sai_dpo.parse_tags({"text": text + "]", "finish": "stop"}) == []
     sai_dpo.steps_of(text)
     sai_dpo.steps_of("\n \n" * 60_000 + "Step 1" + " \t#" * 20_000)
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 1  # tenths of it; a quadratic search takes minutes
 
 
 @pytest.mark.parametrize("text, steps", [
