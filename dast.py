@@ -23,11 +23,10 @@ Differs from the paper in what cannot be known.
 import functools
 from pathlib import Path
 
-import torch.nn.functional as F
-
 from common import (by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
                     sample, say, sequence_logprobs, spread_evenly, start_run, train)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
+import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
 
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)

@@ -28,12 +28,12 @@ from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import torch.nn.functional as F
 
 from common import (RewardModel, by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt,
                     outcomes_of, override_from_cli, sample, say, sequence_logprobs, spread_evenly, start_run,
                     step_rewards, train)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
+import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
 
 # What to run
 MODEL = "Qwen/Qwen2.5-7B"  # M_0, or the base that is trained on STEP_SET first: a Hub name or a folder (code)

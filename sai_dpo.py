@@ -29,12 +29,12 @@ import re
 from statistics import mean
 
 import numpy as np
-import torch.nn.functional as F
 
 from common import (apportion, by_problem, cluster_texts, fail, last_list, load_problems, load_tokenizer, make_example,
                     make_prompt, outcomes_of, override_from_cli, read_encoder, sample, say, sequence_logprobs,
                     start_run, train, typical_words)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
+import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
 
 # What to run
 MODEL = "Qwen/Qwen2.5-Math-7B"  # pi_0: a Hub name or a folder (paper)

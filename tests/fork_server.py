@@ -14,11 +14,10 @@ import sys
 import traceback
 from pathlib import Path
 
-import torch.distributed as dist
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402, F401  it computes nothing, so that forks have no threads to lose
 import eval  # noqa: E402, F401
+import torch.distributed as dist  # noqa: E402
 
 
 def run(folder, command, out, err, bytes):

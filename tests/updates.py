@@ -52,7 +52,7 @@ def packed_away(folder, model):
 def same_requests():
     """Whether vLLM is asked what transformers is asked: the same prompts, a group's seed that of its first request."""
     asked, groups = {}, []
-    engine, request, generate = run.sampler.llm.llm_engine, run.sampler.llm.llm_engine.add_request, torch.manual_seed
+    engine, request = run.sampler.llm.llm_engine, run.sampler.llm.llm_engine.add_request
     engine.add_request = lambda name, prompt, params: (
         asked.update({params.seed: prompt["prompt_token_ids"]}), request(name, prompt, params))[1]
     draw(MODEL, "same")
@@ -62,10 +62,9 @@ def same_requests():
     common.barrier()
     vllm, run.sampler = run.sampler, common.Sampler(run)
     answer = run.sampler._generate
-    torch.manual_seed = lambda seed: (groups.append([seed]), generate(seed))[1]
-    run.sampler._generate = lambda rows: (groups[-1].append(rows), answer(rows))[1]
+    run.sampler._generate = lambda rows, seed: (groups.append((seed, rows)), answer(rows, seed))[1]
     draw(MODEL, "same")
-    torch.manual_seed, run.sampler = generate, vllm
+    run.sampler = vllm
     everyone = {seed: ids for part in common.gather(asked) for seed, ids in part.items()}
     groups = [group for part in common.gather(groups) for group in part]
     rows = [row for _, rows in groups for row in rows]
