@@ -516,8 +516,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch.distributed import get_rank as rank, get_world_size as world_size
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -1520,13 +1519,14 @@ class Sampler:
 
 
 class Noise:
-    """Makes of logits (rows, V) numbers of which the largest is a draw: probabilities at a temperature, cut by top_k (0:
-    not) and top_p, each divided by a number from the exponential distribution (as torch.multinomial does). With a
+    """Makes of logits (rows, V) numbers of which the largest is a draw: probabilities at a temperature, cut by top_k
+    (0: not) and top_p, each divided by a number from the exponential distribution, as torch.multinomial does. With a
     generator of its own, so that groups can be generated side by side."""
 
     def __init__(self, seed, temperature, top_k=0, top_p=1.0):
         self.temperature, self.generator = temperature, torch.Generator(device()).manual_seed(seed)
-        self.cuts = [TopKLogitsWarper(top_k)] * (top_k > 0) + [TopPLogitsWarper(top_p)] * (top_p < 1)
+        self.cuts = [TopKLogitsWarper(top_k)] if top_k else []
+        self.cuts += [TopPLogitsWarper(top_p)] if top_p < 1 else []
 
     def __call__(self, ids, logits):
         logits = logits / self.temperature
@@ -1674,11 +1674,11 @@ class VllmSampler(Sampler):
             waves[i] += 1
             due = [d for d in wave if (i, d) not in work.answers]
             for d in due:
-                seed = work.seed(i, d) if self.sampling["temperature"] > 0 else None
+                seeded = self.sampling["temperature"] > 0 and self.run.constants["SEEDED"]
                 flying[i, d] = self.llm.llm_engine.add_request(
                     f"{i}/{d}", {"prompt_token_ids": self.prompt_ids(*work.prompt(i, d))}, self.parameters_of(
-                        max_tokens=self.max_new_tokens, seed=seed, stop=self.stops, stop_token_ids=self.ends,
-                        **self.sampling))
+                        max_tokens=self.max_new_tokens, seed=work.seed(i, d) if seeded else None, stop=self.stops,
+                        stop_token_ids=self.ends, **self.sampling))
             if due:
                 return
 
@@ -1784,10 +1784,19 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
                           window_size=(-1, 0), **options)
         return out[None], None
-    # On CPU one sequence after the other: no padding (4.4 times as fast on MATH's solutions, equal on the toy's)
-    rows = zip(*(x.split(cu_seq_lens_q.diff().tolist(), 2) for x in (query, key, value)))
-    out = [F.scaled_dot_product_attention(*row, is_causal=True, scale=scaling, enable_gqa=True) for row in rows]
-    return torch.cat(out, 2).transpose(1, 2), None
+    # On CPU padded, those together whose lengths differ by less than a factor of two: a sequence alone is too small a
+    # piece of work for two threads, and all together are mostly padding. Padding stands behind the real tokens, so a
+    # causal mask hides it from them.
+    lengths, parts, places = cu_seq_lens_q.diff().long(), [], []
+    for size in lengths.log2().ceil().unique():
+        start, length = (of[lengths.log2().ceil() == size, None] for of in (cu_seq_lens_q[:-1].long(), lengths))
+        within = torch.arange(int(length.max()))
+        at, real = (start + within).clamp(max=query.shape[2] - 1), within < length  # (S, longest)
+        q, k, v = (x[0][:, at].transpose(0, 1) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        parts.append(out.transpose(1, 2)[real])
+        places.append(at[real])
+    return torch.cat(parts)[torch.cat(places).argsort()][None], None
 
 
 def sequence_logprobs(logprobs, batch):
@@ -1884,7 +1893,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
     AdamW; lr rises linearly over the warm-up (steps, or if below 1 their share), then stays, or with `decay` falls as a
     half cosine; all in float32 but the compute on GPU. A loss or gradient that is not finite ends the program. Goes on
     where a killed run was."""
-    slept = run.sampler.sleep() if run.sampler else {}
+    more = run.sampler.sleep() if run.sampler else {}
     torch.set_num_threads(threads_per_process())
     model = local_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -1892,21 +1901,17 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
     lengths = [sum(len(p) + len(c) for p, c in example) for example in tokenized]
     plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
     network, policy, dtype = load_for_training(model)
+    more["recomputed"] = spare_memory(policy, max(max_tokens, *lengths))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     progress = Progress(run, round, policy, optimizer)
     known = progress.reference_logprobs(tokenized, plan[:math.ceil(len(examples) / batch_size)]) if reference else None
     progress.load()
     with bar(len(plan), f"round {round} train") as shown:
         for step in range(len(progress.history), len(plan)):
-            sums = Counter(save=progress.due())
-            for micro_batch in plan[step][rank()::world_size()]:
-                batch = pack([tokenized[e] for e in micro_batch])
-                if reference:
-                    batch["reference"] = torch.tensor([r for e in micro_batch for r in known[e]], device=device())
-                total, weight, metrics = loss(policy(batch), batch)
-                total.backward()
-                sums.update({"loss": total.detach(), "weight": weight, **metrics})
-            sums = sum_over_processes(sums)
+            micro_batches = plan[step][rank()::world_size()]
+            sums = gradients(policy, loss, [[tokenized[e] for e in m] for m in micro_batches],
+                             [[known[e] for e in m] for m in micro_batches] if reference else None)
+            sums = sum_over_processes(sums | {"save": progress.due()})
             save = sums.pop("save")
             norm = scale_and_clip(policy, world_size() / sums["weight"], clip)
             if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
@@ -1922,9 +1927,87 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
                 progress.save()
             shown.set_postfix(loss=f"{sums['loss'] / sums['weight']:.3f}", norm=f"{norm:.2f}")
             shown.update(len(progress.history) - shown.n)
+    trained = time.time()
     row = row_logprobs(policy, max((sequence for e in tokenized for sequence in e), key=lambda s: len(s[0] + s[1])))
     save_model(network, tokenizer, dtype, folder, row | {"exact": dtype == compute_dtype() == torch.float32})
-    report_training(run, round, progress, lengths, epochs, reference, network, slept)
+    report_training(run, round, progress, lengths, epochs, reference, network, more | {
+        "save_seconds": time.time() - trained})
+
+
+def gradients(policy, loss, micro_batches, known=None):
+    """Add up the gradients of a loss over micro-batches (and log p of their completions under the reference); the sums
+    {loss, weight, ...}."""
+    sums = Counter()
+    for number, examples in enumerate(micro_batches):
+        batch = pack(examples)
+        if known:
+            batch["reference"] = torch.tensor(sum(known[number], []), device=device())
+        try:
+            total, weight, metrics = loss(policy(batch), batch)
+            total.backward()
+        except torch.OutOfMemoryError:
+            fail(f"the GPU's memory is too small for {len(batch['tokens']):,} tokens at once, {len(examples)} examples; "
+                 "take a lower --max-tokens or, for a single example, more GPUs")
+        sums.update({"loss": total.detach(), "weight": weight, **metrics})
+    return sums
+
+
+def spare_memory(policy, tokens):
+    """Have the policy's first blocks make their activations again in the backward pass instead of keeping them: as few
+    as must, for micro-batches of so many tokens to fit into the GPU. How many; all processes agree."""
+    blocks, room = policy.body.layers, min(gather(room_for_activations(policy)))
+    if room == math.inf:
+        return 0
+    kept = (kept_bytes(policy, 128) - kept_bytes(policy, 64)) / 64  # a token's
+    between = policy.head.weight.shape[1] * compute_dtype().itemsize
+    count = blocks_to_recompute(len(blocks), kept, between, room / tokens)
+    for block in blocks[:count]:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    if count:
+        say(f"  memory   {count} of {len(blocks)} blocks make their activations twice: there is room for those of "
+            f"{max(0, room) / kept:,.0f} tokens at once, of {tokens:,}")
+    return count
+
+
+def blocks_to_recompute(blocks, kept, between, room):
+    """The fewest blocks to make their activations again so that `room` bytes a token are enough; all, if they never
+    are. All together they keep `kept` bytes of a token; one that does not keeps its input (`between` bytes) and, when
+    its turn comes, for a moment all."""
+    for count in range(blocks):
+        if kept * (blocks - count + (count > 0)) / blocks + between * count <= room:
+            return count
+    return blocks
+
+
+def kept_bytes(policy, n):
+    """Bytes that a forward pass over n tokens keeps for the backward pass, counted."""
+    kept = {}
+
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        policy(pack([[([0], [0] * (n - 1))]]))
+    policy.reshard()  # as a backward pass would
+    return sum(kept.values())
+
+
+def room_for_activations(policy):
+    """Bytes of this GPU for activations: what is free, without a tenth, less this process' part of gradients and AdamW's
+    moments (float32), less what is whole for a while (what is in no block, and two blocks: in bfloat16, its gradients
+    in both dtypes), less logits. On CPU there is no limit."""
+    if device().type != "cuda":
+        return math.inf
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    part = sum(p.to_local().numel() for p in policy.parameters())
+    block = sum(p.numel() for p in policy.body.layers[0].parameters())
+    whole = sum(p.numel() for p in policy.parameters()) - (len(policy.body.layers) - 2) * block
+    return 0.9 * torch.cuda.mem_get_info()[0] - 12 * part - 8 * whole - 16 * LOGITS
 
 
 class Progress:
@@ -2035,22 +2118,25 @@ def sum_over_processes(sums):
 
 def scale_and_clip(policy, factor, clip):
     """Turn the mean over processes of summed gradients into the gradient of the step's mean, and clip its norm."""
-    for parameter in policy.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
-    return float(torch.nn.utils.clip_grad_norm_(policy.parameters(), clip).full_tensor())
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    norm = factor * float(torch.nn.utils.get_total_norm(gradients).full_tensor())
+    torch._foreach_mul_([g.to_local() for g in gradients], factor * min(1.0, clip / (norm + 1e-6)))
+    return norm
 
 
 # 9. Saving ------------------------------------------------------------------------------------------------------------
 
 def save_model(network, tokenizer, dtype, folder, row):
-    """Write a Hugging Face folder with weights of this dtype, and `row` to test an engine by; all take part."""
-    state = get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """Write a Hugging Face folder with weights of this dtype, and `row` to test an engine by; all take part. One tensor
+    at a time is whole, and it leaves the GPU in the dtype of the file."""
+    weights = {}
+    for name, tensor in network.state_dict().items():
+        tensor = tensor.full_tensor().to(dtype)
+        if rank() == 0 and (name != "lm_head.weight" or not network.config.tie_word_embeddings):
+            weights[name] = tensor.cpu()
     if rank() == 0:
         network.config.dtype = dtype
-        network.save_pretrained(folder, state_dict={
-            name: tensor.to(dtype) for name, tensor in state.items()
-            if name != "lm_head.weight" or not network.config.tie_word_embeddings})
+        network.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         write(folder / ROW, row)
 
@@ -2067,7 +2153,8 @@ def training_flops(parameters, tokens, reference_tokens=0):
 
 
 def report_training(run, round, progress, lengths, epochs, reference, network, more):
-    """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
+    """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too. The
+    MFU is that of the steps, without saving."""
     parameters = sum(p.numel() for p in network.parameters())  # tied ones once
     history, seconds = progress.history, time.time() - progress.began
     first, last = ({name: step[name] / step["weight"] for name in step if name != "weight"}
@@ -2078,7 +2165,8 @@ def report_training(run, round, progress, lengths, epochs, reference, network, m
     run.log(round, "train", steps=len(history), tokens=tokens * epochs, reference_tokens=tokens * reference,
             first_loss=first["loss"], **last, flops=flops, spent_flops=flops, seconds=seconds, **more,
             padded_flops=training_flops(parameters, padded * epochs, padded * reference),
-            **({"mfu": flops / seconds / peak / world_size()} if peak else {}))
+            **({"mfu": flops / (seconds - more["save_seconds"]) / peak / world_size()} if peak else {}),
+            **({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device().type == "cuda" else {}))
     say(f"  round {round}  {'train':<9} {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens * epochs / seconds:,.0f} tok/s, {seconds:.1f} s")
 

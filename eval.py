@@ -48,6 +48,7 @@ GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place 
 # Machine: may differ when a run goes on
 ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower
+SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time
 GPU_MEMORY = 0.9  # share of a GPU that vLLM may fill
 RUN = ""  # the folder under runs/; empty is made from the names of models and sets
 DATA = "data"  # folder of the known problem sets, as data/gsm8k/test.jsonl

@@ -1,8 +1,9 @@
-"""Everything that needs a GPU to be checked, in one command of under ten minutes on a machine with one GPU:
+"""Everything that needs a GPU to be checked, in two commands of under ten minutes on a machine with one GPU:
 
   python tests/gpu_check.py                             where requirements.txt is installed
   python tests/gpu_check.py --bundle vllm.tar.xz        where there is no network: an archive of packages to unpack and
                                                         put on the path first (vLLM 0.26.0 and what it needs)
+  python tests/gpu_check.py --only train_1.5b,switch_1.5b,train_7b,switch_7b   speed and memory: another ten minutes
   python tests/gpu_check.py --only attention,step       some of the checks
   python tests/gpu_check.py --cpu --only step,updates   how far the checks themselves go without a GPU
 
@@ -24,7 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy"
 sys.path.insert(0, str(ROOT))
 LIMITS = {"machine": 40, "attention": 35, "step": 65, "updates": 95, "rewards": 30, "toy_dpo": 75, "toy_adastar": 75,
-          "toy_hs_star": 75, "toy_sai_dpo": 105}  # seconds
+          "toy_hs_star": 75, "toy_sai_dpo": 105, "train_1.5b": 90, "switch_1.5b": 120, "train_7b": 180,
+          "switch_7b": 200}  # seconds
+SPEED = ("train_1.5b", "switch_1.5b", "train_7b", "switch_7b")  # not done unless asked for
 
 
 def machine():
@@ -68,15 +71,36 @@ def attention():
     return {"relative_error": errors, "passed": max(errors.values()) < (1e-2 if dtype == torch.bfloat16 else 1e-5)}
 
 
-def random_model(folder, vocabulary=4096):
-    """A Qwen2 of 40 million parameters with random weights, and the toy's tokenizer."""
+SHAPES = {  # of Qwen2: hidden size, intermediate size, layers, heads, key-value heads, vocabulary, tied embeddings
+    "tagger": (896, 2432, 4, 14, 2, 512, True),  # the toy tokenizer's vocabulary, and another shape
+    "0.04b": (896, 2432, 4, 14, 2, 4096, True),
+    "0.1b": (768, 3072, 12, 12, 4, 512, True),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),  # Qwen2.5-1.5B
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),  # Qwen2.5-7B
+}
+
+
+def model_of(shape):
+    """A folder with a model of random weights in one of SHAPES, in bfloat16 from 1.5b on, with the toy's tokenizer; or
+    the toy. Made once."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-    torch.manual_seed(0)
-    config = Qwen2Config(hidden_size=896, intermediate_size=2432, num_hidden_layers=4, num_attention_heads=14,
-                         num_key_value_heads=2, vocab_size=vocabulary, tie_word_embeddings=True)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
+    folder = TOY / "model" if shape == "toy" else Path(tempfile.gettempdir()) / f"random-{shape}"
+    if not folder.exists():
+        hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+        torch.manual_seed(0)
+        config = Qwen2Config(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                             num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+                             tie_word_embeddings=tied, max_position_embeddings=32768)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            torch.set_default_dtype(torch.bfloat16 if vocabulary > 10**5 else torch.float32)
+            model = Qwen2ForCausalLM(config)
+            torch.set_default_dtype(torch.float32)
+        half = folder.with_suffix(f".{os.getpid()}")
+        model.save_pretrained(half)
+        AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(half)
+        half.rename(folder)
+    return folder
 
 
 def step():
@@ -86,8 +110,7 @@ def step():
     import torch
     from transformers import AutoModelForCausalLM
     common.setup()
-    folder = tempfile.mkdtemp()
-    random_model(folder)
+    folder = model_of("0.04b")
     rng = torch.Generator().manual_seed(1)
     draw = lambda n: torch.randint(4096, (n,), generator=rng).tolist()  # noqa: E731
     pairs = [[(prompt, draw(c)), (prompt, draw(d))] for prompt, c, d in
@@ -201,21 +224,60 @@ def toy(script, *flags):
 
 def toy_with_a_tagger():
     """sai_dpo.py's `--toy` with a tagger of another shape (and no sense): it starts again for a second engine."""
-    tagger = Path(tempfile.mkdtemp()) / "tagger"
-    random_model(tagger, 512)  # the tokens of its tokenizer
-    found = toy("sai_dpo", "--no-own-tags", "--tagger", tagger, "--tag-tokens", "8")
+    found = toy("sai_dpo", "--no-own-tags", "--tagger", model_of("tagger"), "--tag-tokens", "8")
     return found | {"passed": found["passed"] and found.get("starts") == 2}
+
+
+def train_shape(shape, losses=("sft", "dpo")):
+    """Three steps of training by common.train at a shape: tokens per second, MFU, peak memory, recomputed blocks. On
+    answers (pairs) of 200 to 1,000 random tokens, in micro-batches of 16,384 tokens, all states in float32."""
+    import common
+    import dast
+    import numpy as np
+    import torch
+    from bench import open_run
+    if shape == "7b" and torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 135 * 2**30:
+        return {"passed": True, "left_out": "16 bytes for each of 7.6 billion parameters do not fit into this GPU"}
+    folder, rng, found = model_of(shape), np.random.default_rng(0), {}
+    run, words = open_run(folder, ENGINE="transformers"), list("abcdefghijklmnopqrstuvwxyz ")
+    text = lambda: "".join(rng.choice(words, rng.integers(200, 1000)))  # noqa: E731  about a token a letter
+    for number, name in enumerate(losses):
+        examples = [{"id": str(i), "prompt": "Question: ", "end": "<|endoftext|>",
+                     "completions": [text() for _ in range(2 if name == "dpo" else 1)]} for i in range(96)]
+        to = Path(tempfile.mkdtemp())
+        common.train(run, str(folder), examples, vars(dast)[f"{name}_loss"], to, round=number, lr=1e-5, warmup=0,
+                     epochs=1, batch_size=32, max_tokens=16384, weight_decay=0.0, clip=1.0, reference=name == "dpo")
+        shutil.rmtree(to)
+        shutil.rmtree(run.unfinished, ignore_errors=True)
+        log = run.metrics[number, "train"]
+        found[name] = {"tokens_per_second": log["tokens"] / (log["seconds"] - log["save_seconds"]), **{
+            key: log[key] for key in ("mfu", "peak_gib", "recomputed", "save_seconds", "first_loss", "loss")
+            if key in log}}
+    return found | {"passed": all(np.isfinite(f["loss"]) for f in found.values())}
+
+
+def switch_shape(shape):
+    """`bench.py P6`: seconds from the last optimizer step to the first new token, in the same process, weights proven."""
+    import torch
+    if shape == "7b" and torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 135 * 2**30:
+        return {"passed": True, "left_out": "this GPU is too small to train 7.6 billion parameters"}
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "P6", "--shape", shape],
+                          capture_output=True, text=True)
+    print(done.stdout, done.stderr, file=sys.stderr)
+    return {"passed": done.returncode == 0, "row": done.stdout.splitlines()[-1:]}
 
 
 CHECKS = {"machine": machine, "attention": attention, "step": step, "updates": updates,
           "rewards": rewards, "toy_dpo": lambda: toy("dast", "--loss", "dpo"), "toy_adastar": lambda: toy("adastar"),
-          "toy_hs_star": lambda: toy("hs_star"), "toy_sai_dpo": toy_with_a_tagger}
+          "toy_hs_star": lambda: toy("hs_star"), "toy_sai_dpo": toy_with_a_tagger,
+          "train_1.5b": lambda: train_shape("1.5b"), "train_7b": lambda: train_shape("7b", ["sft"]),
+          "switch_1.5b": lambda: switch_shape("1.5b"), "switch_7b": lambda: switch_shape("7b")}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", help="an archive of packages, unpacked and put on the path")
-    parser.add_argument("--only", default=",".join(CHECKS), help="names of checks, comma-separated")
+    parser.add_argument("--only", default=",".join(name for name in CHECKS if name not in SPEED), help="names of checks, comma-separated")
     parser.add_argument("--cpu", action="store_true", help="without a GPU, which is not what this is for")
     parser.add_argument("--check", choices=CHECKS, help="one check in this process; its result is the last line")
     arguments = parser.parse_args()

@@ -21,6 +21,7 @@ WANDB = False
 ENGINE = "vllm"
 GRADER = ""
 EAGER = True
+SEEDED = True
 GPU_MEMORY = 0.5
 SAVE_MINUTES = 10.0
 
