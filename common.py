@@ -1946,8 +1946,8 @@ def gradients(policy, loss, micro_batches, known=None):
             total, weight, metrics = loss(policy(batch), batch)
             total.backward()
         except torch.OutOfMemoryError:
-            fail(f"the GPU's memory is too small for {len(batch['tokens']):,} tokens at once, {len(examples)} examples; "
-                 "take a lower --max-tokens or, for a single example, more GPUs")
+            fail(f"the GPU has no room for {len(batch['tokens']):,} tokens at once, {len(examples)} examples; take a "
+                 "lower --max-tokens or, for a single example, more GPUs")
         sums.update({"loss": total.detach(), "weight": weight, **metrics})
     return sums
 
@@ -1981,12 +1981,13 @@ def blocks_to_recompute(blocks, kept, between, room):
 
 
 def kept_bytes(policy, n):
-    """Bytes that a forward pass over n tokens keeps for the backward pass, counted."""
+    """Bytes that a forward pass over n tokens keeps for the backward pass, beside the parameters: counted."""
     kept = {}
 
     def count(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr(), storage.nbytes()] = storage.nbytes()
+        storage, of = tensor.untyped_storage(), tensor if tensor._base is None else tensor._base
+        if not isinstance(of, torch.nn.Parameter):
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
@@ -1996,7 +1997,7 @@ def kept_bytes(policy, n):
 
 
 def room_for_activations(policy):
-    """Bytes of this GPU for activations: what is free, without a tenth, less this process' part of gradients and AdamW's
+    """Bytes of this GPU for activations: nine tenths of what is free, less this process' part of gradients and AdamW's
     moments (float32), less what is whole for a while (what is in no block, and two blocks: in bfloat16, its gradients
     in both dtypes), less logits. On CPU there is no limit."""
     if device().type != "cuda":

@@ -293,8 +293,8 @@ def switch(shape):
     saved = drawing.run.metrics[1, "train"]["save_seconds"]
     on_gpu = torch.cuda.is_available()
     row("P6", f"{saved + first:.1f} s", "<= 10 s" if on_gpu else "(7B)", f"{shape} on {common.processor()}, from the "
-        f"last step to the first new token: saving {saved:.1f} s, the engine's new weights {log['load_seconds']:.1f} s, its "
-        f"self-test {log['test_seconds']:.1f} s; training {trained - began:.1f} s")
+        f"last step to the first new token: saving {saved:.1f} s, the engine's new weights "
+        f"{log['load_seconds']:.1f} s, its self-test {log['test_seconds']:.1f} s; training {trained - began:.1f} s")
 
 
 # P7: checking ---------------------------------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ def profile_of(shape):
         runpy.run_path(sys.argv[0], run_name="__main__")
     whole, rows = time.time() - began, sorted(profiled.key_averages(), key=lambda e: -e.self_cpu_time_total)
     operations = sum(e.self_cpu_time_total for e in rows) / 1e6
-    print(f"{shape}: rounds 0 and 1 of dast.py, {whole:.1f} s with one thread, {operations:.1f} s in operations of torch")
+    print(f"{shape}: rounds 0 and 1 of dast.py, {whole:.1f} s with one thread, {operations:.1f} s in torch's own")
     for event in rows[:5]:
         print(f"  {event.self_cpu_time_total / 1e6:6.1f} s  {event.self_cpu_time_total / 1e6 / whole:4.0%}  "
               f"{event.count:8,} x {event.key}", flush=True)

@@ -257,7 +257,7 @@ def train_shape(shape, losses=("sft", "dpo")):
 
 
 def switch_shape(shape):
-    """`bench.py P6`: seconds from the last optimizer step to the first new token, in the same process, weights proven."""
+    """`bench.py P6`: seconds from the last optimizer step to the first new token, the engine's weights proven."""
     import torch
     if shape == "7b" and torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 135 * 2**30:
         return {"passed": True, "left_out": "this GPU is too small to train 7.6 billion parameters"}
@@ -277,7 +277,8 @@ CHECKS = {"machine": machine, "attention": attention, "step": step, "updates": u
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", help="an archive of packages, unpacked and put on the path")
-    parser.add_argument("--only", default=",".join(name for name in CHECKS if name not in SPEED), help="names of checks, comma-separated")
+    usual = ",".join(name for name in CHECKS if name not in SPEED)
+    parser.add_argument("--only", default=usual, help="names of checks, comma-separated")
     parser.add_argument("--cpu", action="store_true", help="without a GPU, which is not what this is for")
     parser.add_argument("--check", choices=CHECKS, help="one check in this process; its result is the last line")
     arguments = parser.parse_args()

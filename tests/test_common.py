@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import TOY
 
@@ -213,3 +214,17 @@ def test_binomial_interval(right, n, low, high):
 def test_seeds_and_generators_depend_on_the_key_only(alone):
     assert alone.seed_of(0, 1, "gsm8k/train/7", 3) != alone.seed_of(0, 1, "gsm8k/train/73")
     assert alone.seed_of(0) == 5254295370254170289  # the same on every machine, for ever
+
+
+@pytest.mark.parametrize("cuts, expected", [({}, [0.5, 0.3, 0.15, 0.05]), ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+                                            ({"top_p": 0.9}, [10 / 19, 6 / 19, 3 / 19, 0])])
+def test_noise_draws_from_the_distribution(alone, cuts, expected):
+    """200,000 draws at temperature 0.5, of probabilities that are squared there; again with the same seed: the same,
+    whatever else draws meanwhile."""
+    logits = 0.5 * torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(200_000, 1)
+    drawn = alone.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1)
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert (shares - torch.tensor(expected)).abs().max() < 0.005 and shares[torch.tensor(expected) == 0].sum() == 0
+    torch.rand(5)
+    assert torch.equal(drawn, alone.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1))
+    assert not torch.equal(drawn, alone.Noise(8, temperature=0.5, **cuts)(None, logits).argmax(1))

@@ -76,3 +76,12 @@ def test_methods_share_their_losses():
                     code = ast.get_source_segment(text, node)
                     assert losses.setdefault(node.name, code) == code, f"{node.name} of {name}"
     assert "sft_loss" in losses
+
+
+@pytest.mark.parametrize("name", ["dast.py", "adastar.py", "hs_star.py", "sai_dpo.py", "tests/fork_server.py"])
+def test_common_comes_before_torch(name):
+    """It tells OpenMP not to spin, which counts only before torch is loaded: else two runs side by side crawl."""
+    imported = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+                for node in ast.parse((ROOT / name).read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert "common" in imported
+    assert not any(module.split(".")[0] in ("torch", "transformers") for module in imported[:imported.index("common")])

@@ -107,6 +107,39 @@ def test_micro_batches_give_the_same_gradient(alone):
         assert (gradients[1][name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("tokens, expected", [(1e9, 0), (800, 2), (10, 3)])
+def test_activations_made_twice_give_the_same_gradient(alone, monkeypatch, tokens, expected):
+    """Where a GPU has room for the activations of so many tokens only, some of the three blocks make theirs twice: the
+    same gradient bit for bit, and less is kept."""
+    batch, gradients, kept = alone.pack(SEQUENCES), [], []
+    for room in (float("inf"), tokens * 37_000):  # about what the toy keeps of a token
+        monkeypatch.setattr(alone, "room_for_activations", lambda policy: room)
+        network, policy, _ = alone.load_for_training(TOY / "model")
+        assert alone.spare_memory(policy, 1000) == (0 if room == float("inf") else expected)
+        policy(batch).sum().backward()
+        gradients.append({name: p.grad.full_tensor() for name, p in network.named_parameters()})
+        kept.append(alone.kept_bytes(policy, 128) - alone.kept_bytes(policy, 64))
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    assert 30_000 < kept[0] / 64 < 45_000 and (kept[1] < kept[0] * (1 - expected / 4) if expected else True)
+
+
+@pytest.mark.parametrize("room, count", [(400, 0), (399, 2), (320, 2), (319, 3), (230, 3), (229, 4), (1, 4)])
+def test_as_few_blocks_as_must_make_their_activations_twice(alone, room, count):
+    """Four blocks that keep 100 bytes of a token each; 10 of their input: 400, 410, 320, 230, 140 bytes for 0 to 4."""
+    assert alone.blocks_to_recompute(4, 400, 10, room) == count
+
+
+def test_a_full_gpu_is_one_line(alone, capsys):
+    def loss(logprobs, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    _, policy, _ = alone.load_for_training(TOY / "model")
+    with pytest.raises(SystemExit):
+        alone.gradients(policy, loss, [SEQUENCES])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "225 tokens at once, 6 examples" in said and "--max-tokens" in said
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("max_tokens", [1, 100, 10**6])
 def test_plan_properties(alone, processes, max_tokens):

@@ -73,6 +73,17 @@ def same_requests():
         everyone[seed] == rows[0] for seed, rows in groups)
 
 
+def unseeded():
+    """Whether no request has a seed with --no-seeded."""
+    engine, request, seeds = run.sampler.llm.llm_engine, run.sampler.llm.llm_engine.add_request, []
+    engine.add_request = lambda name, prompt, params: (seeds.append(params.seed), request(name, prompt, params))[1]
+    run.constants["SEEDED"] = False
+    draw(MODEL, "unseeded")
+    run.constants["SEEDED"] = True
+    del engine.add_request
+    return sum(common.gather(len(seeds))) == 12 and not any(seeds)
+
+
 def cancelled():
     """How many requests are stopped because the draws before them were enough, and whether nine of 16 count."""
     engine, abort, stopped = run.sampler.llm.llm_engine, run.sampler.llm.llm_engine.abort_request, []
@@ -99,7 +110,7 @@ if __name__ == "__main__":
     tokenizer = common.load_tokenizer(MODEL, "zero_shot")
     examples = [common.make_example(tokenizer, "zero_shot", p, p["solution"]) for p in problems]
     before = draw(MODEL, "before")
-    same, (stopped, only_nine) = same_requests(), cancelled()
+    same, (stopped, only_nine) = same_requests() and unseeded(), cancelled()
     new = train(MODEL, "round_0/new", 1e-3)
     after = draw(new, "after")
     found, wrong = run.sampler.llm.apply_model(lambda model: packed_away(new, model))[0]
