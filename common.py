@@ -506,6 +506,7 @@ if __name__ == "__main__":  # as a program this file is such a worker, and what 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two runs side by side spin, and crawl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+gc.set_threshold(100_000, 20, 100)  # with 700 it looks through millions of records again and again (1.8 times as long)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -810,6 +811,13 @@ def by_problem(records):
 def outcomes_of(responses):
     """One problem's draws as numbers: 1 is correct, 0 wrong, -1 cut by the length limit."""
     return [int(r["correct"]) if r["finish"] == "stop" else -1 for r in responses]
+
+
+def mean_of(numbers):
+    """Their mean, rounded once, at the end: three times 0.65 is 0.65. As statistics.mean, and five times as fast."""
+    ratios = [number.as_integer_ratio() for number in numbers]
+    scale = max(below for _, below in ratios)  # a multiple of the others: they are powers of two
+    return sum(above * (scale // below) for above, below in ratios) / (scale * len(ratios))
 
 
 def spread_evenly(total, n, rng):

@@ -189,7 +189,8 @@ def select(problems, probe, responses, limits, size, rng):
         right, outcomes = sum(r["correct"] for r in probed), outcomes_of(drawn)
         level, chosen = level_of(right, len(probed)), choose(outcomes, target)
         solved = level == "U" and "solution" in problem
-        pairs = choose_pairs(drawn, chosen, solved, rng("pairs", problem["id"])) if LOSS == "dpo" else []
+        paired = LOSS == "dpo" and 0 in outcomes and (chosen or solved)  # else spare the generator, which takes longest
+        pairs = choose_pairs(drawn, chosen, solved, rng("pairs", problem["id"])) if paired else []
         selection.append({"id": problem["id"], "probe_correct": right, "probe_draws": len(probed),
                           "pass_rate": right / len(probed), "level": level, "target": target, "budget": budget,
                           "outcomes": outcomes, "chosen": chosen, "pairs": pairs,

@@ -25,12 +25,11 @@ never read off as the last number; AIME24 and AMC23, drawn 32 times, are for eva
   torchrun --nproc-per-node 8 hs_star.py                      eight GPUs: not measured yet
 """
 from pathlib import Path
-from statistics import mean
 
 import numpy as np
 
 from common import (RewardModel, by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt,
-                    outcomes_of, override_from_cli, sample, say, sequence_logprobs, spread_evenly, start_run,
+                    mean_of, outcomes_of, override_from_cli, sample, say, sequence_logprobs, spread_evenly, start_run,
                     step_rewards, train)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
 import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
@@ -117,7 +116,7 @@ def reward_of(steps):
 def difficulty_of(outcomes, rewards):
     """(phi_a, phi_r, class) of a problem, from its n_p pre-samples: share correct, mean reward, and "inlier", "outlier"
     or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
-    phi_a, phi_r = mean(o == 1 for o in outcomes), mean(rewards)
+    phi_a, phi_r = outcomes.count(1) / len(outcomes), mean_of(rewards)
     solved, failed, sound, poor = phi_a == 1, phi_a == 0, phi_r > TAU_HIGH, phi_r < TAU_LOW
     inlier = {"both": solved and sound, "accuracy": solved, "reward": sound}[DIFFICULTY]
     outlier = {"both": failed and poor, "accuracy": failed, "reward": poor}[DIFFICULTY]
@@ -209,7 +208,8 @@ def select(problems, difficulties, counts, responses, rng):
     for problem, (phi_a, phi_r, name), quota in zip(problems, difficulties, counts):
         outcomes = outcomes_of(drawn[problem["id"]])
         rewards = [r.get("reward", 0.0) for r in drawn[problem["id"]]]
-        pairs = choose_pairs(outcomes, rewards, rng("pairs", problem["id"])) if name == "boundary" else []
+        mixed = name == "boundary" and {0, 1} <= {*outcomes}  # else spare the generator, which takes longest
+        pairs = choose_pairs(outcomes, rewards, rng("pairs", problem["id"])) if mixed else []
         selection.append({"id": problem["id"], "phi_a": phi_a, "phi_r": phi_r, "class": name, "quota": quota,
                           "outcomes": outcomes, "rewards": rewards, "pairs": pairs})
     return selection

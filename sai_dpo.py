@@ -26,12 +26,11 @@ probe each round, so that they cost the same; an answer that was cut counts as w
 """
 import math
 import re
-from statistics import mean
 
 import numpy as np
 
 from common import (apportion, by_problem, cluster_texts, fail, last_list, load_problems, load_tokenizer, make_example,
-                    make_prompt, outcomes_of, override_from_cli, read_encoder, sample, say, sequence_logprobs,
+                    make_prompt, mean_of, outcomes_of, override_from_cli, read_encoder, sample, say, sequence_logprobs,
                     start_run, train, typical_words)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
 import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
@@ -122,8 +121,8 @@ def difficulty_of(outcomes, steps, tokens):
     """(p, mean steps, mean length) of a problem from its draws, parallel lists. A cut answer is wrong, but does not
     count in the means; where all were cut these are None."""
     whole = [draw for draw, o in enumerate(outcomes) if o >= 0]
-    return (outcomes.count(1) / len(outcomes), mean(steps[d] for d in whole) if whole else None,
-            mean(tokens[d] for d in whole) if whole else None)
+    return (outcomes.count(1) / len(outcomes), mean_of(steps[d] for d in whole) if whole else None,
+            mean_of(tokens[d] for d in whole) if whole else None)
 
 
 def key_of(p, steps, length):
@@ -158,7 +157,7 @@ def shares_of(masses):
 
 def difficulty_weights(rates):
     """Of each cluster, for DIFFICULTY_BEFORE: most where the model is right half of the time."""
-    return np.array([max(0.1, mean(4 * p * (1 - p) for p in of)) if of else 0.1 for of in rates])
+    return np.array([max(0.1, mean_of(4 * p * (1 - p) for p in of)) if of else 0.1 for of in rates])
 
 
 def draw(unused, clusters, weights, n, rng):
@@ -260,7 +259,7 @@ def report_clusters(run, t, names, sizes, rates, facts, selection):
     drawn = by_problem({**s, "id": s["cluster"]} for s in selection)
     found = [{"tags": tags, "problems": int(sizes[j]), "probed": len(rates[j]), "share": facts[j]["weight"],
               "drawn": len(drawn[j]), "learnable": sum({0, 1} <= {*s["outcomes"]} for s in drawn[j]),
-              "kept": sum(bool(s["pair"]) for s in drawn[j]), "error": 1 - mean(rates[j])}
+              "kept": sum(bool(s["pair"]) for s in drawn[j]), "error": 1 - mean_of(rates[j])}
              for j, tags in enumerate(names)]
     run.log(t, "select", clusters=found)
     past = [run.metrics[s, "select"]["clusters"] for s in range(1, t + 1)]

@@ -12,7 +12,7 @@ The rows print a table, the ratio first (ours against theirs; more is better):
   P5     answers drawn and checked, in tokens per second, against plain LLM.generate on the same engine (where vLLM is
          installed), with and without a seed for each, and against transformers.generate in batches of as many
   P6     seconds from the last optimizer step to the first new token
-  P7     checking, processor seconds, against plain math-verify, on one core and more 
+  P7     checking, processor seconds, against plain math-verify, on one core and more
   P8     what of a round is neither sampling nor training steps
   P9     processor seconds and memory of a round's decisions for 1,000,000 problems, each method
   P10    the same round on 1, 2 and 4 processes: the same files? and what coordination costs by their number
@@ -335,12 +335,12 @@ def by_checker(pairs, workers=1):
 def checking():
     """MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model outputs."""
     for what, pairs in responses(2000).items():
-        totals = [0.0, 0.0]
+        totals, found = [0.0, 0.0], [None, None]
         for _ in range(3):
             for i, way in enumerate((plainly, by_checker)):
-                verdicts, seconds, _ = alone(way, pairs)
+                found[i], seconds, _ = alone(way, pairs)
                 totals[i] += seconds / 3
-                plain, mine = (verdicts, None) if i == 0 else (plain, verdicts)
+        plain, mine = found
         row("P7", f"{totals[0] / totals[1]:.1f}x", ">= 2x", f"{len(pairs):,} {what}: math-verify {totals[0]:.2f} "
             f"processor seconds, ours {totals[1]:.2f}; {sum(p != o for p, o in zip(plain, mine))} verdicts differ")
         for (problem, text), p, o in zip(pairs, plain, mine):
@@ -388,9 +388,9 @@ def remainder(shape):
 def decisions():
     import selection
     for method in selection.METHODS:
-        (quarter, _, _), (seconds, data, peak) = (alone(selection.measure, method, n) for n in (250_000, 1_000_000))
-        row("P9", f"{seconds:.1f} s", "<= 10 s", f"{method}: 1,000,000 problems decided; {seconds / quarter:.1f} times "
-            f"as long as 250,000; {peak:.2f} GiB beside {data:.1f} GiB of records and libraries (<= 2)")
+        (quarter, _, _), (seconds, data, added) = (alone(selection.measure, method, n) for n in (250_000, 1_000_000))
+        row("P9", f"{seconds:.1f} s", "<= 10 s", f"{method}: 1,000,000 problems decided, {seconds / quarter:.1f} times "
+            f"as long as 250,000; {added:.2f} GiB (<= 2) beside {data:.1f} of records and libraries")
 
 
 def coordination(number, processes, folder, answers=20_000):

@@ -1,14 +1,9 @@
 """Command line, problem files, prompts, the checker, the run folder."""
 import json
-import os
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
 import torch
 

@@ -121,9 +121,9 @@ method, calls = getattr(owner, name.split(".")[-1]), 0
 
 def dies(*arguments, **options):  # in the place of `method`: at its last call, SIGKILL as soon as it has done its work
     global calls
-    calls += 1
+    number = calls = calls + 1  # another thread may be at its own call
     result = method(*arguments, **options)
-    if calls == int(count):
+    if number == int(count):
         os.kill(os.getpid(), signal.SIGKILL)
     return result
 

@@ -2,7 +2,6 @@
 they are, and the records of real runs against a recomputation."""
 import json
 import math
-import os
 import shutil
 import time
 

@@ -28,6 +28,7 @@ SEED = 0
 WANDB = False
 ENGINE = "transformers"
 GRADER = ""
+SEEDED = True
 
 
 def answer_to(text):
@@ -46,7 +47,7 @@ class Replay(common.Sampler):
     def load(self, folder):
         return {}
 
-    def _generate(self, rows):
+    def _generate(self, rows, seed):
         time.sleep(rng.random() * 0.004)
         return [(3, answer_to(self.tokenizer.decode(row)), "stop") for row in rows]
 
