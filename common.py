@@ -506,7 +506,6 @@ if __name__ == "__main__":  # as a program this file is such a worker, and what 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two runs side by side spin, and crawl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-gc.set_threshold(100_000, 20, 100)  # with 700 it looks through millions of records again and again (1.8 times as long)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -800,6 +799,19 @@ def write(path, value):
     flush(path.parent)
 
 
+@contextlib.contextmanager
+def at_once():
+    """For a function on millions of records: without Python's garbage collector, which would look through them again
+    and again (half of the time), and find nothing."""
+    before = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@at_once()
 def by_problem(records):
     """{id: its records, in order}."""
     groups = defaultdict(list)

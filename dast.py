@@ -16,15 +16,15 @@ From the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; th
 rules that make them work (draw until T; examples from D_o). Each constant says where its value is from.
 Differs from the paper in what cannot be known.
 
-  torchrun dast.py --toy                                                 2 CPU cores: 2-3 min, 0.8 GB, 54 % (measured)
+  torchrun dast.py --toy                                                 2 CPU cores: 2 min, 1.2 GB, 54 % (measured)
   torchrun dast.py --model Qwen/Qwen2.5-1.5B                             one GPU: not measured yet
   torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
 """
 import functools
 from pathlib import Path
 
-from common import (by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt, override_from_cli, read,
-                    sample, say, sequence_logprobs, spread_evenly, start_run, train)
+from common import (at_once, by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt,
+                    override_from_cli, read, sample, say, sequence_logprobs, spread_evenly, start_run, train)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
 import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
 
@@ -176,6 +176,7 @@ def draw_limits(run, t, problems, level):
     return [(K_SAMPLES, K_SAMPLES)] * len(problems)
 
 
+@at_once()
 def select(problems, probe, responses, limits, size, rng):
     """selection.jsonl: for each problem all that was decided, with the numbers it was decided from.
 

@@ -20,7 +20,7 @@ phi_r is a mean over all n_p answers, not over the different ones; exactly the b
 more and drops it; an answer that was cut counts as wrong, and is in no pair; answers are checked by math-verify, and
 never read off as the last number; AIME24 and AMC23, drawn 32 times, are for eval.py (with --first "SYSTEM's words").
 
-  torchrun hs_star.py --toy                                   2 CPU cores: 1.7 min, 0.65 GB, 58 % (measured)
+  torchrun hs_star.py --toy                                   2 CPU cores: 1 min, 1.1 GB, 58 % (measured)
   torchrun hs_star.py --model Qwen/Qwen2.5-7B                 one GPU: not measured yet
   torchrun --nproc-per-node 8 hs_star.py                      eight GPUs: not measured yet
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (RewardModel, by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt,
+from common import (RewardModel, at_once, by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt,
                     mean_of, outcomes_of, override_from_cli, sample, say, sequence_logprobs, spread_evenly, start_run,
                     step_rewards, train)
 from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
@@ -190,6 +190,7 @@ def rewarded(run, prm, problems, responses, **phase):
     return [{**r, "reward": reward_of(s), "step_rewards": s} for r, s in zip(responses, steps)]
 
 
+@at_once()
 def classify(run, problems, presamples):
     """[(phi_a, phi_r, class)], parallel to problems, from their pre-samples; ends the program if these, which may have
     been copied from a report, are not what would have been drawn here."""
@@ -201,6 +202,7 @@ def classify(run, problems, presamples):
             for p in problems]
 
 
+@at_once()
 def select(problems, difficulties, counts, responses, rng):
     """selection.jsonl: for each problem all that was decided, with the numbers it was decided from; `quota` is how many
     answers it got beyond its pre-samples, which come first in `outcomes` and `rewards`."""

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -442,18 +443,37 @@ def scale_out():
 
 # Where the time goes --------------------------------------------------------------------------------------------------
 
+class Here:
+    """In the place of a ThreadPoolExecutor: the profiler sees one thread only."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
 def profile_of(shape):
-    """The five largest items of a round of dast.py, by operation, one core sampling so that all is seen."""
+    """The five largest items of a round of dast.py, by operation, in one thread."""
     import common
+    import runpy
     from torch.profiler import profile
     from gpu_check import model_of
-    small = ["--n-train", "100"] if shape == "toy" else ["--n-train", "16", "--n-test", "16", "--k-probe", "4",
-                                                          "--k-samples", "1"]
+    small = ["--n-train", "100"] if shape == "toy" else ["--n-train", "8", "--n-test", "8", "--k-probe", "2",
+                                                         "--k-samples", "1", "--epochs", "1"]
     os.chdir(tempfile.mkdtemp())
     Path("tests").symlink_to(ROOT / "tests")
     sys.argv = [str(ROOT / "dast.py"), "--toy", "--rounds", "1", "--model", str(model_of(shape)), *small]
-    import runpy
-    common.threads_per_process = lambda: 1
+    common.threads_per_process, common.ThreadPoolExecutor = lambda: 1, Here
+    common.torch.set_num_threads(1)
     began = time.time()
     with profile(acc_events=True) as profiled, contextlib.redirect_stdout(None):
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -546,10 +566,11 @@ def main():
     gpu, has_vllm = common.torch.cuda.is_available(), common.importlib.util.find_spec("vllm") is not None
     shape = arguments.shape or ("1.5b" if gpu else "toy")
     sets = (("math", 512),) if gpu else (("math", 64), ("toy", 640))
+    pairs = (("math", 512),) if gpu else (("math", 32), ("toy", 320))
     rows = {  # name: (what it needs, if that is not here; what to do)
         "P1": ("" if gpu else "a GPU", lambda: training("P1", "sft", ("sft", "trainer"), ">= 1.3x", shape, sets)),
         "P2": ("a CPU" if gpu else "", lambda: training("P2", "sft", ("trainer", "sft"), ">= 2x", shape, sets)),
-        "P3": ("", lambda: training("P3", "dpo", ("dpo",), ">= 1.5x", shape, sets)),
+        "P3": ("", lambda: training("P3", "dpo", ("dpo",), ">= 1.5x", shape, pairs)),
         "P4": ("" if gpu else "a GPU", lambda: memory(shape)),
         "P5": ("", lambda: [alone(sampling, engine, shots) for engine in
                             ["transformers"] * (not gpu) + ["vllm"] * has_vllm for shots in (0, 4)]),

@@ -153,7 +153,7 @@ def sai_dpo(n):
 
 
 METHODS = {"adastar": adastar, "dast, the toy's numbers of draws": functools.partial(dast, K_PROBE=5, K_SAMPLES=2),
-           "dast": dast, "hs_star": hs_star, "sai_dpo": sai_dpo}
+           "dast": dast, "dast --loss dpo": functools.partial(dast, LOSS="dpo"), "hs_star": hs_star, "sai_dpo": sai_dpo}
 
 
 def measure(method, n):

@@ -192,6 +192,48 @@ def test_hostile_inputs(shared):
     assert not Path("pwned_mv").exists()
 
 
+# All that is compared goes to math-verify as it comes, the gold's own text too: no comparison as text, no value test,
+# no fast mode of ANTLR, nothing kept. What a response states, and how that is rewritten, is the same.
+SLOWLY = r"""
+import __main__ as common  # the program of a worker
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"))]
+common.equal_as_text = lambda gold, answer: None
+common.CHECK_SECONDS *= 3  # so that none of those that are compared comes near it
+
+def grade(problem, text):
+    verdict, pair = common.judge(problem, text)
+    if verdict == (True, "equal"):
+        pair = [common.normalize(common.final_answer(text))] * 2
+    if not pair:
+        return verdict
+    gold, answer = (parse(f"\\boxed{{{side}}}", extraction_config=config, parsing_timeout=None) for side in pair)
+    return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None), "compared"
+"""
+ON_PURPOSE = {  # where we differ from math-verify
+    "a letter is read by itself": "c00270 c00271 c00272", "tiny numbers differ": "c00653 h025 h238",
+    "an equation is no value": "c00472 h200", "words are no products of letters": "h229 h230 h231"}
+TOO_SLOW = {  # not comparable: plain math-verify does not come to a verdict in the second that there is
+    "nor do we": "c00378 h000 h004 h008 h012 h024 h029 h030 h031 h033 h034 h042 h043 h046 h050 h054 h060 h071 h083 "
+    "h095 h098 h104", "we do: different": "h017 h056 h073 h087 h089", "we do: equal": "h078"}
+
+
+def test_fast_and_slow_verdicts_are_the_same(checker, shared, tmp_path):
+    """What is told without math-verify's full work is what that would tell, but for what is listed above."""
+    (tmp_path / "slowly.py").write_text(SLOWLY)
+    slowly, too_slow = common.Checker(2, f"{tmp_path}/slowly.py:grade"), " ".join(TOO_SLOW.values()).split()
+    cases = [json.loads(line) for name in ("cases", "hostile") for line in open(shared / "graders" / f"{name}.jsonl")]
+    pairs = {case["id"]: ({"answer": str(case["gold"])}, case["response"] if "response" in case else bare_boxed(case))
+             for case in cases if case["id"] not in too_slow}
+    fast, slow = ({name: one.submit(*pair) for name, pair in pairs.items()} for one in (checker, slowly))
+    reasons = {slow[name].result()[1] for name in pairs}
+    assert len(pairs) == len(cases) - len(too_slow) and not reasons & {"timeout", "memory", "crash"}, reasons
+    differ = sorted(name for name in pairs if fast[name].result()[0] != slow[name].result()[0])
+    assert differ == sorted(" ".join(ON_PURPOSE.values()).split())
+
+
 def test_a_slow_case_does_not_cost_the_worker():
     worker = common.Checker(1)._start()
     for _ in range(2):
