@@ -207,15 +207,15 @@ class Drawing:
         toy = [json.loads(line) for line in open(TOY / "train.jsonl")]
         self.problems = [{"id": str(i), "kind": "math", **toy[i]} for i in range(n)]
         self.tokenizer, self.shown = common.load_tokenizer(self.model, ""), toy[n:n + shots]
-        self.tokens = {}
+        self.tokens = None
 
     def prompt(self, problem, draw):
         return self.common.make_prompt(self.tokenizer, self.style, problem, self.shown)
 
-    def rate(self, way, began, tokens):
+    def rate(self, began, tokens):
         """Seconds for as many tokens as our own first turn drew: answers are random, so their number differs a bit."""
-        self.tokens.setdefault("all", tokens)
-        return (time.time() - began) * self.tokens["all"] / tokens
+        self.tokens = self.tokens or tokens
+        return (time.time() - began) * self.tokens / tokens
 
     def forget(self):
         shutil.rmtree(self.run.unfinished, ignore_errors=True)
@@ -229,7 +229,7 @@ class Drawing:
         answers = self.common.sample(self.run, self.model, self.problems, 8, self.prompt, round=turn, phase="bench",
                                      style=self.style, temperature=0.7, max_new_tokens=96)
         self.common.say = say
-        return self.rate("ours", began, sum(a["tokens"] for a in answers))
+        return self.rate(began, sum(a["tokens"] for a in answers))
 
     def plain_vllm(self, turn, seeded=True):
         from vllm import SamplingParams
@@ -240,7 +240,7 @@ class Drawing:
         prompts = [self.prompt(p, 0) for p in self.problems for _ in range(8 if seeded else 1)]
         params = [params(seed=1 + i) for i in range(len(prompts))] if seeded else params(n=8)
         outputs = sampler.llm.generate(prompts, params, use_tqdm=False)
-        return self.rate("plain", began, sum(len(o.token_ids) for out in outputs for o in out.outputs))
+        return self.rate(began, sum(len(o.token_ids) for out in outputs for o in out.outputs))
 
     def plain_transformers(self, turn):
         import torch
@@ -253,7 +253,7 @@ class Drawing:
                                              max_new_tokens=96, eos_token_id=sampler.ends, stop_strings=sampler.stops,
                                              tokenizer=sampler.tokenizer, pad_token_id=0)
             tokens += int((out[:, batch["input_ids"].shape[1]:] != 0).sum()) + len(out)
-        return self.rate("plain", began, tokens)
+        return self.rate(began, tokens)
 
 
 def sampling(engine, shots, turns=5):
