@@ -250,7 +250,7 @@ def main():
         fail("--hint needs --k-samples above 1: it is for draws after the first")
     if GROWTH < 1:
         fail(f"--growth {GROWTH}: the steps shrink, in the end to none; 1 keeps them as they are")
-    tokenizer = load_tokenizer(MODEL, PROMPT)
+    tokenizer = load_tokenizer(MODEL, PROMPT, SYSTEM)
     problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     problems, held_out = hold_out(problems, HELD_OUT, SEED)
     tests = load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else []

@@ -23,7 +23,9 @@ Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden s
 import argparse
 import array
 import contextlib
+import ctypes
 import difflib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -42,6 +44,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import unicodedata
@@ -56,6 +59,7 @@ from pathlib import Path
 
 CHECK_SECONDS = 2  # processor time after which a checking worker is killed; after half of it, it is asked to stop
 CHECK_BYTES = 2 << 30  # address space of a worker
+NO_VERDICT = ("bad_gold", "timeout", "memory", "crash", "forbidden")  # reasons for "wrong" without a comparison
 YES_NO = ("yes", "no")
 
 # The policy. A false "correct" weighs more than a false "wrong", since it becomes training data.
@@ -261,7 +265,7 @@ class Checker:
         fail(f"a checking worker does not start: {line.decode().strip() or 'see what `python common.py` says'}")
 
     def submit(self, problem, text):
-        """Future of (correct, reason): equal, different, no_answer, bad_gold, timeout, memory, crash, or a grader's."""
+        """Future of (correct, reason): equal, different, no_answer, one of NO_VERDICT, or a grader's."""
         verdict, pair = (None, (problem, text)) if self.grader else judge(problem, text)
         key = json.dumps(pair) if self.grader else pair or verdict
         if len(self.verdicts) > 1 << 18:
@@ -348,6 +352,31 @@ def equal_as_text(gold, answer):
     return True if gold == answer else None
 
 
+class Late(BaseException):
+    """A case has used its time. Not an Exception: those are caught all over sympy."""
+
+
+class Forbidden(BaseException):
+    """A case would have done what no comparison needs."""
+
+
+def confine():
+    """Take from this process what no comparison needs: writing files, starting programs, connections. sympy evaluates
+    as Python what it makes of some texts (numbers and names, as far as is known); should more get through, it finds
+    nothing to do. Of the limits the kernel's own come first; NPROC does not bind root."""
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
+        resource.setrlimit(limit, (0, 0))
+    sys.dont_write_bytecode = True
+    barred = {"os", "subprocess", "socket", "shutil", "ctypes", "pty", "tempfile", "fcntl", "mmap", "signal", "sqlite3"}
+
+    def refuse(event, arguments):
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes or event.partition(".")[0] in barred and event not in ("os.listdir", "os.scandir"):
+            raise Forbidden
+
+    sys.addaudithook(refuse)
+
+
 def checking_worker(grader=""):
     """The program of a worker: a line of JSON in, a line [correct, reason] out; "ready" before the first.
 
@@ -356,9 +385,6 @@ def checking_worker(grader=""):
     os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
     resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    class Late(BaseException):  # not an Exception: those are caught all over sympy
-        pass
 
     def late(*_):
         raise Late
@@ -369,6 +395,8 @@ def checking_worker(grader=""):
     except Exception as error:  # whatever somebody's file raises
         print(f"{type(error).__name__}: {error}".splitlines()[0], file=out, flush=True)
         return
+    if not grader:
+        confine()
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         # Limits in processor time, so that a verdict does not depend on what else runs here. Python may not get to
@@ -384,6 +412,8 @@ def checking_worker(grader=""):
             verdict = bool(verdict[0]), str(verdict[1])
         except Late:
             verdict = False, "timeout"
+        except Forbidden:
+            verdict = False, "forbidden"
         except MemoryError:
             verdict = False, "memory"
         except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
@@ -512,11 +542,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch.distributed import get_rank as rank, get_world_size as world_size
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -566,6 +595,7 @@ def override_from_cli(g):
         near = [n for w in re.findall(r"--[\w-]+", message) for n in difflib.get_close_matches(w, flags, 1) if n != w]
         fail(message + (f" (did you mean {near[0]}?)" if near else "") + "; --help lists all flags", status=2)
 
+    end_on_signals()
     parser.error = error
     if "TOY" in g:
         parser.add_argument("--toy", action="store_true", help="laptop size: the values of TOY, then the other flags")
@@ -602,11 +632,40 @@ def _numbers(default, zero, text):
     return new if isinstance(default, tuple) else new[0]
 
 
+def end_on_signals():
+    """Have Ctrl-C, and SIGTERM (of a cluster that wants its machine back, or of torchrun when another process has died)
+    end the program at once and with one line, even while it waits in a library; and have it end when torchrun does."""
+    ends, end = os.pipe()
+    os.set_blocking(end, False)
+
+    def wait():
+        number = os.read(ends, 1)[0]
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print("\n" * sys.stderr.isatty() + f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(number).name}; "
+                  "what is finished stays, and the same command goes on from there", file=sys.__stderr__, flush=True)
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # the next line has the number written
+    signal.set_wakeup_fd(end, warn_on_full_buffer=False)
+    threading.Thread(target=wait, daemon=True).start()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    def lost(kind, error, trace):
+        if not isinstance(error, dist.DistError) and "by peer" not in str(error):
+            return sys.__excepthook__(kind, error, trace)
+        time.sleep(20)  # another process has died: torchrun tells which, and ends this one
+        fail(f"another process has ended: {lines_of(error)[0]}")
+
+    sys.excepthook = lost
+
+
 def fail(message, status=1):
     """End the program with one line on standard error and a status that is not 0."""
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         time.sleep(5)  # the first process says it for all, unless this one alone has failed
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -628,6 +687,7 @@ def start_run(g, *problem_sets, models=()):
     grader = Path(constants["GRADER"].rpartition(":")[0])  # "." where there is none
     grader = grader.read_text() if grader.is_file() else ""
     constants["contents"] = f"{seed_of(data, *models, grader):x}"
+    check_lengths(constants, list(itertools.chain(*problem_sets)))
     engine, why = engine_for(constants)
     name = constants["RUN"] or f"{script.stem}-{constants['SEED']}"
     if not re.fullmatch(r"\w[\w.-]{0,199}", name):
@@ -640,7 +700,12 @@ def start_run(g, *problem_sets, models=()):
             fail("--wandb needs the package wandb: pip install wandb")
     setup()
     folder = Path("runs") / name
+    lock, refused = take(folder) if rank() == 0 else (None, "")
+    if refused := gather(refused)[0]:
+        fail(refused)
     old = read(folder / "constants.json")["constants"] if (folder / "constants.json").exists() else None
+    if not any(folder.glob("*/")):
+        old = None  # it was started, and nothing came of it: perhaps for a constant that is right now
     may_differ = {n for n, (group, _) in about.items() if group.startswith("Machine")} | {"ROUNDS"}
     if old:
         changed = [f"{n} {old.get(n, 'absent')!r} -> {constants.get(n, 'absent')!r}"
@@ -662,7 +727,49 @@ def start_run(g, *problem_sets, models=()):
     say(f"{script.name} {'goes on' if old else 'starts'} in {folder}\n  model    {constants['MODEL']}\n"
         f"  machine  {world_size()} x {processor()}, {threads_per_process()} cores each\n"
         f"  sampler  {engine} ({why})\n  seed     {constants['SEED']}")
-    return Run(folder, constants, engine, wandb and rank() == 0 and wandb.init(name=name, config=constants))
+    return Run(folder, lock, constants, engine, wandb and rank() == 0 and wandb.init(name=name, config=constants))
+
+
+def check_lengths(constants, problems):
+    """End the program if a problem alone, with an answer, does not fit into a model's context: `sample` would find out,
+    but perhaps hours later."""
+    longest = max(problems, key=lambda p: len(p["problem"]), default=None)
+    for model in map(local_folder, constants["MODEL"].split(",") if longest else ()):
+        context, new = context_of(model), constants["MAX_NEW_TOKENS"]
+        if len(longest["problem"]) + new > context:  # else it fits: a token is a character or more
+            ids = AutoTokenizer.from_pretrained(model)(longest["problem"])["input_ids"]
+            check_length(longest, len(ids), new, context)
+
+
+def context_of(folder):
+    """How many tokens the model in a folder can take."""
+    return AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+
+
+def check_length(problem, tokens, new, context):
+    """End the program if a prompt of so many tokens, and as many new ones, do not fit into so many."""
+    if tokens + new > context:
+        fail(f"the prompt of {problem['id']} has {tokens:,} tokens; with {new} new ones it exceeds the context of "
+             f"{context:,}; shorten either (--max-new-tokens, --shots)")
+
+
+def take(folder):
+    """Keep a run's folder to this program until it ends, however that comes: (what holds it, "") or (None, why not)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            return None, f"{folder} is in use by {lock.read().strip()}; wait for its end, or take another --run"
+        except OSError:
+            say(f"warning: the file system of {folder} has no locks; see to it that one program at a time works there")
+        lock.truncate(0)
+        print(f"process {os.getpid()} of {platform.node()}", file=lock, flush=True)
+        return lock, ""
+    except OSError as error:
+        return None, f"{folder}: {error.strerror}; start where runs/ can be written"
 
 
 def fingerprint(model):
@@ -711,8 +818,8 @@ def _describe(folder, script, constants, new):
 class Run:
     """One folder runs/<name>: what was made stays made, so a rerun goes on after the last whole phase."""
 
-    def __init__(self, folder, constants, engine, wandb):
-        self.folder, self.unfinished, self.sampler = folder, folder / "unfinished", None
+    def __init__(self, folder, lock, constants, engine, wandb):
+        self.folder, self.unfinished, self.lock, self.sampler = folder, folder / "unfinished", lock, None
         self.constants, self.seed, self.engine, self.wandb = constants, constants["SEED"], engine, wandb
         self.checker = Checker(min(8, threads_per_process()), constants["GRADER"])
         lines = read(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
@@ -726,7 +833,7 @@ class Run:
         A name ending in .jsonl or .json: `make()` returns the records or the object (rank 0's counts). Any other name
         is a folder: `make(path)` fills it, and its path is returned. Half-made things have other names (.part)."""
         path, is_file = self.folder / name, name.endswith((".json", ".jsonl"))
-        if not gather(path.exists())[0]:
+        if not gather(rank() == 0 and path.exists())[0]:  # a network's disk remembers, for the others, what was missing
             try:
                 self._make(path, make, is_file)
             except (OSError, SafetensorError, CheckpointException) as error:
@@ -748,7 +855,7 @@ class Run:
             barrier()
             make(half)
             if rank() == 0:
-                for file in half.iterdir():
+                for file in (*half.iterdir(), half):
                     flush(file)
                 half.rename(path)
                 flush(path.parent)
@@ -783,7 +890,8 @@ def read(path):
         try:
             return [json.loads(line) for line in file] if path.suffix == ".jsonl" else json.load(file)
         except ValueError as error:
-            fail(f"{path} is damaged ({error}); remove it and what was made after it, then run the command again")
+            after = " and what was made after it" if path.parent.name.startswith("round_") else ""
+            fail(f"{path} is damaged ({error}); remove it{after}, then run the same command again")
 
 
 def write(path, value):
@@ -870,6 +978,7 @@ def flush(path):
 _shared = None  # a key-value store that all processes see
 _counters = itertools.count()  # in it: all processes open them in the same order
 STARTS = "TIMES_STARTED_AGAIN"  # environment variable: how often `start_again` was called
+ENGINE_FAILED = "ENGINE_FAILED"  # environment variable: the phase in which it was called for that
 
 
 def setup():
@@ -917,7 +1026,16 @@ def threads_per_process():
 def say(text=""):
     """Print, on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)
+
+
+def printable(text):
+    """A text as a terminal may have it: control characters, with which a model's could move the cursor or worse, and
+    what the terminal's encoding lacks are written as escapes."""
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+                  lambda m: m[0].encode("unicode_escape").decode(), text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def claims(n):
@@ -935,6 +1053,10 @@ class Log:
 
     def append(self, entry):
         _shared.set(f"{self.name}/{_shared.add(self.name, 1)}", json.dumps(entry))
+
+    def any(self):
+        """Whether there are entries."""
+        return _shared.add(self.name, 0) > 0
 
     def new(self):
         """The entries since the last time."""
@@ -1037,14 +1159,16 @@ def load_problems(names, split, folder, limit=0):
 
 def _records_of_file(path):
     """(number, record) of a .jsonl file's lines, or of the list that a .json file is (or has under "data")."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        if path.suffix == ".jsonl":
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-            return
-        try:
-            records = json.load(file)
-        except (ValueError, RecursionError) as error:
-            fail(f"{path}: not valid JSON ({lines_of(error)[0]})")
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # `_read_set` names the line
+            if path.suffix == ".jsonl":
+                yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+                return
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    except (ValueError, RecursionError) as error:
+        fail(f"{path}: not valid JSON ({lines_of(error)[0]})")
     records = records.get("data") if isinstance(records, dict) else records
     if not isinstance(records, list):
         fail(f"{path}: neither a list of problems nor an object with one under 'data'")
@@ -1070,9 +1194,12 @@ def _read_set(where, records, ids):
     problems, empty = [], 0
     for number, record in records:
         try:
+            if isinstance(record, str):
+                record.encode()
             problem = read_problem(json.loads(record) if isinstance(record, str) else record)
         except (ValueError, RecursionError) as error:
-            reason = "not valid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else error
+            reason = ("not valid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else
+                      "not UTF-8" if isinstance(error, UnicodeError) else str(error)[:200])
             fail(f"{where}:{number}: {reason}; mend or remove it")
         if problem is None:
             empty += 1
@@ -1096,6 +1223,8 @@ def read_problem(record):
     text, answer, solution, level, tags = (next((record[n] for n in names if n in record), None)
                                            for names in FIELDS.values())
     solution = "\n\n".join(map(str, solution)) if isinstance(solution, list) else solution
+    if not isinstance(solution, (str, type(None))):
+        raise ValueError("'solution' is neither a text nor a list of texts")
     choices, kind = record.get("choices") or record.get("answer_option_list"), record.get("kind")
     if isinstance(text, dict):  # CommonsenseQA
         text, choices = text.get("stem"), text.get("choices")
@@ -1111,7 +1240,8 @@ def read_problem(record):
     answer, solution = _answer_and_solution(answer, solution)
     if not answer:
         return None
-    f"{text}{answer}{solution}".encode()  # a ValueError where a character is cut in half
+    if re.search("[\ud800-\udfff]", f"{text}{answer}{solution}{choices}"):
+        raise ValueError("half a character, \\ud800 or the like")
     problem = {"problem": text.strip(), "answer": answer, "kind": kind or _kind_of(answer, choices, record)}
     if problem["kind"] not in ("math", "choice", "label", "yesno"):
         raise ValueError(f"'kind' is {kind!r}, and not math, choice, label or yesno")
@@ -1156,7 +1286,7 @@ def _add_choices(problem, choices):
     """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
     if isinstance(choices, dict) and not {"text", "label"} <= {*choices}:  # {"A": "a cat", "B": "a dog"}
         choices = {"label": list(choices), "text": list(choices.values())}
-    if isinstance(choices, dict):  # {"text": [...], "label": [...]}
+    if isinstance(choices, dict) and all(isinstance(choices[name], list) for name in ("text", "label")):
         choices = [{"text": t, "label": n} for t, n in zip(choices["text"], choices["label"])]
     if not isinstance(choices, list):
         raise ValueError("'choices' is not a list of at most 26 texts")
@@ -1178,6 +1308,21 @@ def _add_choices(problem, choices):
         problem["answer"] = chr(65 + place)
         problem["problem"] += "".join(f"\n({chr(65 + i)}) {text}" for i, text in enumerate(texts))
     problem["choices"] = texts
+
+
+def load_network(kind, folder, **options):
+    """The model in a folder, as transformers has it; ends the program where tensors are missing or have other shapes:
+    those would be random, silently."""
+    try:
+        network, about = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+                                              ignore_mismatched_sizes=True, **options)
+    except Exception as error:  # files of any content are read here, by a library
+        fail(f"{folder}: {' '.join(lines_of(error))[:300]}")
+    for name, found, wanted in about["mismatched_keys"]:
+        fail(f"{folder}: {name} has the shape {tuple(found)}, where config.json wants {tuple(wanted)}")
+    if missing := [name for name in sorted(about["missing_keys"]) if "pooler." not in name]:  # which nothing here uses
+        fail(f"{folder}: {missing[0]} is missing, and {len(missing) - 1} more tensors of a {network.config.model_type}")
+    return network
 
 
 @functools.cache  # what the Hub has under a name may change; a run stays with what it began with
@@ -1212,19 +1357,29 @@ def check_weights(folder):
                  "if a run made it, and what was made after it")
 
 
-def load_tokenizer(model, prompt):
-    """The model's tokenizer; ends the program where its files, or the chat template for `prompt`, are missing."""
+def load_tokenizer(model, prompt, system=""):
+    """The model's tokenizer; ends the program where its files are missing, or it cannot make prompts of this form."""
     folder = local_folder(model)
     check_weights(folder)
     try:
-        AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
             raise ValueError("there is no tokenizer in it")
-    except (OSError, ValueError) as error:
-        fail(f"{model}: {lines_of(error)[0]}")
+        size, room = max(tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size
+        if size > room:
+            raise ValueError(f"its tokenizer has {size:,} tokens, and the model only {room:,}")
+        if prompt and not tokenizer.eos_token:
+            raise ValueError("its tokenizer has no end token (eos_token in tokenizer_config.json)")
+        if prompt == "chat" and tokenizer.chat_template:
+            end_token(tokenizer, prompt)
+    except Exception as error:  # files of any content are read here, by libraries
+        own = "custom code" in str(error)
+        fail(f"{model}: {'it brings code of its own, which is never run here' if own else lines_of(error)[0]}")
     if prompt == "chat" and not tokenizer.chat_template:
         fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
+    if prompt == "chat":
+        make_prompt(tokenizer, prompt, {"problem": "?"}, [{"problem": "?", "solution": "!"}], system)
     return tokenizer
 
 
@@ -1236,9 +1391,22 @@ def make_prompt(tokenizer, prompt, problem, examples=(), system=""):
             turns += [{"role": "user", "content": example["problem"]},
                       {"role": "assistant", "content": example["solution"]}]
         turns.append({"role": "user", "content": problem["problem"]})
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        try:
+            return chat_text(tokenizer, turns, add_generation_prompt=True)
+        except ValueError as error:
+            fail(f"{tokenizer.name_or_path}: {error}")
     shots = "".join(f"Question: {e['problem']}\nAnswer:\n{e['solution']}\n\n" for e in examples)
     return f"{shots}Question: {problem['problem']}\nAnswer:\n"
+
+
+def chat_text(tokenizer, turns, **options):
+    """Turns of a conversation as the model's chat template has them; ValueError where that cannot."""
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+    except Exception as error:  # a template is a program, though in a sandbox
+        without = "; --system '' leaves the system's turn out" if turns[0]["role"] == "system" else ""
+        raise ValueError("its chat template fails for turns of " + ", ".join(turn["role"] for turn in turns)
+                         + f" ({lines_of(error)[-1]}){without}")
 
 
 def end_token(tokenizer, prompt):
@@ -1246,7 +1414,7 @@ def end_token(tokenizer, prompt):
     if prompt != "chat":
         return tokenizer.eos_token
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
-    behind = tokenizer.apply_chat_template(turns, tokenize=False).rsplit("!!", 1)[1]
+    behind = chat_text(tokenizer, turns).rpartition("!!")[2]
     ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
     special = [i for i in ids if i in tokenizer.all_special_ids]
     return tokenizer.convert_ids_to_tokens(special[0]) if special else tokenizer.eos_token
@@ -1256,7 +1424,7 @@ def end_ids(tokenizer, folder):
     """Ids of all tokens that end an answer: a tuned model may end either way, whatever the form of the prompt."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        with contextlib.suppress(TemplateError):  # a template that wants other turns
+        with contextlib.suppress(ValueError):  # a template that wants other turns, and is not used
             ends.add(tokenizer.convert_tokens_to_ids(end_token(tokenizer, "chat")))
     path = Path(folder) / "generation_config.json"
     named = read(path).get("eos_token_id") if path.exists() else None
@@ -1313,8 +1481,7 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, wa
         f"{costs['correct'] / max(1, costs['draws']):.1%} {'usable' if check else 'correct'}, "
         f"{costs['spent_tokens'] / seconds:,.0f} tok/s, "
         f"{seconds:.1f} s")
-    odd = [f"{reason} {costs[f'check_{reason}']:,}" for reason in ("bad_gold", "timeout", "memory", "crash")
-           if costs[f"check_{reason}"]]
+    odd = [f"{reason} {costs[f'check_{reason}']:,}" for reason in NO_VERDICT if costs[f"check_{reason}"]]
     if odd:
         say(f"           counted as wrong without a comparison: {', '.join(odd)}")
     return [{key: answer[key] for key in ("id", "draw", "text", "tokens", "finish", "correct")}
@@ -1329,6 +1496,7 @@ class Draws:
 
     def __init__(self, run, problems, draws, prompt, enough, round, phase, walk, usable):
         self.problems, self.enough, self.checker, self.walk, self.usable = problems, enough, run.checker, walk, usable
+        self.phase = f"round {round} {phase}"
         self.prompt = lambda i, d: (problems[i], prompt(problems[i], d))
         self.draws = [draws] * len(problems) if isinstance(draws, int) else draws
         self.seed = lambda i, d: seed_of(run.seed, round, phase, problems[i]["id"], d)
@@ -1339,8 +1507,8 @@ class Draws:
         self.place, self.began = {p["id"]: i for i, p in enumerate(problems)}, time.time()
         name = f"round_{round}-{phase}@{{}}.jsonl"
         for path in sorted(run.unfinished.glob(name.format("*"))):
-            for line in open(path):
-                with contextlib.suppress(ValueError):  # a line that a kill cut short
+            for line in open(path, errors="replace"):
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that a kill cut short
                     answer = json.loads(line)
                     self.put(answer)
                     self.began = min(self.began, time.time() - answer["at"])
@@ -1445,15 +1613,12 @@ class Sampler:
         self.ends = end_ids(self.tokenizer, folder)
         self.stops = [] if style == "chat" else [STOP]
         self.max_new_tokens, self.sampling = max_new_tokens, sampling
-        self.context = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+        self.context = context_of(folder)
 
     def prompt_ids(self, problem, text):
         """Token ids of a prompt; ends the program if they and an answer do not fit into the model's context."""
         ids = self.encode(text)
-        context = min(self.context, self.engine_context)
-        if len(ids) + self.max_new_tokens > context:
-            fail(f"the prompt of {problem['id']} has {len(ids):,} tokens; with {self.max_new_tokens} new ones it "
-                 f"exceeds the context of {context:,}; shorten either (--max-new-tokens, --shots)")
+        check_length(problem, len(ids), self.max_new_tokens, min(self.context, self.engine_context))
         return ids
 
     def load(self, folder):
@@ -1461,7 +1626,9 @@ class Sampler:
         if folder == self.folder and self.model is not None:
             return {}
         began = time.time()
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute_dtype()).to(device()).eval()
+        self.model = load_network(AutoModelForCausalLM, folder, dtype=compute_dtype()).to(device()).eval()
+        if odd := [name for name, tensor in self.model.named_parameters() if not tensor.isfinite().all()]:
+            fail(f"{folder}: {odd[0]} is not finite (nor are {len(odd) - 1} more)")
         self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
         self.folder, self.parameters = folder, sum(p.numel() for p in self.model.parameters())
         return {"load_seconds": time.time() - began}
@@ -1570,9 +1737,7 @@ class VllmSampler(Sampler):
             return {}
         if self.llm is not None and architecture(folder) != self.architecture:
             say(f"  vLLM needs another engine for {folder}: the program starts again, with what it has")
-            if self.run.wandb:
-                self.run.wandb.finish()
-            start_again(self.environment)
+            self._start_again()
         began, built, self.folder = time.time(), self.llm is None, None
         self._do("start" if built else f"take the weights of {folder}", self._build if built else self._send, folder)
         sent = time.time()
@@ -1659,17 +1824,19 @@ class VllmSampler(Sampler):
 
     def answer(self, work):
         """Have all draws of `work` answered. A process takes a problem when it has room for more requests, and sees to
-        all its waves; checking goes on meanwhile. What can no longer matter is cancelled."""
+        all its waves; checking goes on meanwhile. What can no longer matter is cancelled. Should the engine of one
+        process fail, all end what they are at, and the program starts again, once in a phase."""
         torch.set_num_threads(threads_per_process())
-        engine, walk, places = self.llm.llm_engine, work.walk, claims(len(work.problems))
+        walk, places, failures = work.walk, claims(len(work.problems)), Log()
         room = min(IN_FLIGHT, math.ceil(sum(work.draws) / world_size()))
         flying, waves = {}, Counter()  # {(i, draw): vLLM's name of the request}, {i: its next wave}
         while True:
-            while len(flying) < room and (i := walk.take() if walk else next(places, None)) is not None:
+            while len(flying) < room and not failures.any() and (
+                    i := walk.take() if walk else next(places, None)) is not None:
                 self._request(work, i, flying, waves)
-            if not flying and not work.pending and (walk is None or walk.over()):
+            if not flying and not work.pending and (walk is None or walk.over() or failures.any()):
                 break
-            for output in engine.step() if flying else ():
+            for output in self._step(failures, flying) if flying else ():
                 if output.finished:
                     i, d = map(int, output.request_id.split("/"))
                     del flying[i, d]
@@ -1680,13 +1847,35 @@ class VllmSampler(Sampler):
                 wave = [(i, d) for d in work.wave(i, waves[i] - 1)]
                 if work.done[i] or walk and i >= walk.end:
                     self._cancel(work, [request for request in wave if request in flying], flying)
-                elif all(request in work.answers for request in wave):
+                elif all(request in work.answers for request in wave) and not failures.any():
                     self._request(work, i, flying, waves)
             if walk:
                 self._cancel(work, [request for request in flying if request[0] >= walk.end], flying)
             if not flying:
                 time.sleep(0.001)
         work.exchange()
+        if reasons := list(failures.new()):
+            if self.environment.get(ENGINE_FAILED) == work.phase:
+                fail(f"vLLM has failed again: {reasons[0]}")
+            say(f"  vLLM has failed: {reasons[0]}. The program starts again, with the {len(work.answers):,} answers "
+                "that it has")
+            self._start_again(**{ENGINE_FAILED: work.phase})
+
+    def _step(self, failures, flying):
+        """What the engine has finished since the last step; nothing, and nothing is at work any more, if it fails."""
+        try:
+            return self.llm.llm_engine.step()
+        except Exception as error:  # an engine may raise anything
+            with output_to(self.log):
+                traceback.print_exc()
+            failures.append(f"{lines_of(error)[0]}; see {self.log}")
+            flying.clear()
+            return []
+
+    def _start_again(self, **environment):
+        if self.run.wandb:
+            self.run.wandb.finish()
+        start_again(self.environment | environment)
 
     def _request(self, work, i, flying, waves):
         """Ask for the draws of problem i's next wave that has unanswered ones."""
@@ -1749,7 +1938,7 @@ def compare_weights(folder, model):
         if parameter.numel() and all(part in sent for part in parts):
             tensor = torch.cat([sent[part] for part in parts]).to(parameter)
             compared += 1
-            if not torch.equal(parameter[:len(tensor)], tensor):
+            if not torch.equal(parameter[:len(tensor)], tensor):  # nor is anything equal to NaN
                 wrong.append(name)
     return compared, wrong
 
@@ -2042,6 +2231,12 @@ class Progress:
         self.minutes, self.began = run.constants["SAVE_MINUTES"], time.time()
         self.saved = self.began
 
+    def tensors(self):
+        """{name: tensor} of all that a step changes (AdamW's state as it is before the first, if there was none)."""
+        model, optimizer = get_state_dict(self.policy, self.optimizer)
+        return model | {f"{name}.{what}": tensor for name, of in optimizer["state"].items() for what, tensor in
+                        of.items()}
+
     def due(self):
         """1 if it is time to save; rank 0's clock decides."""
         return int(rank() == 0 and time.time() - self.saved >= 60 * self.minutes)
@@ -2050,8 +2245,9 @@ class Progress:
         """Save under another name, then rename; the one before goes only then."""
         path = self.folder / self.name.format(f"step_{len(self.history):07d}")
         half = path.with_name(path.name + ".part")
-        model, optimizer = get_state_dict(self.policy, self.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=half)
+        tensors = self.tensors()
+        places = {name: 1 + i // 32 for i, name in enumerate(tensors)}  # of 32 each: a file is built in memory
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(half, places, save_distributed=True))
         if rank() == 0:
             write(half / "progress.json", {"history": self.history, "seconds": time.time() - self.began})
             half.rename(path)
@@ -2066,9 +2262,8 @@ class Progress:
         paths = [p for p in sorted(self.folder.glob(self.name.format("step_*"))) if p.suffix != ".part"]
         if not gather(bool(paths))[0]:
             return
-        model, optimizer = get_state_dict(self.policy, self.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=paths[-1])
-        set_state_dict(self.policy, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        check_weights(paths[-1])
+        dcp.load(self.tensors(), storage_reader=dcp.HuggingFaceStorageReader(paths[-1]))
         left = read(paths[-1] / "progress.json")
         self.history, self.began = left["history"], self.began - left["seconds"]
         say(f"  training goes on after step {len(self.history):,}")
@@ -2110,7 +2305,7 @@ def learning_rate_factor(step, steps, warmup, decay):
 def load_for_training(model):
     """(the model, its Policy, the folder's dtype), sharded over all processes: float32, GPUs compute in bfloat16."""
     AttentionInterface.register("packed", packed_attention)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto", attn_implementation="packed")
+    network = load_network(AutoModelForCausalLM, model, dtype="auto", attn_implementation="packed")
     dtype, network = network.dtype, network.float()
     names = "logit_scale", "logits_scaling", "final_logit_softcapping"
     scaled = any(getattr(network.config, name, None) for name in names)
@@ -2244,7 +2439,7 @@ class RewardModel:
     def load(self):
         """Bring the backbone to this process' device."""
         AttentionInterface.register("packed", packed_attention)
-        self.body = AutoModel.from_pretrained(self.folder, dtype=compute_dtype(), attn_implementation="packed")
+        self.body = load_network(AutoModel, self.folder, dtype=compute_dtype(), attn_implementation="packed")
         self.body, self.head = self.body.to(device()).eval(), self.head.to(device())
 
     def unload(self):
@@ -2301,8 +2496,8 @@ def step_rewards(run, prm, problems, responses, *, round, phase):
     batches = reward_batches({(r["id"], r["text"]): len(by_id[r["id"]]["problem"]) + len(r["text"]) for r in responses})
     name, found, mine = f"round_{round}-{phase}@{{}}.jsonl", {}, {}  # by what a batch holds
     for path in run.unfinished.glob(name.format("*")):
-        for line in open(path):
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
+        for line in open(path, errors="replace"):
+            with contextlib.suppress(ValueError, TypeError):  # a line that a kill cut short
                 found.update([json.loads(line)])
     barrier()  # everybody has read before anybody writes on
     prm.load()
@@ -2415,7 +2610,7 @@ def embed(name, texts):
     of a text, cut at the encoder's length, as sentence-transformers has it (Reimers & Gurevych 2019). In fixed batches
     of texts of like length, and on CPU with one thread: the same in every process."""
     folder, tokenizer, longest = read_encoder(name)
-    body = AutoModel.from_pretrained(folder, dtype=torch.float32).to(device()).eval()
+    body = load_network(AutoModel, folder, dtype=torch.float32).to(device()).eval()
     order, size = sorted(range(len(texts)), key=lambda i: -len(texts[i])), max(1, EMBEDDED_TOKENS // longest)
     vectors, threads = np.zeros((len(texts), body.config.hidden_size), dtype=np.float32), torch.get_num_threads()
     torch.set_num_threads(1)

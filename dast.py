@@ -239,7 +239,7 @@ def main():
         fail("without examples in the prompt L can do nothing; take --variant P or ''")
     if not 1 > CUTS[0] >= CUTS[1] > 0:
         fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
-    tokenizer = load_tokenizer(MODEL, PROMPT)
+    tokenizer = load_tokenizer(MODEL, PROMPT, SYSTEM)
     problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     problems, held_out = hold_out(problems, HELD_OUT, SEED)
     tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])

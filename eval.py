@@ -339,7 +339,7 @@ def main():
             fail(f"{flag}: two names that are the same, or differ in punctuation only, would share a file; rename one")
     if HELD_OUT and SPLIT == "test" and not all(name.endswith((".json", ".jsonl")) for name in names):
         fail("--held-out is of training problems: with it take --split train")
-    tokenizers = {model: load_tokenizer(model, PROMPT) for model in models}
+    tokenizers = {model: load_tokenizer(model, PROMPT, SYSTEM) for model in models}
     sets = {name: load_problems(name, SPLIT, DATA, N_TEST) for name in names}
     if HELD_OUT:
         load_problems(SETS, SPLIT, DATA, N_TEST)  # refuses two problems of one id

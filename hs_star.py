@@ -262,7 +262,7 @@ def main():
         fail("without --prm there are no rewards: only --difficulty accuracy with --pairing random can do without")
     global TAU_LOW, TAU_HIGH  # so that start_run stores those in use
     TAU_LOW, TAU_HIGH = thresholds()
-    tokenizer, prm = load_tokenizer(MODEL, PROMPT), RewardModel(PRM) if PRM else None
+    tokenizer, prm = load_tokenizer(MODEL, PROMPT, SYSTEM), RewardModel(PRM) if PRM else None
     problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     problems, held_out = hold_out(problems, HELD_OUT, SEED)
     tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])

@@ -279,7 +279,7 @@ def main():
         fail(f"--difficulty-before is for --select both or static, not {SELECT}")
     if PREFER == "middle" and SELECT in ("knowledge", "random"):
         fail(f"--prefer middle is for a --select that looks at difficulty, not {SELECT}")
-    tokenizer, problems = load_tokenizer(MODEL, PROMPT), load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
+    tokenizer, problems = load_tokenizer(MODEL, PROMPT, SYSTEM), load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
     problems, held_out = hold_out(problems, HELD_OUT, SEED)
     tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])
     problems = [p if OWN_TAGS else {**p, "tags": []} for p in problems]

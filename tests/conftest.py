@@ -25,11 +25,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
-def launch(folder, script, *flags, processes=0, torchrun=False, check=True, bytes=0):
+def launch(folder, script, *flags, processes=0, torchrun=False, check=True, bytes=0, **variables):
     """Run a script of the project in `folder`, where its runs/ will be.
 
     In forks of a process that has the libraries (see fork_server.py), or as a user does, by torchrun, which takes ten
-    seconds longer. processes: 0 is without a process group. bytes: the largest file it may write.
+    seconds longer. processes: 0 is without a process group. bytes: the largest file it may write. variables:
+    of its environment.
     """
     if not (folder / "tests").exists():
         (folder / "tests").symlink_to(ROOT / "tests")  # --toy names its files from the project's root
@@ -45,7 +46,8 @@ def launch(folder, script, *flags, processes=0, torchrun=False, check=True, byte
         err.write_text("")
         server = fork_server()
         print(json.dumps({"folder": str(folder), "command": command, "out": str(out), "err": str(err),
-                          "bytes": bytes, "processes": processes}), file=server.stdin, flush=True)
+                          "bytes": bytes, "processes": processes, "variables": variables}),
+              file=server.stdin, flush=True)
         status = int(server.stdout.readline())
         done = subprocess.CompletedProcess(command, status, out.read_text(), err.read_text())
         out.unlink()

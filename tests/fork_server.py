@@ -1,8 +1,8 @@
 """Runs scripts in forks of one process that has imported their libraries: spares each run the seven seconds of that.
 
-A line of JSON in, {"folder", "command", "out", "err", "bytes", "processes"}; the exit status out. `bytes` limits the
-size of files (0: no limit), as a full disk would. With `processes` it does what torchrun does: that many of them, a
-store for them to meet at, and an end of all when one fails.
+A line of JSON in, {"folder", "command", "out", "err", "bytes", "processes", "variables"}; the exit status out. `bytes`
+limits the size of files (0: no limit), as a full disk would. `variables` are of the environment. With `processes` it
+does what torchrun does: that many of them, a store for them to meet at, and an end of all when one fails.
 """
 import json
 import os
@@ -20,8 +20,9 @@ import eval  # noqa: E402, F401
 import torch.distributed as dist  # noqa: E402
 
 
-def run(folder, command, out, err, bytes):
+def run(folder, command, out, err, bytes, variables):
     """In the fork: become the script, as far as the script can tell."""
+    os.environ |= variables
     os.chdir(folder)
     for number, name in enumerate((os.devnull, out, err)):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)

@@ -6,6 +6,8 @@
   python tests/study.py hs_star        HS-STaR, uniform DPO and the ablations at the same budget, 3 seeds
   python tests/study.py sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs, 3 seeds
   python tests/study.py dast --seeds 0   with one seed
+  python tests/study.py kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
+  python tests/study.py fuzz           texts made at random through all of checking
 """
 import argparse
 import json
@@ -15,6 +17,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
+import withstand
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -208,11 +212,13 @@ def sai_dpo(seeds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["dast", "dast-dpo", "adastar", "hs_star", "sai_dpo"])
+    parser.add_argument("name", choices=["dast", "dast-dpo", "adastar", "hs_star", "sai_dpo", "kills", "fuzz"])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated [0,1,2]")
     arguments = parser.parse_args()
+    (ROOT / "runs").mkdir(exist_ok=True)
     numbers = list(map(int, arguments.seeds.split(",")))
-    if arguments.name in ("adastar", "hs_star", "sai_dpo"):
-        {"adastar": adastar, "hs_star": hs_star, "sai_dpo": sai_dpo}[arguments.name](numbers)
-    else:
-        dast(numbers, "dpo" if arguments.name == "dast-dpo" else "sft")
+    studies = {"dast": lambda: dast(numbers, "sft"), "dast-dpo": lambda: dast(numbers, "dpo"),
+               "adastar": lambda: adastar(numbers), "hs_star": lambda: hs_star(numbers),
+               "sai_dpo": lambda: sai_dpo(numbers), "kills": withstand.kills,
+               "fuzz": withstand.fuzz}
+    studies[arguments.name]()

@@ -192,6 +192,44 @@ def test_hostile_inputs(shared):
     assert not Path("pwned_mv").exists()
 
 
+CONFINED = """
+import __main__ as common, os, shutil, socket, subprocess  # the program of a worker
+common.confine()
+
+def grade(problem, text):
+    exec(text)
+    return True, "done"
+"""
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("open('pwned', 'w')", "forbidden"), ("open('pwned', 'x')", "forbidden"), ("open(__file__, 'r+')", "forbidden"),
+    ("os.open('pwned', os.O_CREAT)", "forbidden"), ("os.system('touch pwned')", "forbidden"),
+    ("subprocess.run(['touch', 'pwned'])", "forbidden"), ("os.fork()", "forbidden"), ("os.execv('/bin/ls', ['ls'])",
+                                                                                       "forbidden"),
+    ("socket.create_connection(('127.0.0.1', 9))", "forbidden"), ("os.remove(__file__)", "forbidden"),
+    ("os.kill(os.getppid(), 9)", "forbidden"), ("os.putenv('A', 'b')", "forbidden"), ("os.mkdir('pwned')", "forbidden"),
+    ("shutil.copy(__file__, 'pwned')", "forbidden"), ("import ctypes; ctypes.CDLL(None)", "forbidden"),
+    ("try: os.system('touch pwned')\nexcept Exception: pass", "forbidden"), ("open(__file__).read()", "done"),
+    ("import sympy.physics.units", "done")])
+def test_a_confined_worker(tmp_path, monkeypatch, text, reason):
+    """Whatever gets through to Python's eval writes no file, starts no process, opens no connection; and is counted."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "confined.py").write_text(CONFINED)
+    checker = common.Checker(1, f"{tmp_path}/confined.py:grade")
+    assert checker.submit({"answer": "1"}, text).result() == (reason == "done", reason)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_texts_made_at_random(tmp_path):
+    """A verdict each, within the limits, no file, no process, no failure in the main process: see study.py fuzz."""
+    pytest.importorskip("hypothesis")
+    from fuzz import fuzz
+    found = fuzz(4, derandomize=True)
+    assert found["executions"] > 100 and found["alive"] and not found["files"] and not found["processes"]
+    assert found["slowest"]["judge"] < 1 and found["slowest"]["wait"] < 60
+
+
 # All that is compared goes to math-verify as it comes, the gold's own text too: no comparison as text, no value test,
 # no fast mode of ANTLR, nothing kept. What a response states, and how that is rewritten, is the same.
 SLOWLY = r"""

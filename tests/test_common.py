@@ -1,4 +1,5 @@
 """Command line, problem files, prompts, the checker, the run folder."""
+import io
 import json
 import runpy
 import shutil
@@ -85,27 +86,6 @@ def problems_from(common, tmp_path, capsys, *lines):
 
 
 GOOD = '{"problem": "1+1?", "answer": 2.0}'
-
-
-@pytest.mark.parametrize("lines, words", [
-    ([GOOD, '{"problem": "1+1?", '], ["p.jsonl:2: not valid JSON"]),
-    ([GOOD, "", '{"problem": "1+1?"}'], ["p.jsonl:3: no 'answer'"]),
-    (['{"problem": "1+1?", "answer": null}'], ["p.jsonl:1: no 'answer'"]),
-    (['{"problem": "1+1?", "answer": {}}'], ["p.jsonl:1: no 'answer'"]),
-    (['{"problem": "?", "answer": "2", "kind": "sum"}'], ["p.jsonl:1: 'kind' is 'sum', and not math, choice"]),
-    (['{"problem": "?", "answer": "C", "choices": ["a", "b"]}'], ["p.jsonl:1: the answer 'C' is none of the choices"]),
-    (['{"problem": "?", "answer": "A", "choices": 5}'], ["p.jsonl:1: 'choices' is not a list"]),
-    (['{"problem": "?", "answer": "A", "choices": [1, 2]}'], ["p.jsonl:1: 'choices' is not a list"]),
-    (['{"problem": " ", "answer": "2"}'], ["p.jsonl:1: no text under 'problem'"]),
-    (["[1, 2]"], ["p.jsonl:1: not a JSON object"]),
-    (["[" * 100_000], ["p.jsonl:1: not valid JSON"]),
-    (['{"problem": "cut \\ud83d", "answer": "2"}'], ["p.jsonl:1: 'utf-8' codec can't encode"]),
-    (['{"problem": "1+1?", "answer": NaN}'], ["p.jsonl:1: no 'answer'"]),
-    ([], ["p.jsonl: no problem in it"]),
-])
-def test_bad_problem_file_is_one_line(alone, tmp_path, capsys, lines, words):
-    problems, line = problems_from(alone, tmp_path, capsys, *lines)
-    assert problems is None and all(w in line for w in words), line
 
 
 @pytest.mark.parametrize("names, words", [
@@ -223,3 +203,13 @@ def test_noise_draws_from_the_distribution(alone, cuts, expected):
     torch.rand(5)
     assert torch.equal(drawn, alone.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1))
     assert not torch.equal(drawn, alone.Noise(8, temperature=0.5, **cuts)(None, logits).argmax(1))
+
+
+def test_what_a_terminal_must_not_see_is_escaped(alone, monkeypatch):
+    """A model's text cannot move the cursor, set the title or hide what follows; an old terminal shows what it can."""
+    text = "caf\u00e9\t\u221e\n\x1b[2J\x1b]0;title\x07 back\rspace\x08 \x9b31m \u202etxt.exe"
+    shown = alone.printable(text)
+    assert shown == "caf\u00e9\t\u221e\n\\x1b[2J\\x1b]0;title\\x07 back\\rspace\\x08 \\x9b31m \\u202etxt.exe"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    assert alone.printable(text).startswith("caf\u00e9\t\\u221e\n") and alone.printable("\ud83d") == "\\ud83d"
+    alone.say(text + "\u20ac")

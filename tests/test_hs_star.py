@@ -268,7 +268,7 @@ def test_equal_responses_alone_and_in_company(alone, tmp_path, monkeypatch):
     texts = [p["problem"] for p in lines(TOY / "test.jsonl")[:9]]
     problems = [{**PROBLEM, "id": f"p/{n}", "problem": text} for n, text in enumerate(texts)]
     responses = [{"id": p["id"], "draw": d, "text": text} for p in problems for d, text in enumerate(ANSWERS + ANSWERS)]
-    names = dict(MODEL=str(TOY / "model"), SEED=0, WANDB=False, ENGINE="transformers", GRADER="")
+    names = dict(MODEL=str(TOY / "model"), SEED=0, WANDB=False, ENGINE="transformers", GRADER="", MAX_NEW_TOKENS=9)
     (tmp_path / "script.py").write_text("".join(f"{n} = {v!r}\n" for n, v in {**names, "RUN": "r"}.items()))
     run = alone.start_run({**names, "RUN": "r", "__file__": str(tmp_path / "script.py")}, problems)
     found = {}
@@ -339,7 +339,7 @@ def break_prm(folder, what):
     (["--prm", "no/such"], ["no/such: no such folder"]),
     (["--prm", ""], ["without --prm there are no rewards"]),
     (["--tau-low", "0"], ["no thresholds are known for tests/toy/prm with tests/toy/model", "--report-only"]),
-    (["--prm", "other"], ["other: ", "contains custom code"]),
+    (["--prm", "other"], ["other: it brings code of its own"]),
     (["--tau-low", "0.9"], ["--tau-low 0.9 and --tau-high", "the second is the higher one"]),
     (["--pre-samples", "9"], ["--pre-samples 9 are more than --budget 8"]),
     (["--step-set", "p.jsonl"], ["--step-set p.jsonl: no problem in it has a solution"]),

@@ -1,7 +1,7 @@
 """Real runs of the scripts as a user starts them: the whole loop, one and two processes, interruption, bad input."""
+import fcntl
 import json
 import math
-import os
 import shutil
 from importlib.util import find_spec
 
@@ -23,7 +23,7 @@ def lines(path):
 def files(run):
     """{name: bytes} of what a run leaves, times and machine aside."""
     return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*"))
-            if path.is_file() and path.name not in ("metrics.jsonl", "constants.json")}
+            if path.is_file() and path.name not in ("metrics.jsonl", "constants.json", "lock")}
 
 
 def counts(run):
@@ -112,19 +112,20 @@ def test_a_rerun_goes_on_after_the_last_whole_phase(finished, copy_of, last):
 
 
 KILLED = """
-import os, signal, sys; sys.path.insert(0, {root!r})
+import os, signal, sys, time; sys.path.insert(0, {root!r})
 import common, {script} as script
-name, count = sys.argv.pop(1).split(":")
+name, count, how = (sys.argv.pop(1) + ":SIGKILL").split(":")[:3]
 mine = getattr(getattr(script, name, None), "__module__", "") == script.__name__
 owner = getattr(common, name.split(".")[0]) if "." in name else script if mine else common
 method, calls = getattr(owner, name.split(".")[-1]), 0
 
-def dies(*arguments, **options):  # in the place of `method`: at its last call, SIGKILL as soon as it has done its work
+def dies(*arguments, **options):  # in the place of `method`: at its last call, the signal when it has done its work
     global calls
     number = calls = calls + 1  # another thread may be at its own call
     result = method(*arguments, **options)
     if number == int(count):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, how))
+        time.sleep(60)
     return result
 
 setattr(owner, name.split(".")[-1], dies)
@@ -176,6 +177,45 @@ def test_two_processes_of_which_one_is_killed(tmp_path):
     assert whole == again
 
 
+@pytest.mark.parametrize("how, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_run_that_is_stopped_says_one_line(finished, copy_of, how, status):
+    """Ctrl-C, or a cluster that wants its machine back: at once, although it is busy elsewhere, and with no traceback."""
+    forget(copy_of / "runs" / "one", 2)
+    (copy_of / "stopped.py").write_text(KILLED.format(root=str(ROOT), script="dast"))
+    flags = [*SMOKE, "--run", "one"]
+    done = launch(copy_of, copy_of / "stopped.py", f"Draws.put:60:{how}", *flags, check=False)
+    [line] = done.stderr.strip().splitlines()
+    assert done.returncode == status and f"stopped by {how}; what is finished stays, and the same" in line
+    launch(copy_of, "dast.py", *flags)
+    assert files(copy_of / "runs" / "one") == files(finished / "runs" / "one")
+
+
+def test_two_programs_in_one_folder(finished, copy_of):
+    """The second is refused while the first lives, and says which that is; nothing is touched."""
+    run = copy_of / "runs" / "one"
+    forget(run, 6)
+    with open(run / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        print("process 17 of node", file=lock, flush=True)
+        before = files(run)
+        line = error_of(launch(copy_of, "dast.py", *SMOKE, "--run", "one", check=False))
+        assert "runs/one is in use by process 17 of node; wait for its end, or take another --run" in line
+        assert files(run) == before
+    launch(copy_of, "dast.py", *SMOKE, "--run", "one")
+    assert files(run) == files(finished / "runs" / "one")
+
+
+def test_a_start_that_failed_is_no_run(copy_of):
+    """What was wrong may be mended under the same name."""
+    flags = [*SMOKE, "--run", "again", "--rounds", "0", "--model"]
+    shutil.copytree(TOY / "model", copy_of / "m")
+    weights = load_file(copy_of / "m" / "model.safetensors")
+    save_file({n: t * math.nan for n, t in weights.items()}, copy_of / "m" / "model.safetensors", {"format": "pt"})
+    assert "is not finite" in error_of(launch(copy_of, "dast.py", *flags, "m", check=False))
+    done = launch(copy_of, "dast.py", *flags, TOY / "model")
+    assert "dast.py starts in runs/again" in done.stdout
+
+
 def lines_that_are_whole(path):
     return [json.loads(line) for line in open(path) if line.endswith("}\n")]
 
@@ -208,32 +248,22 @@ def test_changed_constants_are_refused(copy_of):
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "no/such/folder"], ["no/such/folder"]),
-    (["--train-data", "no.jsonl"], ["no.jsonl: no such file"]),
     (["--test-data", "gsm9k"], ["unknown problem set 'gsm9k'"]),
-    (["--train-data", "bad.jsonl"], ["bad.jsonl:2: not valid JSON"]),
     (["--run", "../up"], ["--run '../up'"]),
     (["--draws-like", "runs/one"], ["--draws-like"]),
     (["--variant", "", "--draws-like", "runs/none"], ["runs/none/round_1/selection.jsonl: no such file"]),
     (["--wandb", "--run", "w"], ["pip install wandb"]),
     (["--prompt", "zero_shot"], ["L can do nothing"]),
     (["--cuts", "0.4,0.7"], ["--cuts", "the higher one"]),
-    (["--model", "empty"], ["empty: no *.safetensors in it"]),
-    (["--model", "words"], ["words: there is no tokenizer in it"]),
-    (["--model", "cut"], ["cut/model.safetensors is damaged", "not fully covered"]),
     (["--model", "short"], ["the prompt of toy/train/", "exceeds the context of 200", "--shots"]),
     (["--engine", "vllm"], ["--engine vllm needs the package vllm"]),
 ])
 def test_bad_input_is_one_line(copy_of, flags, words):
     if flags[0] == "--wandb" and find_spec("wandb") or flags[0] == "--engine" and find_spec("vllm"):
         pytest.skip("it is installed here")
-    shutil.copytree(TOY / "model", copy_of / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copytree(TOY / "model", copy_of / "words", ignore=shutil.ignore_patterns("tokenizer*"))
-    for name in ("cut", "short"):
-        shutil.copytree(TOY / "model", copy_of / name)
-    os.truncate(copy_of / "cut" / "model.safetensors", 1_000_000)
+    shutil.copytree(TOY / "model", copy_of / "short")
     config = json.loads((copy_of / "short" / "config.json").read_text())
     (copy_of / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 200}))
-    (copy_of / "bad.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n{"problem": \n')
     line = error_of(launch(copy_of, "dast.py", *SMOKE, *flags, check=False))
     assert all(word in line for word in words), line
 

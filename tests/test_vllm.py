@@ -1,6 +1,7 @@
 """The real engine, vLLM's CPU build: new weights without a restart, the self-test, the same requests and decisions."""
 import json
 import os
+import re
 import shutil
 from importlib.metadata import packages_distributions, version
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import common
-from conftest import SMOKE, TOY, launch
+from conftest import ROOT, SMOKE, TOY, launch
 from test_runs import killed
 
 BUILDS = packages_distributions().get("vllm", [])
@@ -126,6 +127,58 @@ def test_a_tagger_of_another_shape(tmp_path):
     assert [m["phase"] for m in metrics if "start_seconds" in m] == ["tag", "eval"]
     outputs = [json.loads(line) for line in open(run / "round_0" / "tagger.jsonl")]
     assert len({o["id"] for o in outputs}) == 24 and (run / "round_1" / "eval.json").exists()
+
+
+FAILING = """
+import os, sys; sys.path.insert(0, {root!r})
+import adastar, common
+from common import VllmSampler
+build, times = VllmSampler._build, int(os.environ["ENGINE_FAILS"])
+
+def breaks(self, folder):  # the engine of the last process, at its 12th step, in the first iteration of so many starts
+    build(self, folder)
+    step, steps = self.llm.llm_engine.step, 0
+
+    def step_or_fail():
+        nonlocal steps
+        if list(self.run.unfinished.glob("round_1*")):
+            steps += 1
+        if steps == 12 and int(os.environ.get(common.STARTS, 0)) < times and common.rank() == common.world_size() - 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return step()
+
+    self.llm.llm_engine.step = step_or_fail
+
+VllmSampler._build = breaks
+common.override_from_cli(vars(adastar))
+adastar.main()
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_engine_that_fails_is_started_again_once(tmp_path, monkeypatch, times):
+    """Of one of two processes, in a walk, whose other part waits for it: the answers that are there are not lost."""
+    (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT)))
+    flags = ["--toy", "--n-train", "90", "--held-out", "0", "--n-test", "4", "--steps", "2", "--rounds", "1",
+             "--engine", "vllm", "--run", "f"]
+    done = launch(tmp_path, tmp_path / "failing.py", *flags, processes=2, check=times == 1,
+                  ENGINE_FAILS=str(times))
+    assert done.stdout.count("vLLM has failed: CUDA error: an illegal memory access was encountered; see ") == 1
+    kept = int(re.search(r"with the ([\d,]+) answers that", done.stdout)[1])
+    assert "RuntimeError" in (tmp_path / "runs/f/vllm-1.log").read_text()
+    if times == 2:
+        return error_of_all(done.stderr)
+    assert done.stderr == "" and kept > 0
+    run = tmp_path / "runs" / "f"
+    selection = [json.loads(line) for line in open(run / "round_1" / "selection.jsonl")]
+    assert sum(any(s["outcomes"]) for s in selection) == 16 and (run / "round_1" / "model").exists()
+    [sample] = [m for m in map(json.loads, open(run / "metrics.jsonl")) if m["phase"] == "sample"]
+    assert sample["spent_draws"] >= kept
+
+
+def error_of_all(lines):
+    assert {line.partition(": error: ")[2].partition(";")[0] for line in lines.splitlines()} == {
+        "vLLM has failed again: CUDA error: an illegal memory access was encountered"}
 
 
 def test_engines_are_told_apart_by_what_matters(tmp_path, untied):
