@@ -179,7 +179,7 @@ def test_two_processes_of_which_one_is_killed(tmp_path):
 
 @pytest.mark.parametrize("how, status", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_a_run_that_is_stopped_says_one_line(finished, copy_of, how, status):
-    """Ctrl-C, or a cluster that wants its machine back: at once, although it is busy elsewhere, and with no traceback."""
+    """Ctrl-C, or a cluster that wants its machine back: at once, though it is busy elsewhere, and with no traceback."""
     forget(copy_of / "runs" / "one", 2)
     (copy_of / "stopped.py").write_text(KILLED.format(root=str(ROOT), script="dast"))
     flags = [*SMOKE, "--run", "one"]
