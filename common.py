@@ -231,7 +231,7 @@ def label_of(answer, labels):
     if labels == YES_NO:  # "no" begins other sentences too: "no way to tell"
         first = re.match(r"(?:(yes|true)\b(?! or\b|/)|(no|false)\b(?=\s*(?:$|[,.;:!(])))", text)
         return first and ("yes" if first[1] else "no")
-    named = [label for label in labels if re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", text)]
+    named = [label for label in labels if label and re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", text)]
     named = [label for label in named if not any(label in other and label != other for other in named)]
     before = text.partition(named[0].casefold())[0] if named else ""
     denied = re.search(r"\b(?:not|no|non|never|neither|nor|cannot|hardly|far)\b|n't", before)
@@ -724,6 +724,7 @@ def start_run(g, *problem_sets, models=()):
         except OSError as error:
             fail(f"{folder}: {error.strerror}; start where runs/ can be written")
     barrier()
+    gc.freeze()  # what is there now stays: a collection need not look through it
     say(f"{script.name} {'goes on' if old else 'starts'} in {folder}\n  model    {constants['MODEL']}\n"
         f"  machine  {world_size()} x {processor()}, {threads_per_process()} cores each\n"
         f"  sampler  {engine} ({why})\n  seed     {constants['SEED']}")
@@ -996,6 +997,15 @@ def setup():
     # A barrier may wait through a whole sampling phase; torchrun, not a timeout, notices a dead process.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=my_rank,
                             world_size=size, store=dist.PrefixStore("group", _shared), timeout=timedelta(days=7))
+
+
+def give_memory_back():
+    """What nothing uses any more to the system, of Python (the pieces of a graph refer to one another), of the C library
+    (which keeps some for each thread, and more with each phase) and of the GPU."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
+    if device().type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def start_again(environment):
@@ -1463,9 +1473,7 @@ def sample(run, model, problems, draws, prompt, *, round, phase, enough=None, wa
     longest = [(p, max(prompt(p, 0), prompt(p, int(np.max(draws)) - 1), key=len)) for p in longest]
     for problem, text in longest:
         sampler.prompt_ids(problem, text)
-    if device().type == "cuda":  # what training had there: its graph's last pieces refer to one another
-        gc.collect()
-        torch.cuda.empty_cache()
+    give_memory_back()  # what training had
     loading = sampler.load(model)
     for problem, text in longest:  # once more: an engine may have room for less than the model could take
         sampler.prompt_ids(problem, text)
@@ -1636,8 +1644,7 @@ class Sampler:
     def sleep(self):
         """Give the model's memory back, to make room for training."""
         self.model = None
-        if device().type == "cuda":
-            torch.cuda.empty_cache()
+        give_memory_back()
         return {}
 
     def answer(self, work):
@@ -1797,7 +1804,8 @@ class VllmSampler(Sampler):
         and by the log-probabilities that the trainer left for a row of tokens."""
         compared, wrong = self.llm.apply_model(functools.partial(compare_weights, folder))[0]
         if wrong or not compared:
-            fail(f"vLLM does not have the weights of {folder}: {len(wrong)} of {compared} tensors differ {wrong[:1]}")
+            fail(f"vLLM does not have the weights of {folder}: {len(wrong)} of {compared} tensors differ, or are not "
+                 f"finite {wrong[:1]}")
         self.parameters, path = sum(t.numel() for n, t in read_weights(folder, tied=False)), Path(folder) / ROW
         if not path.exists():
             return {"tensors_equal": compared}
@@ -1938,7 +1946,7 @@ def compare_weights(folder, model):
         if parameter.numel() and all(part in sent for part in parts):
             tensor = torch.cat([sent[part] for part in parts]).to(parameter)
             compared += 1
-            if not torch.equal(parameter[:len(tensor)], tensor):  # nor is anything equal to NaN
+            if not torch.equal(parameter[:len(tensor)], tensor) or not tensor.isfinite().all():
                 wrong.append(name)
     return compared, wrong
 
@@ -2124,9 +2132,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
             save = sums.pop("save")
             norm = scale_and_clip(policy, world_size() / sums["weight"], clip)
             if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
-                fail(f"round {round}, training step {step + 1} of {len(plan)}: loss {sums['loss'] / sums['weight']}, "
-                     f"gradient norm {norm}; the last good model stays. The step's examples: "
-                     + ", ".join(examples[e]["id"] for micro_batch in plan[step] for e in micro_batch))
+                stop_training(round, plan, step, examples, f"loss {sums['loss'] / sums['weight']}, gradient norm {norm}")
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate_factor(step, len(plan), warmup, decay)
             optimizer.step()
@@ -2138,9 +2144,18 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
             shown.update(len(progress.history) - shown.n)
     trained = time.time()
     row = row_logprobs(policy, max((sequence for e in tokenized for sequence in e), key=lambda s: len(s[0] + s[1])))
+    if not all(map(math.isfinite, row["logprobs"])):
+        stop_training(round, plan, len(plan) - 1, examples, "after it the model gives no numbers")
     save_model(network, tokenizer, dtype, folder, row | {"exact": dtype == compute_dtype() == torch.float32})
     report_training(run, round, progress, lengths, epochs, reference, network, more | {
         "save_seconds": time.time() - trained})
+
+
+def stop_training(round, plan, step, examples, why):
+    """End the program because numbers are none any more, and say where to look."""
+    ids = ", ".join(examples[e]["id"] for micro_batch in plan[step] for e in micro_batch)
+    fail(f"round {round}, training step {step + 1} of {len(plan)}: {why}; the last good model stays. The step's "
+         f"examples: {ids}")
 
 
 def gradients(policy, loss, micro_batches, known=None):
@@ -2211,8 +2226,7 @@ def room_for_activations(policy):
     in both dtypes), less logits. On CPU there is no limit."""
     if device().type != "cuda":
         return math.inf
-    gc.collect()
-    torch.cuda.empty_cache()
+    give_memory_back()
     torch.cuda.reset_peak_memory_stats()
     part = sum(p.to_local().numel() for p in policy.parameters())
     block = sum(p.numel() for p in policy.body.layers[0].parameters())
@@ -2445,9 +2459,7 @@ class RewardModel:
     def unload(self):
         """Give the backbone's memory back."""
         self.body = None
-        if device().type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        give_memory_back()
 
     def encode(self, problem, text):
         """(token ids, the place in them of each step's mark) of a response. A step is what blank lines divide; an

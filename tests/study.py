@@ -8,6 +8,10 @@
   python tests/study.py dast --seeds 0   with one seed
   python tests/study.py kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
   python tests/study.py fuzz           texts made at random through all of checking
+  python tests/study.py soak           hundreds of short iterations: memory, open files, threads, temporary files
+  python tests/study.py disk           disks that run full at many moments (root only: it mounts them)
+  python tests/study.py bad            the cases of tests/test_bad_input.py with each of the five scripts
+  python tests/study.py exact          how often vLLM's answers differ from run to run
 """
 import argparse
 import json
@@ -212,13 +216,13 @@ def sai_dpo(seeds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["dast", "dast-dpo", "adastar", "hs_star", "sai_dpo", "kills", "fuzz"])
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated [0,1,2]")
+    studies = {"dast": lambda: dast(numbers, "sft"), "dast-dpo": lambda: dast(numbers, "dpo"),
+               "adastar": lambda: adastar(numbers), "hs_star": lambda: hs_star(numbers),
+               "sai_dpo": lambda: sai_dpo(numbers), "kills": withstand.kills, "fuzz": withstand.fuzz,
+               "soak": withstand.soak, "disk": withstand.disk, "bad": withstand.bad, "exact": withstand.exact}
+    parser.add_argument("name", choices=list(studies))
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated, of the first five [0,1,2]")
     arguments = parser.parse_args()
     (ROOT / "runs").mkdir(exist_ok=True)
     numbers = list(map(int, arguments.seeds.split(",")))
-    studies = {"dast": lambda: dast(numbers, "sft"), "dast-dpo": lambda: dast(numbers, "dpo"),
-               "adastar": lambda: adastar(numbers), "hs_star": lambda: hs_star(numbers),
-               "sai_dpo": lambda: sai_dpo(numbers), "kills": withstand.kills,
-               "fuzz": withstand.fuzz}
     studies[arguments.name]()

@@ -111,7 +111,7 @@ def test_letters(answer, letter):
     ("no entailment", common.ENTAILMENT, None), ("non-entailment", common.ENTAILMENT, None),
     ("\\text{True}", common.YES_NO, "yes"), ("unknown", common.YES_NO, None), ("Neutral", common.ENTAILMENT, "neutral"),
     ("not neutral", common.ENTAILMENT, None), ("entailment or neutral", common.ENTAILMENT, None),
-    ("not entailed", ["entailed", "not entailed"], "not entailed")])
+    ("not entailed", ["entailed", "not entailed"], "not entailed"), ("-1", ["", "b"], None)])
 def test_labels(answer, labels, label):
     assert common.label_of(answer, labels) == label
 

@@ -184,3 +184,116 @@ def fuzz():
     print(f"\n{total:,} executions; the slowest, in seconds: {slowest}; called right, and not the same text:")
     for gold, text in sorted(wrong, key=lambda pair: len(pair[0] + pair[1])):
         print(f"  {gold!r:<40} {text!r}"[:160])
+
+
+SOAK = ["--toy", "--n-train", 80, "--held-out", 0, "--n-test", 4, "--steps", 1, "--growth", 1, "--max-new-tokens", 64]
+
+
+def held(pid):
+    """What a process has: resident MB (its own, without files that are mapped), open files, threads."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    kilobytes = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem")))
+    return {"MB": kilobytes / 1024, "files": len(os.listdir(f"/proc/{pid}/fd")),
+            "threads": len(os.listdir(f"/proc/{pid}/task"))}
+
+
+def soaked(rounds, processes, *flags):
+    """One run of adastar.py of so many short iterations, looked at all the time: how much each of its processes has
+    grown in 100 iterations after the first 50 (a straight line through the least of each), and what numbers of files,
+    threads (the least of an iteration) and temporary files were seen."""
+    import numpy as np
+    name, temporary = f"soak-{processes}{''.join(flags)}", ROOT / "runs" / "soak-tmp"
+    subprocess.run(["rm", "-rf", ROOT / "runs" / name, temporary], check=True)
+    temporary.mkdir(parents=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
+    command = [*(torchrun if processes > 1 else [sys.executable]), "adastar.py", *SOAK, "--rounds", rounds, *flags,
+               "--run", name]
+    with open(ROOT / "runs" / f"{name}.out", "w") as out:
+        running = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=out, stderr=out,
+                                   env=os.environ | {"TMPDIR": str(temporary)})
+    seen, temporaries, t = {}, set(), 0
+    while running.poll() is None:
+        time.sleep(0.02)
+        t += (ROOT / "runs" / name / f"round_{t + 1}" / "eval.json").exists()
+        for pid in family(running.pid) if t >= 50 else ():
+            try:
+                program = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].split("/")[-1]
+                now = held(pid)
+            except (OSError, IndexError):  # a worker that is being replaced
+                continue
+            least = seen.setdefault(f"{program} {pid}", {}).setdefault(t, now)
+            seen[f"{program} {pid}"][t] = {what: min(n, least[what]) for what, n in now.items()}
+        temporaries.add(sum(len(files) for _, _, files in os.walk(temporary)))
+    assert running.returncode == 0, output(name)
+    found = {"iterations": rounds, "temporary files": sorted(temporaries)}
+    for process, of in seen.items():
+        if len(of) > rounds / 4:  # looked at more often than by chance
+            slope = np.polyfit(list(of), [h["MB"] for h in of.values()], 1)[0]
+            found[process] = {"MB in 100": round(100 * float(slope), 2),
+                              "MB": [round(h["MB"]) for h in of.values()][::50],
+                              **{what: sorted({h[what] for h in of.values()}) for what in ("files", "threads")}}
+    return found
+
+
+def soak():
+    """On one and two processes, and with vLLM's CPU build where it is installed."""
+    results = Results("soak")
+    kinds = {"one process": (300, 1), "two processes": (200, 2), "vLLM": (200, 1, "--engine", "vllm")}
+    for what, arguments in kinds.items():
+        for process, of in results.of(what, soaked, *arguments).items():
+            print(f"  {process}: {of}")
+
+
+def full_disk(script, kilobytes, whole):
+    """A small run on a disk of so many kB (a tmpfs; it takes root), and again when there is room: how it ended, the one
+    line that it left, what it was at, and whether all files are as they should be."""
+    disk, command = ROOT / "runs" / "disk", [sys.executable, str(ROOT / script), "--toy", *map(str, SMALL[script]),
+                                             "--save-minutes", "0", "--run", "full"]
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk], check=True)
+    try:
+        (disk / "tests").symlink_to(ROOT / "tests")
+        done = subprocess.run(command, cwd=disk, capture_output=True, text=True)
+        there = {path for _, path in products(disk / "runs" / "full")}
+        at = next((path for _, path in products(whole) if path not in there), "end")
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        again = subprocess.run(command, cwd=disk, capture_output=True, text=True)
+        same = again.returncode == 0 and files(disk / "runs" / "full") == files(whole)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    return {"status": done.returncode, "lines": done.stderr.strip().splitlines()[-3:], "at": at, "same": same}
+
+
+def disk():
+    """Disks of many sizes, and the sums."""
+    results, found = Results("disk"), []
+    for script in SMALL:
+        whole = finish(script, f"kills-{script[:-3]}-1-whole", 1)
+        for kilobytes in (60, 120, 300, 800, 1600, 2500, 4000, 6000, 9000):
+            found.append(results.of(f"{script}, {kilobytes} kB", full_disk, script, kilobytes, whole))
+    full = [of for of in found if of["status"]]
+    print(f"\n{len(full)} runs met a full disk, {sum(len(of['lines']) == 1 for of in full)} ended with one line, "
+          f"{sum(of['same'] for of in found)} of {len(found)} had the same files after a rerun")
+
+
+def bad():
+    """Pytest says how many cases there were."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations", "5", "tests/test_bad_input.py"]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"EVERY_SCRIPT": "1"}, check=True)
+
+
+def exact():
+    """Design, section 4 (e): how many of vLLM's answers differ from run to run, on as many processes and on two."""
+    drawn = {}
+    for name, processes in ("exact-1", 1), ("exact-1-again", 1), ("exact-2", 2):
+        folder = ROOT / "runs" / name
+        if not (folder / "round_0" / "eval.json").exists():
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            subprocess.run([*torchrun, str(processes), "--", "dast.py", "--toy", "--rounds", "0", "--engine", "vllm", "--run", name],
+                           cwd=ROOT, check=True)
+        probe = [json.loads(line) for line in open(folder / "round_0" / "probe.jsonl")]
+        drawn[name] = {(r["id"], r["draw"]): r for r in probe}
+    first = drawn["exact-1"]
+    for name, of in drawn.items():
+        texts, verdicts = (sum(of[key][what] != first[key][what] for key in first) for what in ("text", "correct"))
+        print(f"{name:<16}{len(of):,} answers drawn; against exact-1 {texts} differ, {verdicts} in their verdict")
