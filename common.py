@@ -1000,8 +1000,8 @@ def setup():
 
 
 def give_memory_back():
-    """What nothing uses any more to the system, of Python (the pieces of a graph refer to one another), of the C library
-    (which keeps some for each thread, and more with each phase) and of the GPU."""
+    """What nothing uses any more to the system: of Python (the pieces of a graph refer to one another), of the C
+    library (which keeps some for each thread, and more with each phase) and of the GPU."""
     gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
     if device().type == "cuda":
@@ -2132,7 +2132,8 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
             save = sums.pop("save")
             norm = scale_and_clip(policy, world_size() / sums["weight"], clip)
             if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
-                stop_training(round, plan, step, examples, f"loss {sums['loss'] / sums['weight']}, gradient norm {norm}")
+                stop_training(round, plan, step, examples,
+                              f"loss {sums['loss'] / sums['weight']}, gradient norm {norm}")
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate_factor(step, len(plan), warmup, decay)
             optimizer.step()

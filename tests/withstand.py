@@ -289,8 +289,8 @@ def exact():
         folder = ROOT / "runs" / name
         if not (folder / "round_0" / "eval.json").exists():
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            subprocess.run([*torchrun, str(processes), "--", "dast.py", "--toy", "--rounds", "0", "--engine", "vllm", "--run", name],
-                           cwd=ROOT, check=True)
+            flags = ["--toy", "--rounds", "0", "--engine", "vllm", "--run", name]
+            subprocess.run([*torchrun, str(processes), "--", "dast.py", *flags], cwd=ROOT, check=True)
         probe = [json.loads(line) for line in open(folder / "round_0" / "probe.jsonl")]
         drawn[name] = {(r["id"], r["draw"]): r for r in probe}
     first = drawn["exact-1"]
