@@ -22,6 +22,7 @@ Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden s
 """
 import argparse
 import array
+import atexit
 import contextlib
 import ctypes
 import difflib
@@ -653,10 +654,9 @@ def end_on_signals():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
     def lost(kind, error, trace):
-        if not isinstance(error, dist.DistError) and "by peer" not in str(error):
-            return sys.__excepthook__(kind, error, trace)
-        time.sleep(20)  # another process has died: torchrun tells which, and ends this one
-        fail(f"another process has ended: {lines_of(error)[0]}")
+        if re.search("by peer|likely closed|remote process exited", str(error)):
+            time.sleep(20)  # another process has died: torchrun says which, and ends this one before it says more
+        sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = lost
 
@@ -725,6 +725,7 @@ def start_run(g, *problem_sets, models=()):
             fail(f"{folder}: {error.strerror}; start where runs/ can be written")
     barrier()
     gc.freeze()  # what is there now stays: a collection need not look through it
+    atexit.register(gc.unfreeze)  # or libraries complain that they are not taken down
     say(f"{script.name} {'goes on' if old else 'starts'} in {folder}\n  model    {constants['MODEL']}\n"
         f"  machine  {world_size()} x {processor()}, {threads_per_process()} cores each\n"
         f"  sampler  {engine} ({why})\n  seed     {constants['SEED']}")
@@ -801,7 +802,7 @@ def _describe(folder, script, constants, new):
     here = Path(__file__).resolve()
     for source in {script.resolve(), here, here.with_name("eval.py")}:
         copy = folder / source.name
-        if not copy.exists():
+        if new or not copy.exists():
             shutil.copyfile(source, copy.with_suffix(".part"))
             copy.with_suffix(".part").rename(copy)
         elif copy.read_bytes() != source.read_bytes():
@@ -2247,10 +2248,11 @@ class Progress:
         self.saved = self.began
 
     def tensors(self):
-        """{name: tensor} of all that a step changes (AdamW's state as it is before the first, if there was none)."""
+        """{name: tensor} of all that a step changes, tied ones once (AdamW's state begins here, if there was none)."""
         model, optimizer = get_state_dict(self.policy, self.optimizer)
-        return model | {f"{name}.{what}": tensor for name, of in optimizer["state"].items() for what, tensor in
-                        of.items()}
+        own = [name for name, _ in self.policy.named_parameters()]
+        return {name: model[name] for name in own} | {
+            f"{name}.{what}": tensor for name in own for what, tensor in optimizer["state"][name].items()}
 
     def due(self):
         """1 if it is time to save; rank 0's clock decides."""

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from conftest import ROOT, SMOKE, TOY, launch
 
@@ -188,6 +189,23 @@ def test_a_run_that_is_stopped_says_one_line(finished, copy_of, how, status):
     assert done.returncode == status and f"stopped by {how}; what is finished stays, and the same" in line
     launch(copy_of, "dast.py", *flags)
     assert files(copy_of / "runs" / "one") == files(finished / "runs" / "one")
+
+
+def test_a_small_model_with_a_tied_head_goes_on(tmp_path):
+    """Head and embedding are one tensor, and would be in one file of what a training has saved."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    tokenizer.save_pretrained(tmp_path / "m")
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+                                 num_key_value_heads=1, vocab_size=512, tie_word_embeddings=True,
+                                 eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "m")
+    flags = ["--toy", "--model", "m", "--n-train", "24", "--n-test", "2", "--rounds", "0", "--k-probe", "1",
+             "--save-minutes", "0", "--run"]
+    launch(tmp_path, "dast.py", *flags, "whole")
+    assert "round_0-step_0000001" in killed(tmp_path, "dast", "scale_and_clip:2", *flags, "killed")
+    launch(tmp_path, "dast.py", *flags, "killed")
+    whole, again = (files(tmp_path / "runs" / name) for name in ("whole", "killed"))
+    assert whole == again
 
 
 def test_two_programs_in_one_folder(finished, copy_of):
