@@ -1394,6 +1394,23 @@ def load_tokenizer(model, prompt, system=""):
     return tokenizer
 
 
+_tokenizers = {}  # by what is in their folders
+
+
+def tokenizer_to_read(folder):
+    """The tokenizer in a folder, to pad on the left. Equal ones are one: each that has encoded anything keeps 12 kB for
+    good (measured), and the model of each round brings its own."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name != ROW:
+            digest.update(path.name.encode() + path.read_bytes())
+    key = digest.hexdigest()
+    if key not in _tokenizers:
+        _tokenizers[key] = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        _tokenizers[key].pad_token = _tokenizers[key].pad_token or _tokenizers[key].eos_token
+    return _tokenizers[key]
+
+
 def make_prompt(tokenizer, prompt, problem, examples=(), system=""):
     """The text to be continued: plain with `examples` before it ("few_shot", "zero_shot") or turns of a "chat"."""
     if prompt == "chat":
@@ -1616,8 +1633,7 @@ class Sampler:
 
     def read_tokenizer(self, folder, style, max_new_tokens, **sampling):
         """Prepare for a phase with these settings: what both engines share."""
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.tokenizer = tokenizer_to_read(folder)
         self.encode = functools.lru_cache(256)(functools.partial(encode, self.tokenizer))  # draws share their prompt
         self.ends = end_ids(self.tokenizer, folder)
         self.stops = [] if style == "chat" else [STOP]
@@ -2114,7 +2130,7 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
     more = run.sampler.sleep() if run.sampler else {}
     torch.set_num_threads(threads_per_process())
     model = local_folder(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = tokenizer_to_read(model)
     tokenized = [tokenize(tokenizer, e) for e in examples]
     lengths = [sum(len(p) + len(c) for p, c in example) for example in tokenized]
     plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
@@ -2148,7 +2164,8 @@ def train(run, model, examples, loss, folder, *, round, lr, warmup, epochs, batc
     row = row_logprobs(policy, max((sequence for e in tokenized for sequence in e), key=lambda s: len(s[0] + s[1])))
     if not all(map(math.isfinite, row["logprobs"])):
         stop_training(round, plan, len(plan) - 1, examples, "after it the model gives no numbers")
-    save_model(network, tokenizer, dtype, folder, row | {"exact": dtype == compute_dtype() == torch.float32})
+    row["exact"] = dtype == compute_dtype() == torch.float32
+    save_model(network, AutoTokenizer.from_pretrained(model), dtype, folder, row)
     report_training(run, round, progress, lengths, epochs, reference, network, more | {
         "save_seconds": time.time() - trained})
 

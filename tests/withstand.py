@@ -269,7 +269,7 @@ def disk():
     results, found = Results("disk"), []
     for script in SMALL:
         whole = finish(script, f"kills-{script[:-3]}-1-whole", 1)
-        for kilobytes in (60, 120, 300, 800, 1600, 2500, 4000, 6000, 9000):
+        for kilobytes in (120, 800, 2500, 6000):
             found.append(results.of(f"{script}, {kilobytes} kB", full_disk, script, kilobytes, whole))
     full = [of for of in found if of["status"]]
     print(f"\n{len(full)} runs met a full disk, {sum(len(of['lines']) == 1 for of in full)} ended with one line, "
