@@ -164,7 +164,7 @@ def kills():
     one = [results.of(f"{script}, one of two", one_of_two_killed, script, whole[script, 2]) for script in SMALL]
     for script in SMALL:
         results.of(f"{script}, 2, 3 and 1 processes", other_numbers_of_processes, script, whole[script, 1])
-    phases = [phase.split("/")[1] for of in found for phase in of["kills"]]
+    phases = [phase.split("/")[-1] for of in found for phase in of["kills"]]
     print(f"\n{len(phases)} kills, all files the same afterwards: {all(of['same'] for of in found)}; died in",
           ", ".join(f"{phase} {phases.count(phase)}" for phase in dict.fromkeys(phases)))
     print(f"one of two processes killed {len(one)} times: ended within {max(of['seconds'] for of in one)} s, all files "
