@@ -280,8 +280,8 @@ def main():
         """Greedy accuracy on the test problems and on those held out."""
         for into, suffix, those in ((scores, "", tests), (validation, "_held_out", held_out)):
             if those:
-                into[name] = run.once(f"round_{t}/eval{suffix}.json", lambda: evaluate(
-                    run, model, those, prompt, round=t, phase=f"eval{suffix}", **greedy))
+                into[name] = evaluate(run, f"round_{t}/eval{suffix}.json", model, those, prompt, round=t,
+                                      phase=f"eval{suffix}", **greedy)
 
     model, scores, validation = MODEL, {}, {}
     score(0, model, "base", few_shot)

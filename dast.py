@@ -269,16 +269,15 @@ def main():
     level = {i: level_of(sum(r["correct"] for r in rs), len(rs)) for i, rs in by_problem(probe).items()}
     pools = {name: [p for p in solved if level[p["id"]] == name] for name in "EMHU"}
     say("  levels   " + "  ".join(f"{name} {list(level.values()).count(name):,}" for name in "EMHU"))
-    scores = {"base": run.once("round_0/eval_base.json", lambda: evaluate(
-        run, MODEL, tests, few_shot, round=0, phase="eval_base", **greedy))}
+    scores = {"base": evaluate(run, "round_0/eval_base.json", MODEL, tests, few_shot, round=0, phase="eval_base",
+                               **greedy)}
 
     # 2. Round 0: M_1 = SFT of the base on D_u = D_o
     model = MODEL
     d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM) for p in solved]
     if d_o:
         model = run.once("round_0/model", lambda to: train(run, MODEL, d_o, sft_loss, to, round=0, lr=LR, **training))
-        scores["round 0"] = run.once("round_0/eval.json", lambda: evaluate(
-            run, model, tests, zero_shot, round=0, **greedy))
+        scores["round 0"] = evaluate(run, "round_0/eval.json", model, tests, zero_shot, round=0, **greedy)
     else:
         say("  round 0  skipped, and L off: the problems have answers but no worked solutions, so D_o is empty")
     end_round(run, 0)
@@ -315,8 +314,7 @@ def main():
                 run, start, d_u, loss, to, round=t, lr=lr, reference=LOSS == "dpo", **training))
         else:
             say(f"  round {t}  {len(responses):,} answers and D_a is empty, the model stays as it is")
-        scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(
-            run, model, tests, zero_shot, round=t, **greedy))
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, zero_shot, round=t, **greedy)
         end_round(run, t)
     final_table(run, scores)
 

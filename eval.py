@@ -168,10 +168,12 @@ def worked_examples(problem):
     return [{"problem": text, "solution": solution} for text, solution in EXAMPLES[family]]
 
 
-def evaluate(run, model, problems, prompt, *, round, phase="eval", **settings):
-    """Score a model by one greedy answer to each problem: what a method script does after a round."""
-    responses = sample(run, model, problems, 1, prompt, round=round, phase=phase, temperature=0.0, **settings)
-    return score(problems, responses, run.rng(phase))
+def evaluate(run, file, model, problems, prompt, *, round, phase="eval", **settings):
+    """Score a model by one greedy answer to each problem, once, in a file of the run: what a method script does after a
+    round. What there is of each problem stays in the file: many rounds of many problems would fill the memory."""
+    found = run.once(file, lambda: score(problems, sample(
+        run, model, problems, 1, prompt, round=round, phase=phase, temperature=0.0, **settings), run.rng(phase)))
+    return {what: values for what, values in found.items() if what not in ("correct", "by_subject")}
 
 
 def show_answers(problems, responses):

@@ -297,8 +297,7 @@ def main():
         model = run.once("round_0/model", lambda to: train(run, MODEL, d_0, sft_loss, to, round=0, lr=LR, **training))
     m_0, scores = model, {}
     if not REPORT_ONLY:
-        scores["round 0" if solved else "base"] = run.once("round_0/eval.json", lambda: evaluate(
-            run, m_0, tests, ask, round=0, **greedy))
+        scores["round 0" if solved else "base"] = evaluate(run, "round_0/eval.json", m_0, tests, ask, round=0, **greedy)
     end_round(run, 0)
 
     for t in range(1, ROUNDS + 1):
@@ -336,8 +335,7 @@ def main():
             some = any(s["class"] == "boundary" for s in selection)
             why = "a right and a wrong answer to a problem of it" if some else "a problem"
             say(f"  round {t}  the boundary lacks {why}: no pair, the model stays as it is")
-        scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(
-            run, model, tests, ask, round=t, **greedy))
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, round=t, **greedy)
         end_round(run, t)
     final_table(run, scores)
 

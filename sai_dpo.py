@@ -317,7 +317,7 @@ def main():
         f"{len(probe):,} problems in the probe" + f"; from round {len(pool) // n + 1} on some are drawn again"
         * (ROUNDS * n > len(pool)))
     model, used, first = MODEL, pool[:0], None
-    scores = {"base": run.once("round_0/eval.json", lambda: evaluate(run, MODEL, tests, ask, round=0, **greedy))}
+    scores = {"base": evaluate(run, "round_0/eval.json", MODEL, tests, ask, round=0, **greedy)}
     end_round(run, 0)
 
     for t in range(1, ROUNDS + 1):
@@ -359,8 +359,7 @@ def main():
                 run, start, pairs, dpo_loss, to, round=t, lr=LR_DPO, reference=True, **training))
         else:
             say(f"  round {t}  no problem was answered both right and wrong: no pair, the model stays as it is")
-        scores[f"round {t}"] = run.once(f"round_{t}/eval.json", lambda: evaluate(
-            run, model, tests, ask, round=t, **greedy))
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, round=t, **greedy)
         end_round(run, t)
     final_table(run, scores)
 

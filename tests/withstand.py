@@ -215,7 +215,7 @@ def soaked(rounds, processes, *flags):
     while running.poll() is None:
         time.sleep(0.02)
         t += (ROOT / "runs" / name / f"round_{t + 1}" / "eval.json").exists()
-        for pid in family(running.pid) if t >= 50 else ():
+        for pid in family(running.pid) if 50 <= t < rounds - 1 else ():
             try:
                 program = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].split("/")[-1]
                 now = held(pid)
@@ -228,7 +228,7 @@ def soaked(rounds, processes, *flags):
     found = {"iterations": rounds, "temporary files": sorted(temporaries)}
     for process, of in seen.items():
         if len(of) > rounds / 4:  # looked at more often than by chance
-            least = {t: min(of[u]["MB"] for u in of if t <= u < t + 25) for t in of if t % 25 == 0}
+            least = {t: min(of[u]["MB"] for u in of if t <= u < t + 25) for t in of if t % 25 == 0 and t < rounds - 1}
             slope = np.polyfit(list(least), list(least.values()), 1)[0]
             found[process] = {"MB in 100": round(100 * float(slope), 2), "MB": [round(mb, 1) for mb in least.values()],
                               **{what: sorted({h[what] for h in of.values()}) for what in ("files", "threads")}}
