@@ -1,8 +1,10 @@
 """What the programs withstand, by real runs that take long: see study.py, which starts these by their names."""
+import itertools
 import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -199,9 +201,8 @@ def held(pid):
 
 def soaked(rounds, processes, *flags):
     """One run of adastar.py of so many short iterations, looked at all the time: how much each of its processes has
-    grown in 100 iterations after the first 50 (a straight line through the least of 25 each, since what has leaked is
-    never given back), and what numbers of files, threads (the least of an iteration) and temporary files were seen."""
-    import numpy as np
+    grown in 100 iterations after the first 50 (of the least of 25 each, since what has leaked is never given back, the
+    median of the slopes between any two), and what numbers of files, threads and temporary files were seen."""
     name, temporary = f"soak-{processes}{''.join(flags)}", ROOT / "runs" / "soak-tmp"
     subprocess.run(["rm", "-rf", ROOT / "runs" / name, temporary], check=True)
     temporary.mkdir(parents=True)
@@ -229,8 +230,9 @@ def soaked(rounds, processes, *flags):
     for process, of in seen.items():
         if len(of) > rounds / 4:  # looked at more often than by chance
             least = {t: min(of[u]["MB"] for u in of if t <= u < t + 25) for t in of if t % 25 == 0 and t < rounds - 1}
-            slope = np.polyfit(list(least), list(least.values()), 1)[0]
-            found[process] = {"MB in 100": round(100 * float(slope), 2), "MB": [round(mb, 1) for mb in least.values()],
+            slopes = [(mb - before) / (t - u) for (u, before), (t, mb) in itertools.combinations(least.items(), 2)]
+            found[process] = {"MB in 100": round(100 * statistics.median(slopes), 2),
+                              "MB": [round(mb, 1) for mb in least.values()],
                               **{what: sorted({h[what] for h in of.values()}) for what in ("files", "threads")}}
     return found
 
@@ -238,7 +240,7 @@ def soaked(rounds, processes, *flags):
 def soak():
     """On one and two processes, and with vLLM's CPU build where it is installed."""
     results = Results("soak")
-    kinds = {"one process": (300, 1), "two processes": (200, 2), "vLLM": (200, 1, "--engine", "vllm")}
+    kinds = {"one process": (250, 1), "two processes": (200, 2), "vLLM": (200, 1, "--engine", "vllm")}
     for what, arguments in kinds.items():
         for process, of in results.of(what, soaked, *arguments).items():
             print(f"  {process}: {of}")
