@@ -647,7 +647,7 @@ def end_on_signals():
         os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # the next line has the number written
+        signal.signal(number, lambda *_: None)  # else no number comes to `end`
     signal.set_wakeup_fd(end, warn_on_full_buffer=False)
     threading.Thread(target=wait, daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -700,7 +700,7 @@ def start_run(g, *problem_sets, models=()):
             fail("--wandb needs the package wandb: pip install wandb")
     setup()
     folder = Path("runs") / name
-    lock, refused = take(folder) if rank() == 0 else (None, "")
+    lock, refused = lock_folder(folder) if rank() == 0 else (None, "")
     if refused := gather(refused)[0]:
         fail(refused)
     old = read(folder / "constants.json")["constants"] if (folder / "constants.json").exists() else None
@@ -755,7 +755,7 @@ def check_length(problem, tokens, new, context):
              f"{context:,}; shorten either (--max-new-tokens, --shots)")
 
 
-def take(folder):
+def lock_folder(folder):
     """Keep a run's folder to this program until it ends, however that comes: (what holds it, "") or (None, why not)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1251,8 +1251,6 @@ def read_problem(record):
     answer, solution = _answer_and_solution(answer, solution)
     if not answer:
         return None
-    if re.search("[\ud800-\udfff]", f"{text}{answer}{solution}{choices}"):
-        raise ValueError("half a character, \\ud800 or the like")
     problem = {"problem": text.strip(), "answer": answer, "kind": kind or _kind_of(answer, choices, record)}
     if problem["kind"] not in ("math", "choice", "label", "yesno"):
         raise ValueError(f"'kind' is {kind!r}, and not math, choice, label or yesno")
@@ -1266,6 +1264,9 @@ def read_problem(record):
         problem["level"] = int(level[0])
     if tags:
         problem["tags"] = list(map(str, tags)) if isinstance(tags, list) else [str(tags)]
+    texts = text, answer, problem.get("solution", ""), *problem.get("choices", ()), *problem.get("tags", ())
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        raise ValueError("half a character, \\ud800 or the like")
     return problem
 
 

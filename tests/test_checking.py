@@ -2,6 +2,7 @@
 import collections
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -221,9 +222,15 @@ def test_a_confined_worker(tmp_path, monkeypatch, text, reason):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_texts_made_at_random(tmp_path):
+def test_the_workers_of_math_verify_are_confined():
+    worker = common.Checker(1)._start()
+    limits = Path(f"/proc/{worker.pid}/limits").read_text()
+    worker.kill()
+    assert re.search(r"Max file size +0 +0 ", limits) and re.search(r"Max processes +0 +0 ", limits)
+
+
+def test_texts_made_at_random():
     """A verdict each, within the limits, no file, no process, no failure in the main process: see study.py fuzz."""
-    pytest.importorskip("hypothesis")
     from fuzz import fuzz
     found = fuzz(4, derandomize=True)
     assert found["executions"] > 100 and found["alive"] and not found["files"] and not found["processes"]

@@ -156,7 +156,7 @@ adastar.main()
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_an_engine_that_fails_is_started_again_once(tmp_path, monkeypatch, times):
+def test_an_engine_that_fails_is_started_again_once(tmp_path, times):
     """Of one of two processes, in a walk, whose other part waits for it: the answers that are there are not lost."""
     (tmp_path / "failing.py").write_text(FAILING.format(root=str(ROOT)))
     flags = ["--toy", "--n-train", "90", "--held-out", "0", "--n-test", "4", "--steps", "2", "--rounds", "1",

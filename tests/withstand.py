@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -98,7 +99,7 @@ def killed_in_each_phase(script, processes, whole):
     time, and compare: [the phases in which it died], whether all files and counts are the same."""
     name, rng, died = f"kills-{script[:-3]}-{processes}", random.Random(f"{script} {processes}"), []
     folder, made = ROOT / "runs" / name, products(whole)
-    subprocess.run(["rm", "-rf", folder], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
     began = (whole / "constants.json").stat().st_ctime
     for number, (ended, phase) in enumerate(made):
         seconds, began = ended - began, ended
@@ -117,7 +118,7 @@ def one_of_two_killed(script, whole):
     """Kill one process of two at a random moment: seconds until the run ends, what it says, whether a rerun is as if
     nothing had been."""
     name, rng = f"kills-{script[:-3]}-one-of-two", random.Random(script)
-    subprocess.run(["rm", "-rf", ROOT / "runs" / name], check=True)
+    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
     made, running = products(whole), start(script, name, 2)
     wait_for(running, name, [path for _, path in made[:rng.randrange(len(made) - 1)]])
     time.sleep(rng.uniform(0, 1))
@@ -140,7 +141,7 @@ def other_numbers_of_processes(script, whole):
     from safetensors.torch import load_file
     name, rng = f"kills-{script[:-3]}-other", random.Random(script)
     folder, made = ROOT / "runs" / name, products(whole)
-    subprocess.run(["rm", "-rf", folder], check=True)
+    shutil.rmtree(folder, ignore_errors=True)
     model = next(i for i, (_, path) in enumerate(made) if path.endswith("model"))
     for turn in range(model + 3):  # three times in training
         number, running = min(turn, model), start(script, name, 2 + turn % 2)
@@ -204,7 +205,8 @@ def soaked(rounds, processes, *flags):
     grown in 100 iterations after the first 50 (of the least of 25 each, since what has leaked is never given back, the
     median of the slopes between any two), and what numbers of files, threads and temporary files were seen."""
     name, temporary = f"soak-{processes}{''.join(flags)}", ROOT / "runs" / "soak-tmp"
-    subprocess.run(["rm", "-rf", ROOT / "runs" / name, temporary], check=True)
+    for folder in (ROOT / "runs" / name, temporary):
+        shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir(parents=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
     command = [*(torchrun if processes > 1 else [sys.executable]), "adastar.py", *SOAK, "--rounds", rounds, *flags,
