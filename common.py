@@ -608,6 +608,8 @@ def override_from_cli(g):
         options = {"type": str}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
+        elif default == ():
+            options = {"nargs": "+"}
         elif not isinstance(default, str):
             options = {"type": functools.partial(_numbers, default, bool(re.search(r"(?<![.\d])0(?![.\d])", comment)))}
         if legal:
@@ -699,6 +701,7 @@ def start_run(g, *problem_sets, models=()):
         except ImportError:
             fail("--wandb needs the package wandb: pip install wandb")
     setup()
+    refuse_differences({**constants, "source files": seed_of(script.read_text(), Path(__file__).read_text())})
     folder = Path("runs") / name
     lock, refused = lock_folder(folder) if rank() == 0 else (None, "")
     if refused := gather(refused)[0]:
@@ -724,12 +727,35 @@ def start_run(g, *problem_sets, models=()):
         except OSError as error:
             fail(f"{folder}: {error.strerror}; start where runs/ can be written")
     barrier()
+    await_file(folder / "constants.json")
     gc.freeze()  # what is there now stays: a collection need not look through it
     atexit.register(gc.unfreeze)  # or libraries complain that they are not taken down
     say(f"{script.name} {'goes on' if old else 'starts'} in {folder}\n  model    {constants['MODEL']}\n"
         f"  machine  {world_size()} x {processor()}, {threads_per_process()} cores each\n"
         f"  sampler  {engine} ({why})\n  seed     {constants['SEED']}")
     return Run(folder, lock, constants, engine, wandb and rank() == 0 and wandb.init(name=name, config=constants))
+
+
+def refuse_differences(constants):
+    """End the program if the processes were not all started alike: on several nodes somebody may have forgotten one."""
+    (first, expected), *others = gather((platform.node(), constants))
+    for number, (node, own) in enumerate(others, 1):
+        differing = [f"{name.replace('contents', 'problems or models')} {own.get(name)!r}, not {value!r}"
+                     for name, value in expected.items() if own.get(name) != value and name != "DATA"]
+        if differing:
+            fail(f"rank {number} on {node} has {'; '.join(differing)} as rank 0 on {first}: all nodes need the same "
+                 "command, source files, problems and models")
+
+
+def await_file(path, seconds=120):
+    """Return when this process sees what rank 0 has made: a network's disk may remember for a minute that it was not
+    there. It ends the program if it stays unseen."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            fail(f"{path}: rank 0 has made it, and {platform.node()} does not see it; all nodes need the same runs/, "
+                 "on a disk that they share")
+        time.sleep(1)
 
 
 def check_lengths(constants, problems):
@@ -842,6 +868,7 @@ class Run:
                 fail(f"{path} could not be made: {lines_of(error)[-1]}; what is finished stays, so mend that and run "
                      "the same command again")
             barrier()
+            await_file(path)
         return read(path) if is_file else str(path)
 
     def _make(self, path, make, is_file):
@@ -995,9 +1022,12 @@ def setup():
         _shared, my_rank, size = dist.TCPStore("localhost", 0, 1, True), 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
-    # A barrier may wait through a whole sampling phase; torchrun, not a timeout, notices a dead process.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=my_rank,
-                            world_size=size, store=dist.PrefixStore("group", _shared), timeout=timedelta(days=7))
+    try:  # A barrier may wait through a whole sampling phase; torchrun, not a timeout, notices a dead process.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=my_rank,
+                                world_size=size, store=dist.PrefixStore("group", _shared), timeout=timedelta(days=7))
+    except RuntimeError as error:
+        fail(f"{platform.node()}: the processes cannot reach one another ({lines_of(error)[0]}); on several nodes "
+             "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) may have to name the network interface that joins them")
 
 
 def give_memory_back():
