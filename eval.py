@@ -4,17 +4,19 @@
   torchrun --nproc-per-node 8 eval.py --model runs/dast-0/round_0/model,runs/dast-0/round_3/model --sets gsm8k,math500
   python eval.py --model Qwen/Qwen2.5-1.5B --sets gsm8k --prompt few_shot --samples 16 --temperature 0.7
   python eval.py --regrade responses.jsonl
+  python eval.py --compare runs/dast-0 runs/adastar-*
 
 Greedy by default. Writes every answer to runs/<run>/<model>/<set>.jsonl and the scores to runs/<run>/eval.json; a
 rerun goes on where the last one stopped. --regrade checks stored answers, of any origin: lines {answer, text} (and
 choices, where the answer is a letter); or with the id of a problem of --sets in place of its answer. It writes the same
-lines with `correct` and `reason` to responses.graded.jsonl. The method scripts score each round with `evaluate`.
+lines with `correct` and `reason` to responses.graded.jsonl. --compare prints what runs of the method scripts reached,
+and what it cost, and draws it (with matplotlib). The method scripts score each round with `evaluate`.
 """
 import json
 import math
 import re
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from fractions import Fraction
 from pathlib import Path
 
@@ -32,6 +34,7 @@ N_TEST = 0  # problems of each set, drawn at random once and for all; 0 is all
 HELD_OUT = 0  # score what a method put aside: its HELD_OUT, SEED, TRAIN_DATA (SETS), N_TRAIN (N_TEST); 0 scores all
 SEED = 0  # of the draws, of which examples are shown, and of what is put aside
 REGRADE = ""  # a .jsonl file of answers to check again; no model is used then
+COMPARE = ()  # folders of runs to compare; those that differ in the seed only count as one; no model is used then
 
 # How
 PROMPT = "zero_shot"  # "zero_shot" | "few_shot" | "chat": form of the prompts
@@ -220,14 +223,6 @@ def print_subjects(scores):
                 print_row(subject, of, width)
 
 
-def difference(score, other, rng):
-    """(difference of two models' accuracies on the same problems, its 95 % interval by bootstrap over problems)."""
-    values = np.array([score["correct"][i] / score["samples"] - other["correct"][i] / other["samples"]
-                       for i in score["correct"]])
-    found = mean_of(values, rng)
-    return found["accuracy"], found["interval"]
-
-
 def end_round(run, t):
     """Log what round t cost: FLOPs of sampling, rewards and training (not of evaluation), in it and so far, and the
     seconds that went into none of these (not of the rounds at which a run was started again)."""
@@ -328,9 +323,310 @@ def regrade(path):
         + ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common()) + f"; {graded}")
 
 
+# Comparing runs -------------------------------------------------------------------------------------------------------
+
+SECONDS = {"sampling": "(probe|sample|presample|resample|rollout|tag)$", "rewards": "(pre|re)reward$",
+           "training": "train$", "scoring": "eval"}  # kinds of phases
+CLASSES = {"not met yet": "#cccccc", "unsolved (none right)": "#d55e00", "hard (below 40 %)": "#e69f00",
+           "medium (to 70 %)": "#56b4e9", "easy (above)": "#0072b2"}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe's and Ito's
+
+
+class Past:
+    """What a run of a method script left: of each round that is finished, the score and what was spent up to its end;
+    and of each training problem, what became of it."""
+
+    def __init__(self, folder):
+        self.folder, self.rounds = Path(folder), []
+        for name in ("constants.json", "metrics.jsonl"):
+            if not (self.folder / name).is_file():
+                fail(f"--compare {folder}: no {name} in it; it takes folders of runs, such as runs/dast-0")
+        self.constants = read(self.folder / "constants.json")["constants"]
+        self.metrics, self.seed = read(self.folder / "metrics.jsonl"), self.constants["SEED"]
+        for t in sorted(m["round"] for m in self.metrics if m["phase"] == "round"):
+            files = [self.folder / f"round_{t}" / f"eval{which}.json" for which in ("", "_base", "_held_out")]
+            if scored := next((file for file in files if file.exists()), None):
+                self.rounds.append({"round": t, "score": read(scored), **self.spent(t)})
+        if not self.rounds:
+            fail(f"--compare {folder}: no round of it is finished and scored")
+        reported = [m["iteration"] for m in self.metrics if m["phase"] == "reported"]  # by adastar.py
+        self.end = next((r for r in self.rounds if [r["round"]] == reported), self.rounds[-1])
+
+    def spent(self, t):
+        """Up to the end of round t, without scoring: tokens generated (in draws that count, and in all that were
+        drawn), tokens trained on (prompts too), FLOPs, and seconds by kind of phase."""
+        until = [m for m in self.metrics if m["round"] <= t]
+        phases = [m for m in until if not re.match("eval|round|reported", m["phase"])]
+        costs = {"generated": sum(m["tokens"] for m in phases if "draws" in m),
+                 "drawn": sum(m["spent_tokens"] for m in phases if "draws" in m),
+                 "trained": sum(m["tokens"] for m in phases if m["phase"] == "train"),
+                 "flops": sum(m.get("flops", 0) for m in phases)}
+        costs |= {kind: sum(m.get("seconds", 0) for m in until if re.match(names, m["phase"]))
+                  for kind, names in SECONDS.items()}
+        return costs | {"outside": sum(m.get("outside_seconds", 0) for m in until)}
+
+    def at(self, what, amount):
+        """{problem id: 0..1}, the answers when so much of `what` was spent: on the straight line between two rounds."""
+        late = next((i for i, r in enumerate(self.rounds) if r[what] >= amount), None)
+        if late is None or not late and self.rounds[0][what] > amount:
+            return None
+        before, after = self.rounds[max(0, late - 1)], self.rounds[late]
+        part = (amount - before[what]) / ((after[what] - before[what]) or 1)
+        return {i: (1 - part) * before["score"]["correct"][i] + part * right
+                for i, right in after["score"]["correct"].items()}
+
+    def problems(self):
+        """{id: {round: (draws, right ones, times trained on)}} of the problems that were met, from selection.jsonl; in
+        round 0 DAST's probe."""
+        found = defaultdict(dict)
+        for r in self.rounds:
+            file = self.folder / f"round_{r['round']}" / "selection.jsonl"
+            for s in read(file) if file.exists() else ():
+                trained = sum(s["copies"]) if "copies" in s else len(s["pairs"]) if "pairs" in s else bool(s["pair"])
+                if "probe_draws" in s:
+                    found[s["id"]][0] = s["probe_draws"], s["probe_correct"], 0
+                found[s["id"]][r["round"]] = len(s["outcomes"]), sum(o > 0 for o in s["outcomes"]), trained
+        return found
+
+
+def arms_of(folders):
+    """{name: runs} of run folders: those that differ in the seed only (and in the number at their end) are one arm."""
+    arms = defaultdict(list)
+    for past in map(Past, dict.fromkeys(folders)):
+        same = {name: re.sub(r"-\d+$", "", value) if isinstance(value, str) else value
+                for name, value in past.constants.items() if name not in ("SEED", "RUN", "contents")}
+        arms[re.sub(r"-\d+$", "", str(past.folder)), json.dumps(same)].append(past)
+    return {f"{name}-{','.join(str(past.folder)[len(name) + 1:] for past in arm)}".removeprefix("runs/").removesuffix(
+        "-"): sorted(arm, key=lambda past: past.seed) for (name, _), arm in arms.items()}
+
+
+def over_seeds(values, rng):
+    """{accuracy, interval, n} of one array per seed, a number per problem; the 95 % interval is bootstrapped over seeds
+    and, inside each, over problems."""
+    means = [np.mean([values[seed][rng.integers(len(values[seed]), size=len(values[seed]))].mean()
+                      for seed in rng.integers(len(values), size=len(values))]) for _ in range(2000)]
+    return {"accuracy": float(np.mean([seed.mean() for seed in values])),
+            "interval": np.quantile(means, [0.025, 0.975]).tolist(), "n": len(values[0])}
+
+
+def parts_of(score):
+    """{"all", each set if there are several, each level: {accuracy, interval, n}} of a score."""
+    return {"all": score, **(score["by_set"] if len(score["by_set"]) > 1 else {}),
+            **{f"level {level}": part for level, part in score["by_level"].items()}}
+
+
+def merged(parts, rng):
+    """One {accuracy, interval, n} of several seeds', of one greedy answer to each problem."""
+    return parts[0] if len(parts) == 1 else over_seeds(
+        [np.arange(part["n"]) < round(part["accuracy"] * part["n"]) for part in parts], rng)  # as many right ones
+
+
+def paired(scores, others, rng):
+    """{accuracy, interval, n} of the difference of two arms, {seed: {problem id: 0..1}}, on the problems that both were
+    scored on; None without any. Each seed is set against itself; where none is in both, they are in their order."""
+    pairs = [(scores[s], others[s]) for s in scores if s in others] or [*zip(scores.values(), others.values())]
+    values = [np.array([a[i] - b[i] for i in a if i in b], dtype=float) for a, b in pairs]
+    return over_seeds(values, rng) if all(map(len, values)) else None
+
+
+def shares(score):
+    """{problem id: share of right answers}."""
+    return {i: right / score["samples"] for i, right in score["correct"].items()}
+
+
+def compare(folders):
+    """Print what runs reached and what it cost, at their ends and at the most tokens that all have generated, and draw
+    it: runs/<name>/accuracy.png, problems.png and flow.png."""
+    setup()
+    if rank() > 0:
+        return
+    arms, rng = arms_of(folders), np.random.default_rng(SEED)
+    first, amount = next(iter(arms)), min(past.rounds[-1]["generated"] for arm in arms.values() for past in arm)
+    print_texts("accuracy, %", {name: {part: texts(merged([parts_of(past.end["score"])[part] for past in arm], rng),
+                                                   digits=int(part == "all"))
+                                       for part in parts_of(arm[0].end["score"])} for name, arm in arms.items()})
+    print_texts("on the same problems", {name: differences(arm, arms[first], first, amount, rng)
+                                         for name, arm in arms.items()})
+    print_texts("mean of the seeds", {name: costs(arm) for name, arm in arms.items()})
+    say(f"(intervals: 95 %; {amount:,}: the most tokens that all have generated; trained on: tokens, prompts too; "
+        "times: how often\neach problem that was trained on was, and the standard deviation)")
+    try:
+        import matplotlib
+    except ImportError:
+        return say("no pictures: they need matplotlib (pip install matplotlib)")
+    matplotlib.use("Agg")
+    folder = Path("runs") / (RUN or f"compare-{slug('-'.join(arms))}"[:100])
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_accuracy(arms, amount, folder / "accuracy.png")
+    draw_problems(arms, folder / "problems.png")
+    draw_flow(arms, folder / "flow.png")
+    say(f"{folder}: accuracy.png, problems.png, flow.png")
+
+
+def texts(found, digits=1, sign=""):
+    """53.2 [50.1, 56.3]: in per cent, an accuracy or with "+" a difference, and its interval; "-" if there is none."""
+    values = (found["accuracy"], *found["interval"]) if found else ()
+    return "{} [{}, {}]".format(*(f"{100 * value:{sign}.{digits}f}" for value in values)) if found else "-"
+
+
+def differences(arm, other, name, amount, rng):
+    """{column: text} of an arm against another, `name`: paired differences in points, at the end, and where `amount`
+    tokens were generated, with the accuracy there."""
+    ends, others = ({past.seed: past.end["score"]["correct"] for past in of} for of in (arm, other))
+    there, others_there = ({past.seed: past.at("generated", amount) for past in of} for of in (arm, other))
+    row = {f"against {name}, at the end": "-" if arm is other else texts(paired(ends, others, rng), sign="+")}
+    if all(there.values()):
+        level = over_seeds([np.array([*of.values()]) for of in there.values()], rng)
+        row[f"at {amount:,} tokens"] = texts(level)
+        if all(others_there.values()) and arm is not other:
+            row["and against it"] = texts(paired(there, others_there, rng), sign="+")
+    return row
+
+
+def costs(arm):
+    """{column: text}, what an arm spent up to the round that is shown: the means of its seeds; and how often the
+    problems that were trained on were, as in AdaSTaR's Table 2."""
+    mean = {what: np.mean([past.end[what] for past in arm]) for what in arm[0].end if what != "score"}
+    times = [sum(trained for _, _, trained in of.values()) for past in arm for of in past.problems().values()]
+    times = np.array([n for n in times if n] or [0])
+    names = {"generated": "generated", "all drawn": "drawn", "trained on": "trained"}
+    return {"round": f"{mean['round']:.0f}", **{name: f"{mean[what]:,.0f}" for name, what in names.items()},
+            "FLOPs": f"{mean['flops']:.2e}", **{kind: f"{mean[kind]:.1f} s" for kind in (*SECONDS, "outside")},
+            "problems": f"{np.count_nonzero(times) / len(arm):,.0f}",
+            "times": f"{times.mean():.1f} ({times.std():.1f})"}
+
+
+def print_texts(title, rows):
+    """Print {name: {column: text}} as a table."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = [[title, *columns], *([name, *(row.get(column, "-") for column in columns)] for name, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    say()
+    for name, *cells in table:
+        say(f"{name:<{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])))
+
+
+def figure(panels, height=3.4, columns=3):
+    """A figure with so many panels in rows of `columns`: (figure, its axes in order)."""
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.color": "#e8e8e8", "axes.axisbelow": True, "axes.titlesize": 9, "legend.frameon": False})
+    rows = -(-panels // columns)
+    drawn, axes = plt.subplots(rows, min(columns, panels), figsize=(11, height * rows), squeeze=False,
+                               layout="constrained")
+    for axis in axes.flat[panels:]:
+        axis.axis("off")
+    return drawn, axes.flat[:panels]
+
+
+def looks(i):
+    """How the i-th arm is drawn: colours come again after seven, with other lines and marks."""
+    again = i // len(COLOURS) % 4
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":", "-.")[again], "marker": "osD^"[again],
+            "markersize": 3.5, "linewidth": 1.4}
+
+
+def draw_accuracy(arms, amount, file):
+    """Accuracy against rounds, generated tokens and FLOPs, with its 95 % intervals."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+    (drawn, axes), rng = figure(3), np.random.default_rng(SEED)
+    for i, (name, arm) in enumerate(arms.items()):
+        rounds = list(zip(*(past.rounds for past in arm)))  # those that all seeds have finished
+        scores = [merged([r["score"] for r in of], rng) for of in rounds]
+        y = 100 * np.array([score["accuracy"] for score in scores])
+        bars = abs(100 * np.array([score["interval"] for score in scores]).T - y)
+        for axis, what in zip(axes, ("round", "generated", "flops")):
+            x = [np.mean([r[what] for r in of]) for of in rounds]
+            axis.errorbar(x, y, bars, label=name, elinewidth=0.5, capsize=1.5, **looks(i))
+    for axis, label in zip(axes, ("round", "tokens generated", "FLOPs, without scoring")):
+        axis.set_xlabel(label)
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.xaxis.set_major_formatter(EngFormatter())
+    axes[0].set_ylabel("accuracy on the test problems, %")
+    axes[1].axvline(amount, color="#999999", linestyle=":", linewidth=1)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    drawn.suptitle("Accuracy, with 95 % intervals (dotted: the most tokens that all have generated)")
+    drawn.savefig(file, dpi=150)
+
+
+def draw_problems(arms, file):
+    """How often problems were sampled and trained on, by how often they were answered rightly by all runs together."""
+    histories = {name: [past.problems() for past in arm] for name, arm in arms.items()}
+    totals = defaultdict(lambda: np.zeros(2))
+    for i, of in (item for history in histories.values() for seed in history for item in seed.items()):
+        totals[i] += np.array([*of.values()]).sum(0)[:2]
+    shown = ["none", "< 25 %", "< 50 %", "< 75 %", "< 100 %", "all"]
+    members = [[] for _ in shown]
+    for i, (draws, right) in totals.items():
+        members[0 if not right else 5 if right == draws else 1 + int(4 * right / draws)].append(i)
+    drawn, axes = figure(2, 4.2)
+    for place, (name, history) in enumerate(histories.items()):
+        for axis, part in zip(axes, (0, 2)):
+            counts = [[np.mean([sum(of[part] for of in seed[i].values()) if i in seed else 0 for seed in history])
+                       for i in ids] for ids in members]
+            some = [k for k, of in enumerate(counts) if of]
+            axis.errorbar([k + 0.05 * (place - len(arms) / 2) for k in some], [np.mean(counts[k]) for k in some],
+                          [1.96 * np.std(counts[k]) / len(counts[k]) ** 0.5 for k in some], label=name,
+                          elinewidth=0.6, capsize=1.5, **looks(place))
+    for axis, what in zip(axes, ("sampled", "trained on")):
+        axis.set_xticks(range(6), [f"{label}\n{len(ids):,}" for label, ids in zip(shown, members)])
+        axis.set_xlabel("right answers to a problem, of all by these runs; number of problems")
+        axis.set_ylabel(f"times {what}, mean of the problems")
+        axis.set_ylim(bottom=0)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    drawn.suptitle("Which problems get the effort: hard ones left, easy ones right (bars: 95 % intervals of the means)")
+    drawn.savefig(file, dpi=150)
+
+
+def class_of(draws, right):
+    """The place in CLASSES of a problem by its draws in a round: DAST's levels, here for all methods."""
+    p = right / draws
+    return 1 if p == 0 else 2 if p < 0.4 else 3 if p <= 0.7 else 4
+
+
+def draw_flow(arms, file):
+    """Who moved from unsolved to easy: the class that each training problem was last seen in, from round to round."""
+    drawn, axes = figure(len(arms))
+    for axis, (name, arm) in zip(axes, arms.items()):
+        history = arm[0].problems()
+        rounds = sorted({t for of in history.values() for t in of})
+        classes, columns = dict.fromkeys(history, 0), []
+        for t in rounds:
+            classes |= {i: class_of(*of[t][:2]) for i, of in history.items() if t in of}
+            columns.append([*classes.values()])
+        if rounds and rounds[0] > 0:
+            rounds, columns = [0, *rounds], [[0] * len(history), *columns]
+        draw_bands(axis, columns)
+        axis.set(xticks=range(len(rounds)), xticklabels=rounds, xlabel="round", ylabel="training problems",
+                 ylim=(0, len(history) or 1), title=name + f": seed {arm[0].seed}" * (len(arm) > 1))
+        axis.grid(False)
+    handles = [axes[0].fill_between([], [], color=colour, label=name) for name, colour in CLASSES.items()]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=5)
+    drawn.suptitle("Training problems by the share of right answers in the round that met them last")
+    drawn.savefig(file, dpi=150)
+
+
+def draw_bands(axis, columns):
+    """A stack of CLASSES for each column, and bands from each class to each of the next column; columns: lists of
+    places in CLASSES, parallel to the problems."""
+    x, colours = np.linspace(0, 1, 30), [*CLASSES.values()]
+    floors = [np.cumsum([0, *np.bincount(column, minlength=len(colours))]) for column in columns]
+    for place, floor in enumerate(floors):
+        axis.bar([place] * len(colours), np.diff(floor), 0.3, bottom=floor[:-1], color=colours)
+    for place, (before, after) in enumerate(zip(columns, columns[1:])):
+        left, right, flows = floors[place].copy(), floors[place + 1].copy(), Counter(zip(before, after))
+        for (a, b), n in sorted(flows.items()):
+            low = left[a] + (right[b] - left[a]) * x * x * (3 - 2 * x)
+            axis.fill_between(place + 0.15 + 0.7 * x, low, low + n, color=colours[a], alpha=0.35, linewidth=0)
+            left[a] += n
+            right[b] += n
+
+
 def main():
     if REGRADE:
         return regrade(Path(REGRADE))
+    if COMPARE:
+        return compare(COMPARE)
     if SAMPLES > 1 and TEMPERATURE == 0:
         fail("--samples above 1 needs --temperature above 0: greedy answers are all the same")
     models, names = MODEL.split(","), SETS.split(",")
@@ -374,8 +670,8 @@ def main():
         print_subjects(of_sets)
     for model in models[1:]:
         for name in sets:
-            gain, (low, high) = difference(scores[model][name], scores[models[0]][name], run.rng(name, "difference"))
-            say(f"{name}: {model} {gain:+.1%} [{low:+.1%}, {high:+.1%}] against {models[0]}")
+            gain = paired(*({0: shares(scores[m][name])} for m in (model, models[0])), run.rng(name, "difference"))
+            say(f"{name}: {model} {texts(gain, sign='+')} points against {models[0]}")
     say(f"{run.folder}/eval.json")
 
 

@@ -5,6 +5,7 @@
   python tests/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
   python tests/study.py hs_star        HS-STaR, uniform DPO and the ablations at the same budget, 3 seeds
   python tests/study.py sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs, 3 seeds
+  python tests/study.py head_to_head   base, controls, the four methods and their ablations at the same tokens, 3 seeds
   python tests/study.py dast --seeds 0   with one seed
   python tests/study.py kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
   python tests/study.py fuzz           texts made at random through all of checking
@@ -214,11 +215,54 @@ def sai_dpo(seeds):
               + "; ".join(" ".join(f"{c['error']:.0%} {c['drawn']}" for c in rounds) for rounds in weak))
 
 
+HEAD_TO_HEAD = {  # arm: (script, flags), as many rounds as generate about 150,000 tokens
+    "vanilla rejection sampling": ("dast.py", "--variant= --train-data {unsolved} --k-probe 1 --k-samples 6 --rounds 4"),
+    "vanilla iterative DPO": ("hs_star.py", "--prm= --difficulty accuracy --pre-samples 8 --pairing random"),
+    "DAST": ("dast.py", "--prompt few_shot --k-samples 1"),
+    "DAST, P only": ("dast.py", "--variant P --k-samples 1"),
+    "DAST, L only": ("dast.py", "--variant L --prompt few_shot --k-samples 5"),
+    "DAST, neither": ("dast.py", "--variant= --k-probe 1 --k-samples 6"),
+    "DAST, P only, without solutions": ("dast.py", "--variant P --train-data {unsolved} --k-samples 1 --rounds 4"),
+    "DAST, DPO": ("dast.py", "--prompt few_shot --loss dpo --k-samples 1"),
+    "AdaSTaR": ("adastar.py", ""),
+    "AdaSTaR, no curriculum": ("adastar.py", "--curriculum-power 0"),
+    "AdaSTaR, random order": ("adastar.py", "--order random"),
+    "STaR-Acc": ("adastar.py", "--order random --no-stop-at-beta"),
+    "HS-STaR": ("hs_star.py", ""),
+    "HS-STaR, accuracy only": ("hs_star.py", "--difficulty accuracy"),
+    "HS-STaR, random pairs": ("hs_star.py", "--pairing random"),
+    "HS-STaR, uniform": ("hs_star.py", "--pre-samples 8"),
+    "SAI-DPO": ("sai_dpo.py", ""),
+    "SAI-DPO, static": ("sai_dpo.py", "--select static"),
+    "SAI-DPO, knowledge only": ("sai_dpo.py", "--select knowledge"),
+    "SAI-DPO, random": ("sai_dpo.py", "--select random"),
+}
+ON_EQUAL_TERMS = {  # the same 300 training problems without examples in the prompt, and all 600 test problems
+    "dast.py": "--rounds 3", "adastar.py": "--held-out 0 --rounds 16", "hs_star.py": "--slice 150 --rounds 5",
+    "sai_dpo.py": "--samples-per-round 150 --rounds 5"}
+
+
+def head_to_head(seeds):
+    """All arms from the same model, on the same training and test problems; each reads at the same generated tokens."""
+    unsolved = ROOT / "runs/toy/train.jsonl"  # problems and answers only, with the same ids
+    unsolved.parent.mkdir(exist_ok=True)
+    unsolved.write_text("".join(json.dumps({k: v for k, v in json.loads(line).items() if k != "solution"}) + "\n"
+                                for line in open(ROOT / "tests/toy/train.jsonl")))
+    folders = {arm: [] for arm in HEAD_TO_HEAD}
+    for seed in seeds:
+        for arm, (script, flags) in HEAD_TO_HEAD.items():
+            name = f"head-{re.sub('[^a-z]+', '-', arm.lower()).strip('-')}-{seed}"
+            folders[arm].append(run(script, name, *"--n-train 300 --n-test 0 --prompt zero_shot --seed".split(), seed,
+                                    *ON_EQUAL_TERMS[script].split(),
+                                    *flags.format(unsolved="runs/toy/train.jsonl").split()))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     studies = {"dast": lambda: dast(numbers, "sft"), "dast-dpo": lambda: dast(numbers, "dpo"),
                "adastar": lambda: adastar(numbers), "hs_star": lambda: hs_star(numbers),
-               "sai_dpo": lambda: sai_dpo(numbers), "kills": withstand.kills, "fuzz": withstand.fuzz,
+               "sai_dpo": lambda: sai_dpo(numbers), "head_to_head": lambda: head_to_head(numbers),
+               "kills": withstand.kills, "fuzz": withstand.fuzz,
                "soak": withstand.soak, "disk": withstand.disk, "bad": withstand.bad, "exact": withstand.exact}
     parser.add_argument("name", choices=list(studies))
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated, of the first five [0,1,2]")
