@@ -26,15 +26,21 @@ import numpy as np
 import withstand
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import eval as evaluation  # noqa: E402
 
 
 def run(script, name, *flags):
-    """One real run, as a user starts it; a finished one is only read again. The run folder."""
-    print(f"== {name}", flush=True)
+    """One real run, as a user starts it, if the same command has not been to its end yet. The run folder."""
     # "--" because torchrun would take --run for the beginning of its own --run-path
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--", script, "--toy", "--run", name]
-    subprocess.run([*command, *map(str, flags)], cwd=ROOT, check=True)
-    return ROOT / "runs" / name
+    command, folder = [*command, *map(str, flags)], ROOT / "runs" / name
+    ended = folder / "study.txt"  # the command that ended well
+    if not ended.exists() or ended.read_text() != " ".join(command[5:]):
+        print(f"== {name}", flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+        ended.write_text(" ".join(command[5:]))
+    return folder
 
 
 def correct(folder, path):
@@ -42,16 +48,9 @@ def correct(folder, path):
     return json.loads((folder / path).read_text())["correct"]
 
 
-def difference(pairs, rng):
-    """Mean difference in accuracy of [(a, b)], a pair of {id: 0 or 1} per seed, and its 95 % interval by bootstrap over
-    seeds and, inside each, over problems (both models answered the same ones)."""
-    deltas = [np.array([a[i] - b[i] for i in sorted(a)], dtype=float) for a, b in pairs]
-    means = []
-    for _ in range(4000):
-        drawn = [deltas[s] for s in rng.integers(len(deltas), size=len(deltas))]
-        means.append(np.mean([d[rng.integers(len(d), size=len(d))].mean() for d in drawn]))
-    low, high = np.quantile(means, [0.025, 0.975])
-    return f"{np.mean([d.mean() for d in deltas]):+.1%} [{low:+.1%}, {high:+.1%}]"
+def difference(scores, others, rng):
+    """Mean difference of two arms, a {problem id: 0..1} per seed each, in points, with its 95 % interval."""
+    return evaluation.texts(evaluation.paired(dict(enumerate(scores)), dict(enumerate(others)), rng), sign="+")
 
 
 def dast(seeds, loss):
@@ -75,8 +74,8 @@ def dast(seeds, loss):
     for arm, scores in arms.items():
         accuracies = [np.mean(list(s.values())) for s in scores]
         print(f"{arm:<30}{' '.join(f'{a:.1%}' for a in accuracies):<26}{np.mean(accuracies):<8.1%}"
-              f"{difference(list(zip(scores, arms['round 0'])), rng):<26}"
-              f"{difference(list(zip(scores, arms['vanilla, same draws'])), rng)}")
+              f"{difference(scores, arms['round 0'], rng):<26}"
+              f"{difference(scores, arms['vanilla, same draws'], rng)}")
 
 
 ADASTAR = {  # arm: (iterations, flags); of each as many as spend about as much
@@ -103,26 +102,17 @@ def adastar_arm(arm, seed):
     return run("adastar.py", f"study-adastar-{name}-{seed}", "--seed", seed, "--rounds", rounds, *flags)
 
 
-class Curve:
-    """What one run of adastar.py reached, and for how many FLOPs (sampling and training, of the draws that count)."""
+def at(past, flops):
+    """{problem id: 0..1} of a run for so many FLOPs of the draws that count; None before its first iteration's end."""
+    return past.at("flops", flops) if past.rounds[1]["flops"] <= flops else None
 
-    def __init__(self, folder):
-        metrics = [json.loads(line) for line in open(folder / "metrics.jsonl")]
-        self.flops = [m["total_flops"] for m in metrics if m["phase"] == "round"]  # after iteration 0, 1, 2, ...
-        self.correct, self.held_out = ([correct(folder, f"round_{t}/{name}.json") for t in range(len(self.flops))]
-                                       for name in ("eval", "eval_held_out"))
 
-    def at(self, flops):
-        """{problem id: 0..1} for that much, on the straight line between two iterations; None before the first."""
-        after = next(t for t, reached in enumerate(self.flops) if reached >= flops)
-        part = (flops - self.flops[after - 1]) / (self.flops[after] - self.flops[after - 1])
-        return {i: (1 - part) * self.correct[after - 1][i] + part * self.correct[after][i]
-                for i in self.correct[0]} if after > 1 else None
-
-    def chosen(self, flops):
-        """That of the iteration with the best accuracy on held-out problems, of those that cost at most so much."""
-        rounds = [t for t in range(1, len(self.flops)) if self.flops[t] <= flops]
-        return self.correct[max(rounds, key=lambda t: sum(self.held_out[t].values()))] if rounds else None
+def chosen(past, flops):
+    """That of the iteration with the best accuracy on held-out problems, of those that cost at most so much."""
+    rounds = [r["round"] for r in past.rounds[1:] if r["flops"] <= flops]
+    best = max(rounds, default=None,
+               key=lambda t: sum(correct(past.folder, f"round_{t}/eval_held_out.json").values()))
+    return past.rounds[best]["score"]["correct"] if rounds else None
 
 
 def print_arms(title, arms, reference):
@@ -133,31 +123,32 @@ def print_arms(title, arms, reference):
         if all(scores):
             accuracies = [np.mean(list(s.values())) for s in scores]
             print(f"{arm:<32}{' '.join(f'{a:.1%}' for a in accuracies):<26}{np.mean(accuracies):<8.1%}"
-                  + difference(list(zip(scores, arms[reference])), rng) * (arm != reference))
+                  + difference(scores, arms[reference], rng) * (arm != reference))
 
 
 def adastar(seeds):
     """The toy run against its first iteration and the control; then all arms at the FLOPs that all have reached, and
     at half of them (a seed's prompts show other examples, of other lengths: so each seed has its own amount)."""
     control = "random order, stop at beta"
-    curves = {arm: [Curve(adastar_arm(arm, s)) for s in seeds] for arm in ADASTAR}
-    mine, ends = curves["AdaSTaR"], [c.flops[6] for c in curves["AdaSTaR"]]  # --toy has six iterations
-    toy = {"first iteration": [c.correct[1] for c in mine], "AdaSTaR": [c.correct[6] for c in mine],
-           "AdaSTaR, chosen": [c.chosen(end) for c, end in zip(mine, ends)],
-           control: [c.at(end) for c, end in zip(curves[control], ends)]}
+    runs = {arm: [evaluation.Past(adastar_arm(arm, s)) for s in seeds] for arm in ADASTAR}
+    mine, ends = runs["AdaSTaR"], [past.rounds[6]["flops"] for past in runs["AdaSTaR"]]  # --toy has six iterations
+    toy = {"first iteration": [past.rounds[1]["score"]["correct"] for past in mine],
+           "AdaSTaR": [past.rounds[6]["score"]["correct"] for past in mine],
+           "AdaSTaR, chosen": [chosen(past, end) for past, end in zip(mine, ends)],
+           control: [at(past, end) for past, end in zip(runs[control], ends)]}
     print_arms(f"--toy: {min(ends):.2g}-{max(ends):.2g} FLOPs", toy, "first iteration")
     print_arms("--toy", toy, control)
-    most = [min(of_arm[s].flops[-1] for of_arm in curves.values()) for s in range(len(seeds))]
+    most = [min(of_arm[s].rounds[-1]["flops"] for of_arm in runs.values()) for s in range(len(seeds))]
     print("\nall arms:", " ".join(f"{flops:.3g}" for flops in most), "FLOPs by seed")
     for title, part in ("half of that", 0.5), ("all of that", 1.0):
-        print_arms(title, {arm: [c.at(part * flops) for c, flops in zip(of_arm, most)]
-                           for arm, of_arm in curves.items()}, control)
-    print_arms("the iteration chosen within it", {arm: [c.chosen(flops) for c, flops in zip(of_arm, most)]
-                                                  for arm, of_arm in curves.items()}, control)
+        print_arms(title, {arm: [at(past, part * flops) for past, flops in zip(of_arm, most)]
+                           for arm, of_arm in runs.items()}, control)
+    print_arms("the iteration chosen within it", {arm: [chosen(past, flops) for past, flops in zip(of_arm, most)]
+                                                  for arm, of_arm in runs.items()}, control)
     print("\nproblems visited, by iteration; the first in which one is met again although it was committed")
-    for curve_seed, seed in enumerate(seeds):
+    for place, seed in enumerate(seeds):
         folder = ROOT / "runs" / f"study-adastar-adastar-{seed}"
-        rounds = range(1, len(mine[curve_seed].flops))
+        rounds = range(1, len(mine[place].rounds))
         walks = [[json.loads(line) for line in open(folder / f"round_{t}" / "selection.jsonl")] for t in rounds]
         again = next((t for t, walk in zip(rounds, walks) if any(s["last"] for s in walk)), None)
         print(f"seed {seed}:", *(len(walk) for walk in walks), f"; iteration {again}")
@@ -215,46 +206,70 @@ def sai_dpo(seeds):
               + "; ".join(" ".join(f"{c['error']:.0%} {c['drawn']}" for c in rounds) for rounds in weak))
 
 
-HEAD_TO_HEAD = {  # arm: (script, flags), as many rounds as generate about 150,000 tokens
-    "vanilla rejection sampling": ("dast.py", "--variant= --train-data {unsolved} --k-probe 1 --k-samples 6 --rounds 4"),
-    "vanilla iterative DPO": ("hs_star.py", "--prm= --difficulty accuracy --pre-samples 8 --pairing random"),
-    "DAST": ("dast.py", "--prompt few_shot --k-samples 1"),
-    "DAST, P only": ("dast.py", "--variant P --k-samples 1"),
-    "DAST, L only": ("dast.py", "--variant L --prompt few_shot --k-samples 5"),
-    "DAST, neither": ("dast.py", "--variant= --k-probe 1 --k-samples 6"),
-    "DAST, P only, without solutions": ("dast.py", "--variant P --train-data {unsolved} --k-samples 1 --rounds 4"),
-    "DAST, DPO": ("dast.py", "--prompt few_shot --loss dpo --k-samples 1"),
-    "AdaSTaR": ("adastar.py", ""),
-    "AdaSTaR, no curriculum": ("adastar.py", "--curriculum-power 0"),
-    "AdaSTaR, random order": ("adastar.py", "--order random"),
-    "STaR-Acc": ("adastar.py", "--order random --no-stop-at-beta"),
-    "HS-STaR": ("hs_star.py", ""),
-    "HS-STaR, accuracy only": ("hs_star.py", "--difficulty accuracy"),
-    "HS-STaR, random pairs": ("hs_star.py", "--pairing random"),
-    "HS-STaR, uniform": ("hs_star.py", "--pre-samples 8"),
-    "SAI-DPO": ("sai_dpo.py", ""),
-    "SAI-DPO, static": ("sai_dpo.py", "--select static"),
-    "SAI-DPO, knowledge only": ("sai_dpo.py", "--select knowledge"),
-    "SAI-DPO, random": ("sai_dpo.py", "--select random"),
+# All from the same model, on the same 300 training problems, without examples in the prompt (but for L, which is about
+# these), scored on all 600 test problems; in so many rounds that each generates 140,000 tokens or more
+EQUAL = "--n-train 300 --n-test 0 --prompt zero_shot"
+DAST, ADASTAR_EQUAL = f"dast.py {EQUAL} --rounds 3", f"adastar.py {EQUAL} --held-out 0 --rounds 16"
+HS_STAR_EQUAL, SAI_DPO_EQUAL = (f"hs_star.py {EQUAL} --slice 150 --rounds 5",
+                                f"sai_dpo.py {EQUAL} --samples-per-round 150 --rounds 5")
+UNSOLVED = "--rounds 4 --train-data runs/toy/train.jsonl"  # the same without worked solutions
+HEAD_TO_HEAD = {
+    "vanilla rejection sampling": f"{DAST} {UNSOLVED} --variant= --k-probe 1 --k-samples 6",
+    "vanilla iterative DPO": f"{HS_STAR_EQUAL} --prm= --difficulty accuracy --pre-samples 8 --pairing random",
+    "DAST": f"{DAST} --prompt few_shot --k-samples 1",
+    "DAST, P only": f"{DAST} --variant P --k-samples 1",
+    "DAST, L only": f"{DAST} --variant L --prompt few_shot --k-samples 5",
+    "DAST, neither": f"{DAST} --variant= --k-probe 1 --k-samples 6",
+    "DAST, P only, without solutions": f"{DAST} {UNSOLVED} --variant P --k-samples 1",
+    "DAST, DPO": f"{DAST} --prompt few_shot --loss dpo --k-samples 1",
+    "AdaSTaR": ADASTAR_EQUAL,
+    "AdaSTaR, no curriculum": f"{ADASTAR_EQUAL} --curriculum-power 0",
+    "AdaSTaR, random order": f"{ADASTAR_EQUAL} --order random",
+    "STaR-Acc": f"{ADASTAR_EQUAL} --order random --no-stop-at-beta",
+    "HS-STaR": HS_STAR_EQUAL,
+    "HS-STaR, accuracy only": f"{HS_STAR_EQUAL} --difficulty accuracy",
+    "HS-STaR, random pairs": f"{HS_STAR_EQUAL} --pairing random",
+    "HS-STaR, uniform": f"{HS_STAR_EQUAL} --pre-samples 8",
+    "SAI-DPO": SAI_DPO_EQUAL,
+    "SAI-DPO, static": f"{SAI_DPO_EQUAL} --select static",
+    "SAI-DPO, knowledge only": f"{SAI_DPO_EQUAL} --select knowledge",
+    "SAI-DPO, random": f"{SAI_DPO_EQUAL} --select random",
 }
-ON_EQUAL_TERMS = {  # the same 300 training problems without examples in the prompt, and all 600 test problems
-    "dast.py": "--rounds 3", "adastar.py": "--held-out 0 --rounds 16", "hs_star.py": "--slice 150 --rounds 5",
-    "sai_dpo.py": "--samples-per-round 150 --rounds 5"}
+MAIN = ("vanilla rejection sampling", "vanilla iterative DPO", "DAST", "AdaSTaR", "HS-STaR", "SAI-DPO")
 
 
 def head_to_head(seeds):
-    """All arms from the same model, on the same training and test problems; each reads at the same generated tokens."""
+    """All arms at the most generated tokens that all have reached with all seeds; and pictures of the main ones."""
     unsolved = ROOT / "runs/toy/train.jsonl"  # problems and answers only, with the same ids
     unsolved.parent.mkdir(exist_ok=True)
     unsolved.write_text("".join(json.dumps({k: v for k, v in json.loads(line).items() if k != "solution"}) + "\n"
                                 for line in open(ROOT / "tests/toy/train.jsonl")))
-    folders = {arm: [] for arm in HEAD_TO_HEAD}
+    arms = {arm: [] for arm in HEAD_TO_HEAD}
     for seed in seeds:
-        for arm, (script, flags) in HEAD_TO_HEAD.items():
+        for arm, (script, *flags) in ((arm, command.split()) for arm, command in HEAD_TO_HEAD.items()):
             name = f"head-{re.sub('[^a-z]+', '-', arm.lower()).strip('-')}-{seed}"
-            folders[arm].append(run(script, name, *"--n-train 300 --n-test 0 --prompt zero_shot --seed".split(), seed,
-                                    *ON_EQUAL_TERMS[script].split(),
-                                    *flags.format(unsolved="runs/toy/train.jsonl").split()))
+            arms[arm].append(evaluation.Past(run(script, name, *flags, "--seed", seed)))
+    amount = min(past.rounds[-1]["generated"] for of in arms.values() for past in of)
+    reached = {"base": [of.rounds[0]["score"]["correct"] for of in arms["HS-STaR"]]} | {
+        arm: [past.at("generated", amount) for past in of] for arm, of in arms.items()}
+    rng = np.random.default_rng(0)
+    print(f"\n{f'at {amount:,} generated tokens':<33}{'accuracy by seed':<32}{'mean':<8}{'trained on':<12}{'FLOPs':<9}"
+          f"{'against rejection sampling':<28}against DPO")
+    for arm, scores in reached.items():
+        accuracies = [np.mean(list(s.values())) for s in scores]
+        trained, flops = (np.mean([np.interp(amount, *([r[n] for r in past.rounds] for n in ("generated", what)))
+                                   for past in arms.get(arm, [])] or [0]) for what in ("trained", "flops"))
+        gains = [difference(scores, reached[control], rng) for control in MAIN[:2]]
+        print(f"{arm:<33}{' '.join(f'{a:.1%}' for a in accuracies):<32}{np.mean(accuracies):<8.1%}{trained:<12,.0f}"
+              f"{flops:<9.2g}{gains[0]:<28}{gains[1]}")
+    folder = ROOT / "runs" / "head_to_head"
+    folder.mkdir(exist_ok=True)
+    import matplotlib
+    matplotlib.use("Agg")
+    main = {arm: arms[arm] for arm in MAIN}
+    evaluation.draw_accuracy(main, amount, folder / "accuracy.png")
+    evaluation.draw_problems(main, folder / "problems.png")
+    evaluation.draw_flow(main, folder / "flow.png")
 
 
 if __name__ == "__main__":

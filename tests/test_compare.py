@@ -116,8 +116,8 @@ def test_compare(copy_of, two_runs):
 
 def test_compare_without_matplotlib(copy_of):
     (copy_of / "matplotlib.py").write_text("raise ImportError")  # found before the package, if that is there
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", "runs/one"], cwd=copy_of, check=True, text=True,
-                          capture_output=True, env=environment() | {"PYTHONPATH": str(copy_of)})
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "--compare", "runs/one"], cwd=copy_of, check=True,
+                          capture_output=True, text=True, env=environment() | {"PYTHONPATH": str(copy_of)})
     assert "pip install matplotlib" in done.stdout.splitlines()[-1] and re.search(r"one +1 +[\d,]+ ", done.stdout)
     assert not (copy_of / "runs" / "compare-one").exists()
 
@@ -128,4 +128,5 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, folder, words):
     (tmp_path / "empty" / "constants.json").write_text(json.dumps({"constants": {"SEED": 0}}))
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
     done = launch(tmp_path, "eval.py", "--compare", folder, check=False)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and words in done.stderr and folder in done.stderr
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert words in done.stderr and folder in done.stderr

@@ -13,7 +13,7 @@ TOP = {*CEILINGS, "requirements.txt", "LICENSE", "tests"}
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
 PYTHON = [name for name in TRACKED if name.endswith(".py")]
 README = (ROOT / "README.md").read_text()
-RESULTS = (ROOT / "tests" / "results.md").read_text()
+PAGES = README + "".join((ROOT / "tests" / name).read_text() for name in ("results.md", "details.md"))
 
 
 def test_top_level():
@@ -46,7 +46,8 @@ def flags_of(script):
 
 
 def test_readme_names_what_exists():
-    lines = re.findall(r"^(?:torchrun|python|pip).*", README.replace("\\\n", " "), re.M)
+    lines = re.findall(r"^(?:torchrun|python|pip|srun).*", README.replace("\\\n", " "), re.M)
+    lines += re.findall(r"`((?:torchrun|python) [^`]+)`", PAGES)
     commands = [command.strip() for line in lines for command in line.split("&&")]
     assert any(c == "torchrun dast.py --toy" for c in commands) and any("pytest" in c for c in commands)
     for command in commands:
@@ -56,11 +57,14 @@ def test_readme_names_what_exists():
             after = command[script.end():]
             if "/" not in script[0]:
                 assert set(re.findall(r"--[a-z][\w-]*", after)) <= flags_of(script[0]), command
-    for name in re.findall(r"`((?:tests/|\.ci/)?[\w/]+\.(?:py|md|txt|jsonl))`", README + RESULTS):
+    for name in re.findall(r"`((?:tests/|\.ci/)?[\w/]+\.(?:py|md|txt|jsonl|png))`", PAGES):
         of_a_run = name in ("selection.jsonl", "presamples.jsonl", "responses.jsonl", "metrics.jsonl", "clusters.jsonl",
                             "round_0/tagger.jsonl")
-        assert (ROOT / name).exists() or of_a_run or name.startswith(("gsm8k/", "math/")), name
-    for flag in re.findall(r"`(--[a-z][\w-]*)", README + RESULTS):
+        assert (ROOT / name).exists() or of_a_run or name.startswith(("gsm8k/", "math/", "data/")), name
+    for name, anchor in re.findall(r"\]\(([\w/.]*)(#[\w-]+)?\)", README):
+        heading = f"## {anchor[1:].replace('-', ' ')}\n"
+        assert (ROOT / name).is_file() if name else heading in README.lower(), name + anchor
+    for flag in re.findall(r"`(--[a-z][\w-]*)", PAGES):
         known = set().union(*map(flags_of, ("dast.py", "adastar.py", "hs_star.py", "sai_dpo.py", "eval.py")))
         assert flag in known | {"--run-path"}, flag  # torchrun's
 
