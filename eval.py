@@ -520,9 +520,8 @@ def figure(panels, height=3.4, columns=3):
 
 
 def looks(i):
-    """How the i-th arm is drawn: colours come again after seven, with other lines and marks."""
-    again = i // len(COLOURS) % 4
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":", "-.")[again], "marker": "osD^"[again],
+    """How the i-th arm is drawn: seven colours and marks, which come again with other lines."""
+    return {"color": COLOURS[i % 7], "marker": "osD^vPX"[i % 7], "linestyle": ("-", "--", ":", "-.")[i // 7 % 4],
             "markersize": 3.5, "linewidth": 1.4}
 
 
