@@ -585,9 +585,10 @@ def constants_of(script):
 def override_from_cli(g):
     """Make a flag of every capital constant of a script and let the command line change them; `g` is its globals().
 
-    Type from the default, help from the comment behind it; where the comment begins with values in quotes ("a" | "b"),
-    only those are legal. Numbers are finite and not negative, and 0 is legal where it is the default or the comment
-    speaks of it. --toy applies the TOY dict first. A wrong flag ends the program with status 2 and one line."""
+    Type from the default (an empty tuple takes texts, one or more), help from the comment behind it; where that begins
+    with values in quotes ("a" | "b"), only those are legal. Numbers are finite and not negative, and 0 is legal where
+    it is the default or the comment speaks of it. --toy applies the TOY dict first. A wrong flag ends the program with
+    status 2 and one line."""
     script, flags = Path(g["__file__"]), []
     parser = argparse.ArgumentParser(prog=script.name, description=g["__doc__"], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -692,8 +693,7 @@ def start_run(g, *problem_sets, models=()):
     check_lengths(constants, list(itertools.chain(*problem_sets)))
     engine, why = engine_for(constants)
     name = constants["RUN"] or f"{script.stem}-{constants['SEED']}"
-    if not re.fullmatch(r"\w[\w.-]{0,199}", name):
-        fail(f"--run {name!r}: a run's name has up to 200 letters, digits, '.', '-' and '_'")
+    check_name(name)
     wandb = None
     if constants["WANDB"]:
         try:
@@ -701,11 +701,13 @@ def start_run(g, *problem_sets, models=()):
         except ImportError:
             fail("--wandb needs the package wandb: pip install wandb")
     setup()
-    refuse_differences({**constants, "source files": seed_of(script.read_text(), Path(__file__).read_text())})
+    sources = [path.read_text() for path in (script, Path(__file__), Path(__file__).with_name("eval.py"))]
+    refuse_differences({**constants, "source files": seed_of(*sources)})
     folder = Path("runs") / name
     lock, refused = lock_folder(folder) if rank() == 0 else (None, "")
     if refused := gather(refused)[0]:
         fail(refused)
+    await_file(folder / "lock", gather((folder / "lock").read_text() if rank() == 0 else "")[0])
     old = read(folder / "constants.json")["constants"] if (folder / "constants.json").exists() else None
     if not any(folder.glob("*/")):
         old = None  # it was started, and nothing came of it: perhaps for a constant that is right now
@@ -727,13 +729,18 @@ def start_run(g, *problem_sets, models=()):
         except OSError as error:
             fail(f"{folder}: {error.strerror}; start where runs/ can be written")
     barrier()
-    await_file(folder / "constants.json")
     gc.freeze()  # what is there now stays: a collection need not look through it
     atexit.register(gc.unfreeze)  # or libraries complain that they are not taken down
     say(f"{script.name} {'goes on' if old else 'starts'} in {folder}\n  model    {constants['MODEL']}\n"
         f"  machine  {world_size()} x {processor()}, {threads_per_process()} cores each\n"
         f"  sampler  {engine} ({why})\n  seed     {constants['SEED']}")
     return Run(folder, lock, constants, engine, wandb and rank() == 0 and wandb.init(name=name, config=constants))
+
+
+def check_name(run):
+    """End the program if this is no name for a folder under runs/."""
+    if not re.fullmatch(r"\w[\w.-]{0,199}", run):
+        fail(f"--run {run!r}: a run's name has up to 200 letters, digits, '.', '-' and '_'")
 
 
 def refuse_differences(constants):
@@ -747,11 +754,11 @@ def refuse_differences(constants):
                  "command, source files, problems and models")
 
 
-def await_file(path, seconds=120):
-    """Return when this process sees what rank 0 has made: a network's disk may remember for a minute that it was not
-    there. It ends the program if it stays unseen."""
+def await_file(path, text="", seconds=120):
+    """Return when this process sees what rank 0 has made, and that `text` is in it: a network's disk may remember for a
+    minute what was there before. It ends the program if it stays unseen."""
     end = time.monotonic() + seconds
-    while not path.exists():
+    while not path.exists() or text and path.read_text() != text:
         if time.monotonic() > end:
             fail(f"{path}: rank 0 has made it, and {platform.node()} does not see it; all nodes need the same runs/, "
                  "on a disk that they share")
@@ -794,7 +801,8 @@ def lock_folder(folder):
         except OSError:
             say(f"warning: the file system of {folder} has no locks; see to it that one program at a time works there")
         lock.truncate(0)
-        print(f"process {os.getpid()} of {platform.node()}", file=lock, flush=True)
+        print(f"process {os.getpid()} of {platform.node()}, since {time.ctime()}", file=lock, flush=True)
+        os.fsync(lock.fileno())
         return lock, ""
     except OSError as error:
         return None, f"{folder}: {error.strerror}; start where runs/ can be written"
@@ -868,7 +876,7 @@ class Run:
                 fail(f"{path} could not be made: {lines_of(error)[-1]}; what is finished stays, so mend that and run "
                      "the same command again")
             barrier()
-            await_file(path)
+        await_file(path)
         return read(path) if is_file else str(path)
 
     def _make(self, path, make, is_file):

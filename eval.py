@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (YES_NO, Checker, bar, fail, final_answer, label_of, letter_of, load_problems, load_tokenizer,
-                    make_prompt, normalize, override_from_cli, piece_of, rank, read, read_problem, sample,
-                    say, seed_of, setup, start_run, threads_per_process)
+from common import (YES_NO, Checker, bar, by_problem, check_name, fail, final_answer, label_of, letter_of,
+                    load_problems, load_tokenizer, make_prompt, normalize, override_from_cli, piece_of, rank, read,
+                    read_problem, sample, say, seed_of, setup, start_run, threads_per_process)
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
@@ -34,7 +34,7 @@ N_TEST = 0  # problems of each set, drawn at random once and for all; 0 is all
 HELD_OUT = 0  # score what a method put aside: its HELD_OUT, SEED, TRAIN_DATA (SETS), N_TRAIN (N_TEST); 0 scores all
 SEED = 0  # of the draws, of which examples are shown, and of what is put aside
 REGRADE = ""  # a .jsonl file of answers to check again; no model is used then
-COMPARE = ()  # folders of runs to compare; those that differ in the seed only count as one; no model is used then
+COMPARE = ()  # folders of runs to compare to the first; seeds of one (name-0, name-1) are pooled; no model is used then
 
 # How
 PROMPT = "zero_shot"  # "zero_shot" | "few_shot" | "chat": form of the prompts
@@ -130,7 +130,8 @@ def accuracy(correct, rng):
 
 def score(problems, responses, rng):
     """What is said of responses, as many to each problem: {accuracy, interval, n, samples, cut, by_level, by_subject,
-    by_set, correct: {id: right answers}} and, of several, pass_at and maj_at {k: ...} for k = 1, 2, 4, ..., samples."""
+    by_set, correct: {id: right answers}, level: {id: level}} and, of several, pass_at and maj_at {k: ...} for k = 1, 2,
+    4, ..., samples."""
     samples = len(responses) // len(problems)
     correct = np.array([r["correct"] for r in responses], dtype=float).reshape(len(problems), samples)
     groups = {"by_level": [[p["level"]] if "level" in p else [] for p in problems],
@@ -146,7 +147,8 @@ def score(problems, responses, rng):
         ks = sorted({2 ** i for i in range(samples.bit_length())} | {samples})
         found["pass_at"] = {str(k): mean_of(pass_at(correct, k), rng) for k in ks}
         found["maj_at"] = {str(k): mean_of(maj_at(votes, k), rng) for k in ks[1:]}
-    return found | {"correct": {p["id"]: int(n) for p, n in zip(problems, correct.sum(1))}}
+    return found | {"correct": {p["id"]: int(n) for p, n in zip(problems, correct.sum(1))},
+                    "level": {p["id"]: p["level"] for p in problems if "level" in p}}
 
 
 def hold_out(problems, n, seed):
@@ -176,7 +178,7 @@ def evaluate(run, file, model, problems, prompt, *, round, phase="eval", **setti
     round. What there is of each problem stays in the file: many rounds of many problems would fill the memory."""
     found = run.once(file, lambda: score(problems, sample(
         run, model, problems, 1, prompt, round=round, phase=phase, temperature=0.0, **settings), run.rng(phase)))
-    return {what: values for what, values in found.items() if what not in ("correct", "by_subject")}
+    return {what: values for what, values in found.items() if what not in ("correct", "level", "by_subject")}
 
 
 def show_answers(problems, responses):
@@ -188,6 +190,11 @@ def show_answers(problems, responses):
             problem = text[shown["id"]]
             say(f"  {'right' if right else 'wrong'}: {problem['problem']}\n    " + shown["text"].replace("\n", "\n    ")
                 + f"\n    (the answer is {problem['answer']})")
+
+
+def shares(score):
+    """{problem id: share of right answers}."""
+    return {i: right / score["samples"] for i, right in score["correct"].items()}
 
 
 def print_table(scores, first):
@@ -327,27 +334,30 @@ def regrade(path):
 
 SECONDS = {"sampling": "(probe|sample|presample|resample|rollout|tag)$", "rewards": "(pre|re)reward$",
            "training": "train$", "scoring": "eval"}  # kinds of phases
+MAY_DIFFER = ("RUN", "SEED", "ROUNDS", "DATA", "ENGINE", "EAGER", "SEEDED", "GPU_MEMORY", "MAX_TOKENS", "SAVE_MINUTES",
+              "WANDB", "contents")  # between seeds of one arm
 CLASSES = {"not met yet": "#cccccc", "unsolved (none right)": "#d55e00", "hard (below 40 %)": "#e69f00",
            "medium (to 70 %)": "#56b4e9", "easy (above)": "#0072b2"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe's and Ito's
 
 
 class Past:
-    """What a run of a method script left: of each round that is finished, the score and what was spent up to its end;
-    and of each training problem, what became of it."""
+    """What a run of a method script left: of each round that is finished, its answers to the test problems and what was
+    spent up to its end; and of each training problem, what became of it."""
 
     def __init__(self, folder):
-        self.folder, self.rounds = Path(folder), []
+        self.folder, self.rounds, self.levels = Path(folder), [], {}
         for name in ("constants.json", "metrics.jsonl"):
             if not (self.folder / name).is_file():
                 fail(f"--compare {folder}: no {name} in it; it takes folders of runs, such as runs/dast-0")
-        self.constants = read(self.folder / "constants.json")["constants"]
-        self.metrics, self.seed = read(self.folder / "metrics.jsonl"), self.constants["SEED"]
+        self.constants, self.metrics = read(self.folder / "constants.json"), read(self.folder / "metrics.jsonl")
+        self.constants = self.constants.get("constants", {})
         for t in sorted(m["round"] for m in self.metrics if m["phase"] == "round"):
             files = [self.folder / f"round_{t}" / f"eval{which}.json" for which in ("", "_base", "_held_out")]
-            if scored := next((file for file in files if file.exists()), None):
-                self.rounds.append({"round": t, "score": read(scored), **self.spent(t)})
-        if not self.rounds:
+            if scored := next((read(file) for file in files if file.exists()), None):
+                self.rounds.append({"round": t, "right": scored["correct"], **self.spent(t)})
+                self.levels = scored.get("level", {})
+        if not self.rounds or "SEED" not in self.constants:
             fail(f"--compare {folder}: no round of it is finished and scored")
         reported = [m["iteration"] for m in self.metrics if m["phase"] == "reported"]  # by adastar.py
         self.end = next((r for r in self.rounds if [r["round"]] == reported), self.rounds[-1])
@@ -372,66 +382,60 @@ class Past:
             return None
         before, after = self.rounds[max(0, late - 1)], self.rounds[late]
         part = (amount - before[what]) / ((after[what] - before[what]) or 1)
-        return {i: (1 - part) * before["score"]["correct"][i] + part * right
-                for i, right in after["score"]["correct"].items()}
+        return {i: (1 - part) * before["right"][i] + part * right for i, right in after["right"].items()}
 
     def problems(self):
-        """{id: {round: (draws, right ones, times trained on)}} of the problems that were met, from selection.jsonl; in
-        round 0 DAST's probe."""
+        """{id: {round: (draws, right ones, times trained on)}} of the training problems that were met, up to the round
+        that is shown, probes too (DAST's in round 0); trained on: with own answers, in all epochs."""
         found = defaultdict(dict)
-        for r in self.rounds:
-            file = self.folder / f"round_{r['round']}" / "selection.jsonl"
-            for s in read(file) if file.exists() else ():
-                trained = sum(s["copies"]) if "copies" in s else len(s["pairs"]) if "pairs" in s else bool(s["pair"])
-                if "probe_draws" in s:
-                    found[s["id"]][0] = s["probe_draws"], s["probe_correct"], 0
-                found[s["id"]][r["round"]] = len(s["outcomes"]), sum(o > 0 for o in s["outcomes"]), trained
+        for t in (r["round"] for r in self.rounds if r["round"] <= self.end["round"]):
+            probe, selection = (self.folder / f"round_{t}" / f"{name}.jsonl" for name in ("probe", "selection"))
+            for i, drawn in by_problem(read(probe) if probe.exists() else []).items():
+                found[i][t] = len(drawn), sum(r["correct"] for r in drawn), 0
+            for s in read(selection) if selection.exists() else ():
+                used = sum(s["copies"]) if "copies" in s else len(s["pairs"]) if "pairs" in s else bool(s["pair"])
+                if s["outcomes"]:
+                    found[s["id"]][t] = (len(s["outcomes"]), sum(o > 0 for o in s["outcomes"]),
+                                         used * self.constants.get("EPOCHS", 1))
         return found
 
 
 def arms_of(folders):
-    """{name: runs} of run folders: those that differ in the seed only (and in the number at their end) are one arm."""
-    arms = defaultdict(list)
-    for past in map(Past, dict.fromkeys(folders)):
-        same = {name: re.sub(r"-\d+$", "", value) if isinstance(value, str) else value
-                for name, value in past.constants.items() if name not in ("SEED", "RUN", "contents")}
-        arms[re.sub(r"-\d+$", "", str(past.folder)), json.dumps(same)].append(past)
-    return {f"{name}-{','.join(str(past.folder)[len(name) + 1:] for past in arm)}".removeprefix("runs/").removesuffix(
-        "-"): sorted(arm, key=lambda past: past.seed) for (name, _), arm in arms.items()}
+    """{name: runs} of run folders, in their order. Those of one name, but for the seed at its end, that differ in
+    nothing else that counts are seeds of one arm."""
+    arms = defaultdict(dict)
+    for folder in dict.fromkeys(Path(folder) for folder in folders):
+        past = Past(folder)
+        seed, same = f"-{past.constants['SEED']}", {n: v for n, v in past.constants.items() if n not in MAY_DIFFER}
+        same |= {n: same[n].removesuffix(seed) for n in ("DRAWS_LIKE", "SIZE_LIKE") if n in same}
+        arms[str(folder).removesuffix(seed), json.dumps(same)][past.constants["SEED"]] = past
+    names = {key: f"{key[0]}-{','.join(map(str, sorted(of)))}" if len(of) > 1 else str([*of.values()][0].folder)
+             for key, of in arms.items()}
+    return {names[key].removeprefix("runs/"): [of[seed] for seed in sorted(of)] for key, of in arms.items()}
 
 
-def over_seeds(values, rng):
-    """{accuracy, interval, n} of one array per seed, a number per problem; the 95 % interval is bootstrapped over seeds
-    and, inside each, over problems."""
-    means = [np.mean([values[seed][rng.integers(len(values[seed]), size=len(values[seed]))].mean()
-                      for seed in rng.integers(len(values), size=len(values))]) for _ in range(2000)]
-    return {"accuracy": float(np.mean([seed.mean() for seed in values])),
-            "interval": np.quantile(means, [0.025, 0.975]).tolist(), "n": len(values[0])}
+def mean_over_seeds(values, rng, others=None):
+    """{accuracy, interval, n} of values (seeds, problems), 0..1, or of their difference to `others`, another arm's on
+    the same problems.
+
+    The 95 % interval is bootstrapped over seeds, of each arm for itself, and over the problems, which all seeds share:
+    if these were drawn for each seed on its own, their noise would seem to shrink with the number of seeds. For greedy
+    answers of one run it is exact."""
+    if others is None and len(values) == 1 and {*np.unique(values)} <= {0, 1}:
+        return accuracy(values.T, rng)
+    drawn = []
+    for _ in range(2000):
+        per_problem = values[rng.integers(len(values), size=len(values))].mean(0)
+        if others is not None:
+            per_problem = per_problem - others[rng.integers(len(others), size=len(others))].mean(0)
+        drawn.append(per_problem[rng.integers(len(per_problem), size=len(per_problem))].mean())
+    return {"accuracy": float(values.mean() - (0 if others is None else others.mean())), "n": values.shape[1],
+            "interval": np.quantile(drawn, [0.025, 0.975]).tolist()}
 
 
-def parts_of(score):
-    """{"all", each set if there are several, each level: {accuracy, interval, n}} of a score."""
-    return {"all": score, **(score["by_set"] if len(score["by_set"]) > 1 else {}),
-            **{f"level {level}": part for level, part in score["by_level"].items()}}
-
-
-def merged(parts, rng):
-    """One {accuracy, interval, n} of several seeds', of one greedy answer to each problem."""
-    return parts[0] if len(parts) == 1 else over_seeds(
-        [np.arange(part["n"]) < round(part["accuracy"] * part["n"]) for part in parts], rng)  # as many right ones
-
-
-def paired(scores, others, rng):
-    """{accuracy, interval, n} of the difference of two arms, {seed: {problem id: 0..1}}, on the problems that both were
-    scored on; None without any. Each seed is set against itself; where none is in both, they are in their order."""
-    pairs = [(scores[s], others[s]) for s in scores if s in others] or [*zip(scores.values(), others.values())]
-    values = [np.array([a[i] - b[i] for i in a if i in b], dtype=float) for a, b in pairs]
-    return over_seeds(values, rng) if all(map(len, values)) else None
-
-
-def shares(score):
-    """{problem id: share of right answers}."""
-    return {i: right / score["samples"] for i, right in score["correct"].items()}
+def table_of(answers, ids):
+    """Answers of an arm's seeds, [{problem id: 0..1}], as an array (seeds, problems)."""
+    return np.array([[of[i] for i in ids] for of in answers], dtype=float)
 
 
 def compare(folders):
@@ -441,57 +445,79 @@ def compare(folders):
     if rank() > 0:
         return
     arms, rng = arms_of(folders), np.random.default_rng(SEED)
-    first, amount = next(iter(arms)), min(past.rounds[-1]["generated"] for arm in arms.values() for past in arm)
-    print_texts("accuracy, %", {name: {part: texts(merged([parts_of(past.end["score"])[part] for past in arm], rng),
-                                                   digits=int(part == "all"))
-                                       for part in parts_of(arm[0].end["score"])} for name, arm in arms.items()})
-    print_texts("on the same problems", {name: differences(arm, arms[first], first, amount, rng)
-                                         for name, arm in arms.items()})
-    print_texts("mean of the seeds", {name: costs(arm) for name, arm in arms.items()})
-    say(f"(intervals: 95 %; {amount:,}: the most tokens that all have generated; trained on: tokens, prompts too; "
-        "times: how often\neach problem that was trained on was, and the standard deviation)")
+    runs, first = [past for arm in arms.values() for past in arm], next(iter(arms))
+    ids = [i for i in runs[0].end["right"] if all(i in past.end["right"] for past in runs)]
+    if not ids:
+        fail("--compare: there is no problem that all these runs were scored on")
+    amount = min([past.rounds[-1]["generated"] for past in runs if past.rounds[-1]["generated"]] or [0])
+    print_texts("accuracy, %", {name: accuracies(arm, ids, rng) for name, arm in arms.items()})
+    print_texts(f"the same, against {first}", {name: differences(arm, arms[first], amount, ids, rng)
+                                               for name, arm in arms.items()})
+    print_texts("what it cost", {name: costs(arm) for name, arm in arms.items()})
+    left_out = len({i for past in runs for i in past.end["right"]}) - len(ids)
+    say(f"(on the {len(ids):,} problems that all were scored on" + f", without {left_out:,} others" * (left_out > 0)
+        + "; 95 % intervals, for one run exact, for several\nbootstrapped over seeds and problems; "
+        f"{amount:,}: the most tokens that all have generated; costs: means of the seeds, up to the\nround that is "
+        "shown; trained on: tokens, prompts too; times: how often each problem that was trained on was, and the\n"
+        "standard deviation)")
     try:
         import matplotlib
     except ImportError:
         return say("no pictures: they need matplotlib (pip install matplotlib)")
     matplotlib.use("Agg")
-    folder = Path("runs") / (RUN or f"compare-{slug('-'.join(arms))}"[:100])
+    name = RUN or f"compare-{slug('-'.join(arms))[:100]}-{seed_of(*arms) % 10_000}"
+    check_name(name)
+    folder = Path("runs") / name
     folder.mkdir(parents=True, exist_ok=True)
-    draw_accuracy(arms, amount, folder / "accuracy.png")
+    draw_accuracy(arms, amount, ids, folder / "accuracy.png")
     draw_problems(arms, folder / "problems.png")
     draw_flow(arms, folder / "flow.png")
     say(f"{folder}: accuracy.png, problems.png, flow.png")
 
 
-def texts(found, digits=1, sign=""):
-    """53.2 [50.1, 56.3]: in per cent, an accuracy or with "+" a difference, and its interval; "-" if there is none."""
-    values = (found["accuracy"], *found["interval"]) if found else ()
-    return "{} [{}, {}]".format(*(f"{100 * value:{sign}.{digits}f}" for value in values)) if found else "-"
+def percent(found, digits=1, sign=""):
+    """53.2 [50.1, 56.3]: an accuracy in per cent, or with "+" a difference in points, and its interval."""
+    return "{} [{}, {}]".format(*(f"{100 * value:{sign}.{digits}f}" for value in (
+        found["accuracy"], *found["interval"])))
 
 
-def differences(arm, other, name, amount, rng):
-    """{column: text} of an arm against another, `name`: paired differences in points, at the end, and where `amount`
-    tokens were generated, with the accuracy there."""
-    ends, others = ({past.seed: past.end["score"]["correct"] for past in of} for of in (arm, other))
-    there, others_there = ({past.seed: past.at("generated", amount) for past in of} for of in (arm, other))
-    row = {f"against {name}, at the end": "-" if arm is other else texts(paired(ends, others, rng), sign="+")}
-    if all(there.values()):
-        level = over_seeds([np.array([*of.values()]) for of in there.values()], rng)
-        row[f"at {amount:,} tokens"] = texts(level)
-        if all(others_there.values()) and arm is not other:
-            row["and against it"] = texts(paired(there, others_there, rng), sign="+")
+def accuracies(arm, ids, rng):
+    """{column: text}: accuracy at the end on all problems, on each set, if there are several, and on each level."""
+    levels = {i: f"level {arm[0].levels[i]}" for i in ids if i in arm[0].levels}
+    sets = {i: i.rsplit("/", 1)[0] for i in ids}
+    parts = {"all": ids} | {name: [i for i in ids if sets[i] == name] for name in dict.fromkeys(sets.values())
+                            if len({*sets.values()}) > 1}
+    parts |= {name: [i for i in ids if levels.get(i) == name] for name in sorted({*levels.values()})}
+    ends = [past.end["right"] for past in arm]
+    return {name: percent(mean_over_seeds(table_of(ends, of), rng), digits=int(not name.startswith("level")))
+            for name, of in parts.items()}
+
+
+def differences(arm, other, amount, ids, rng):
+    """{column: text} of an arm against another: paired differences in points at the end, and where `amount` tokens were
+    generated, with the accuracy there."""
+    ends, others = ([past.end["right"] for past in of] for of in (arm, other))
+    there, others_there = ([past.at("generated", amount) for past in of] for of in (arm, other))
+    gain = mean_over_seeds(table_of(ends, ids), rng, table_of(others, ids))
+    row = {"at the end": "-" if arm is other else percent(gain, sign="+")}
+    if all(there):
+        row[f"accuracy at {amount:,} tokens"] = percent(mean_over_seeds(table_of(there, ids), rng))
+        if all(others_there) and arm is not other:
+            gain = mean_over_seeds(table_of(there, ids), rng, table_of(others_there, ids))
+            row["difference there"] = percent(gain, sign="+")
     return row
 
 
 def costs(arm):
     """{column: text}, what an arm spent up to the round that is shown: the means of its seeds; and how often the
     problems that were trained on were, as in AdaSTaR's Table 2."""
-    mean = {what: np.mean([past.end[what] for past in arm]) for what in arm[0].end if what != "score"}
-    times = [sum(trained for _, _, trained in of.values()) for past in arm for of in past.problems().values()]
+    mean = {what: np.mean([past.end[what] for past in arm]) for what in arm[0].end if what != "right"}
+    times = [sum(used for _, _, used in of.values()) for past in arm for of in past.problems().values()]
     times = np.array([n for n in times if n] or [0])
     names = {"generated": "generated", "all drawn": "drawn", "trained on": "trained"}
-    return {"round": f"{mean['round']:.0f}", **{name: f"{mean[what]:,.0f}" for name, what in names.items()},
-            "FLOPs": f"{mean['flops']:.2e}", **{kind: f"{mean[kind]:.1f} s" for kind in (*SECONDS, "outside")},
+    return {"round": ",".join(map(str, sorted({past.end["round"] for past in arm}))),
+            **{name: f"{mean[what]:,.0f}" for name, what in names.items()}, "FLOPs": f"{mean['flops']:.2e}",
+            **{kind: f"{mean[kind]:.1f} s" for kind in (*SECONDS, "outside")},
             "problems": f"{np.count_nonzero(times) / len(arm):,.0f}",
             "times": f"{times.mean():.1f} ({times.std():.1f})"}
 
@@ -525,13 +551,13 @@ def looks(i):
             "markersize": 3.5, "linewidth": 1.4}
 
 
-def draw_accuracy(arms, amount, file):
+def draw_accuracy(arms, amount, ids, file):
     """Accuracy against rounds, generated tokens and FLOPs, with its 95 % intervals."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
     (drawn, axes), rng = figure(3), np.random.default_rng(SEED)
     for i, (name, arm) in enumerate(arms.items()):
         rounds = list(zip(*(past.rounds for past in arm)))  # those that all seeds have finished
-        scores = [merged([r["score"] for r in of], rng) for of in rounds]
+        scores = [mean_over_seeds(table_of([r["right"] for r in of], ids), rng) for of in rounds]
         y = 100 * np.array([score["accuracy"] for score in scores])
         bars = abs(100 * np.array([score["interval"] for score in scores]).T - y)
         for axis, what in zip(axes, ("round", "generated", "flops")):
@@ -554,21 +580,21 @@ def draw_problems(arms, file):
     totals = defaultdict(lambda: np.zeros(2))
     for i, of in (item for history in histories.values() for seed in history for item in seed.items()):
         totals[i] += np.array([*of.values()]).sum(0)[:2]
-    shown = ["none", "< 25 %", "< 50 %", "< 75 %", "< 100 %", "all"]
+    shown = ["below 25 %", "to 50 %", "to 75 %", "above"]
     members = [[] for _ in shown]
     for i, (draws, right) in totals.items():
-        members[0 if not right else 5 if right == draws else 1 + int(4 * right / draws)].append(i)
+        members[min(3, int(4 * right / draws))].append(i)
     drawn, axes = figure(2, 4.2)
     for place, (name, history) in enumerate(histories.items()):
         for axis, part in zip(axes, (0, 2)):
             counts = [[np.mean([sum(of[part] for of in seed[i].values()) if i in seed else 0 for seed in history])
                        for i in ids] for ids in members]
-            some = [k for k, of in enumerate(counts) if of]
+            some = [k for k, of in enumerate(counts) if len(of) >= 5]  # of fewer an average says little
             axis.errorbar([k + 0.05 * (place - len(arms) / 2) for k in some], [np.mean(counts[k]) for k in some],
                           [1.96 * np.std(counts[k]) / len(counts[k]) ** 0.5 for k in some], label=name,
                           elinewidth=0.6, capsize=1.5, **looks(place))
-    for axis, what in zip(axes, ("sampled", "trained on")):
-        axis.set_xticks(range(6), [f"{label}\n{len(ids):,}" for label, ids in zip(shown, members)])
+    for axis, what in zip(axes, ("sampled", "trained on, with own answers")):
+        axis.set_xticks(range(4), [f"{label}\n{len(ids):,}" for label, ids in zip(shown, members)])
         axis.set_xlabel("right answers to a problem, of all by these runs; number of problems")
         axis.set_ylabel(f"times {what}, mean of the problems")
         axis.set_ylim(bottom=0)
@@ -595,13 +621,14 @@ def draw_flow(arms, file):
             columns.append([*classes.values()])
         if rounds and rounds[0] > 0:
             rounds, columns = [0, *rounds], [[0] * len(history), *columns]
+        shown = [t if len(rounds) < 12 or t % 2 == 0 else "" for t in rounds]
         draw_bands(axis, columns)
-        axis.set(xticks=range(len(rounds)), xticklabels=rounds, xlabel="round", ylabel="training problems",
-                 ylim=(0, len(history) or 1), title=name + f": seed {arm[0].seed}" * (len(arm) > 1))
+        axis.set(xticks=range(len(rounds)), xticklabels=shown, xlabel="round", ylabel="problems met",
+                 ylim=(0, len(history) or 1), title=name + f": seed {arm[0].constants['SEED']}" * (len(arm) > 1))
         axis.grid(False)
     handles = [axes[0].fill_between([], [], color=colour, label=name) for name, colour in CLASSES.items()]
     drawn.legend(handles=handles, loc="outside lower center", ncols=5)
-    drawn.suptitle("Training problems by the share of right answers in the round that met them last")
+    drawn.suptitle("Problems by the share of right answers in the round that met them last (of as many as it drew)")
     drawn.savefig(file, dpi=150)
 
 
@@ -647,7 +674,8 @@ def main():
         if PROMPT != "few_shot" or not examples:
             fail("--examples-from needs --prompt few_shot, and problems with solutions")
         examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
-    run = start_run({**globals(), "RUN": RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]}, *sets.values(), examples)
+    name = RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]
+    run = start_run({**globals(), "RUN": name, "COMPARE": None}, *sets.values(), examples)
 
     scores = {}
     for place, model in enumerate(models):
@@ -669,8 +697,9 @@ def main():
         print_subjects(of_sets)
     for model in models[1:]:
         for name in sets:
-            gain = paired(*({0: shares(scores[m][name])} for m in (model, models[0])), run.rng(name, "difference"))
-            say(f"{name}: {model} {texts(gain, sign='+')} points against {models[0]}")
+            both = [table_of([shares(scores[m][name])], scores[model][name]["correct"]) for m in (model, models[0])]
+            gain = mean_over_seeds(both[0], run.rng(name, "difference"), both[1])
+            say(f"{name}: {model} {percent(gain, sign='+')} points against {models[0]}")
     say(f"{run.folder}/eval.json")
 
 

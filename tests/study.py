@@ -40,6 +40,9 @@ def run(script, name, *flags):
         print(f"== {name}", flush=True)
         subprocess.run(command, cwd=ROOT, check=True)
         ended.write_text(" ".join(command[5:]))
+    elif changed := [source for source in (script, "common.py") if (folder / source).read_bytes() != (
+            ROOT / source).read_bytes()]:
+        print(f"== {name}: as it was made, by another {' and '.join(changed)}", flush=True)
     return folder
 
 
@@ -50,7 +53,9 @@ def correct(folder, path):
 
 def difference(scores, others, rng):
     """Mean difference of two arms, a {problem id: 0..1} per seed each, in points, with its 95 % interval."""
-    return evaluation.texts(evaluation.paired(dict(enumerate(scores)), dict(enumerate(others)), rng), sign="+")
+    ids = [i for i in scores[0] if all(i in of for of in (*scores, *others))]
+    both = [evaluation.table_of(of, ids) for of in (scores, others)]
+    return evaluation.percent(evaluation.mean_over_seeds(both[0], rng, both[1]), sign="+")
 
 
 def dast(seeds, loss):
@@ -112,7 +117,7 @@ def chosen(past, flops):
     rounds = [r["round"] for r in past.rounds[1:] if r["flops"] <= flops]
     best = max(rounds, default=None,
                key=lambda t: sum(correct(past.folder, f"round_{t}/eval_held_out.json").values()))
-    return past.rounds[best]["score"]["correct"] if rounds else None
+    return past.rounds[best]["right"] if rounds else None
 
 
 def print_arms(title, arms, reference):
@@ -132,8 +137,8 @@ def adastar(seeds):
     control = "random order, stop at beta"
     runs = {arm: [evaluation.Past(adastar_arm(arm, s)) for s in seeds] for arm in ADASTAR}
     mine, ends = runs["AdaSTaR"], [past.rounds[6]["flops"] for past in runs["AdaSTaR"]]  # --toy has six iterations
-    toy = {"first iteration": [past.rounds[1]["score"]["correct"] for past in mine],
-           "AdaSTaR": [past.rounds[6]["score"]["correct"] for past in mine],
+    toy = {"first iteration": [past.rounds[1]["right"] for past in mine],
+           "AdaSTaR": [past.rounds[6]["right"] for past in mine],
            "AdaSTaR, chosen": [chosen(past, end) for past, end in zip(mine, ends)],
            control: [at(past, end) for past, end in zip(runs[control], ends)]}
     print_arms(f"--toy: {min(ends):.2g}-{max(ends):.2g} FLOPs", toy, "first iteration")
@@ -236,40 +241,58 @@ HEAD_TO_HEAD = {
     "SAI-DPO, random": f"{SAI_DPO_EQUAL} --select random",
 }
 MAIN = ("vanilla rejection sampling", "vanilla iterative DPO", "DAST", "AdaSTaR", "HS-STaR", "SAI-DPO")
+AGAINST = [  # a method and the control that lacks what sets it apart
+    ("DAST", "DAST, neither"), ("DAST, P only", "DAST, neither"), ("DAST, L only", "DAST, neither"),
+    ("DAST, P only, without solutions", "vanilla rejection sampling"), ("AdaSTaR", "AdaSTaR, random order"),
+    ("AdaSTaR", "AdaSTaR, no curriculum"), ("AdaSTaR, random order", "STaR-Acc"), ("AdaSTaR", "STaR-Acc"),
+    ("HS-STaR", "vanilla iterative DPO"), ("HS-STaR", "HS-STaR, uniform"),
+    ("HS-STaR, random pairs", "vanilla iterative DPO"), ("HS-STaR", "HS-STaR, random pairs"),
+    ("SAI-DPO", "SAI-DPO, random"), ("SAI-DPO", "SAI-DPO, static"), ("SAI-DPO, knowledge only", "SAI-DPO, random")]
+
+
+def without_solutions():
+    """The toy's training problems with answers only, under the same ids: runs/toy/train.jsonl."""
+    file = ROOT / "runs/toy/train.jsonl"
+    problems = [json.loads(line) for line in open(ROOT / "tests/toy/train.jsonl")]
+    text = "".join(json.dumps({k: v for k, v in p.items() if k != "solution"}) + "\n" for p in problems)
+    if not file.exists() or file.read_text() != text:  # another seed's study may be reading it
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
 
 
 def head_to_head(seeds):
     """All arms at the most generated tokens that all have reached with all seeds; and pictures of the main ones."""
-    unsolved = ROOT / "runs/toy/train.jsonl"  # problems and answers only, with the same ids
-    unsolved.parent.mkdir(exist_ok=True)
-    unsolved.write_text("".join(json.dumps({k: v for k, v in json.loads(line).items() if k != "solution"}) + "\n"
-                                for line in open(ROOT / "tests/toy/train.jsonl")))
+    without_solutions()
     arms = {arm: [] for arm in HEAD_TO_HEAD}
     for seed in seeds:
         for arm, (script, *flags) in ((arm, command.split()) for arm, command in HEAD_TO_HEAD.items()):
             name = f"head-{re.sub('[^a-z]+', '-', arm.lower()).strip('-')}-{seed}"
             arms[arm].append(evaluation.Past(run(script, name, *flags, "--seed", seed)))
     amount = min(past.rounds[-1]["generated"] for of in arms.values() for past in of)
-    reached = {"base": [of.rounds[0]["score"]["correct"] for of in arms["HS-STaR"]]} | {
+    reached = {"base": [past.rounds[0]["right"] for past in arms["HS-STaR"]]} | {
         arm: [past.at("generated", amount) for past in of] for arm, of in arms.items()}
     rng = np.random.default_rng(0)
-    print(f"\n{f'at {amount:,} generated tokens':<33}{'accuracy by seed':<32}{'mean':<8}{'trained on':<12}{'FLOPs':<9}"
-          f"{'against rejection sampling':<28}against DPO")
+    print(f"\n{f'at {amount:,} generated tokens':<33}{'accuracy by seed':<39}{'mean':<20}{'trained on':<12}{'FLOPs':<9}"
+          "against rejection sampling")
     for arm, scores in reached.items():
-        accuracies = [np.mean(list(s.values())) for s in scores]
+        by_seed = evaluation.table_of(scores, scores[0])
+        mean = evaluation.percent(evaluation.mean_over_seeds(by_seed, rng))
         trained, flops = (np.mean([np.interp(amount, *([r[n] for r in past.rounds] for n in ("generated", what)))
                                    for past in arms.get(arm, [])] or [0]) for what in ("trained", "flops"))
-        gains = [difference(scores, reached[control], rng) for control in MAIN[:2]]
-        print(f"{arm:<33}{' '.join(f'{a:.1%}' for a in accuracies):<32}{np.mean(accuracies):<8.1%}{trained:<12,.0f}"
-              f"{flops:<9.2g}{gains[0]:<28}{gains[1]}")
+        print(f"{arm:<33}{' '.join(f'{a:.1%}' for a in by_seed.mean(1)):<39}{mean:<20}{trained:<12,.0f}{flops:<9.2g}"
+              + difference(scores, reached[MAIN[0]], rng))
+    print("\ndifferences there")
+    for arm, control in AGAINST:
+        print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control], rng)}")
     folder = ROOT / "runs" / "head_to_head"
     folder.mkdir(exist_ok=True)
     import matplotlib
     matplotlib.use("Agg")
     main = {arm: arms[arm] for arm in MAIN}
-    evaluation.draw_accuracy(main, amount, folder / "accuracy.png")
+    evaluation.draw_accuracy(main, amount, list(reached["base"][0]), folder / "accuracy.png")
     evaluation.draw_problems(main, folder / "problems.png")
     evaluation.draw_flow(main, folder / "flow.png")
+    print(f"\n{folder}: accuracy.png, problems.png, flow.png")
 
 
 if __name__ == "__main__":

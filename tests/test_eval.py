@@ -59,8 +59,11 @@ def test_score():
     assert {name: part["accuracy"] for name, part in score["by_subject"].items()} == {"odd": 1 / 4}
     assert {k: part["accuracy"] for k, part in score["pass_at"].items()} == {"1": 3 / 8, "2": 1 / 2}
     assert score["maj_at"]["2"]["accuracy"] == (1 + 1 / 2) / 4 and list(score["by_set"]) == ["s/test"]
-    assert eval.paired({0: eval.shares(score)}, {0: eval.shares(score)}, np.random.default_rng(0)) == {
-        "accuracy": 0, "interval": [0, 0], "n": 4}
+    assert score["level"] == {"s/test/0": 1, "s/test/1": 1, "s/test/2": 2, "s/test/3": 2}
+    shares = eval.table_of([eval.shares(score)], score["correct"])
+    assert shares.tolist() == [[1, 0.5, 0, 0]]
+    found = eval.mean_over_seeds(shares, np.random.default_rng(0), shares)
+    assert found == {"accuracy": 0, "interval": [0, 0], "n": 4}
 
 
 @pytest.mark.parametrize("right, n, low, high", [  # Clopper-Pearson: tables; 0 of n is [0, 1 - 0.025^(1/n)]

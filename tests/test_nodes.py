@@ -1,6 +1,7 @@
 """Two nodes: network namespaces of this machine, joined by a cable of their own, where that is allowed (root on Linux);
 else two agents of torchrun on loopback."""
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -31,22 +32,29 @@ def nodes():
                             and ip(f"-n {name} link set lo up") for n, name in enumerate(names, 1))
     except FileNotFoundError:  # no such program
         made = False
-    yield [(["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"], "10.77.0.1") for name in names] if made \
-        else [([], "127.0.0.1")] * 2
-    for name in names * made:
-        ip(f"netns del {name}")
+    try:
+        there = [(["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"], "10.77.0.1") for name in names]
+        yield there if made else [([], "127.0.0.1")] * 2
+    finally:
+        for name in names if shutil.which("ip") else ():
+            ip(f"netns del {name}")
 
 
 def launch(nodes, folder, *flags):
-    """dast.py on both nodes, by README's command; flags: of each. (status, what it said on standard error) of each."""
+    """dast.py on both nodes, by README's command; flags: of each. (status, what it said) of each."""
     started = []
     for number, ((before, address), own) in enumerate(zip(nodes, flags)):
         command = [*before, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(number),
                    "--nproc-per-node", "1", "--master-addr", address, "--master-port", str(20000 + os.getpid() % 9999),
                    "--", str(ROOT / "dast.py"), *own]
-        started.append(subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True,
-                                        stdout=subprocess.DEVNULL))
-    return [(process.wait(timeout=300), process.stderr.read()) for process in started]
+        with open(folder / f"node{number}.txt", "w") as said:
+            started.append(subprocess.Popen(command, cwd=folder, env=environment(), stdout=said, stderr=said))
+    try:
+        return [(process.wait(timeout=300), (folder / f"node{number}.txt").read_text())
+                for number, process in enumerate(started)]
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_two_nodes_make_what_one_does(nodes, finished, tmp_path):
@@ -71,6 +79,9 @@ def test_a_file_that_another_node_made(tmp_path, capsys):
     late.start()
     common.await_file(tmp_path / "late")
     late.join()
-    with pytest.raises(SystemExit):
-        common.await_file(tmp_path / "never", seconds=0)
-    assert "never: rank 0 has made it" in capsys.readouterr().err
+    (tmp_path / "old").write_text("of an earlier run")  # on the node's own disk
+    for name, text in (("never", ""), ("old", "of this run")):
+        with pytest.raises(SystemExit):
+            common.await_file(tmp_path / name, text, seconds=0)
+        assert f"{name}: rank 0 has made it" in capsys.readouterr().err
+    common.await_file(tmp_path / "old", "of an earlier run", seconds=0)
