@@ -14,7 +14,7 @@ more answers for hard problems, and has them written at greater length.
 Of the paper we could read the abstract, part of the introduction and a caption, and the authors' unfinished code.
 From the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; three rounds; the two controls. Ours: the
 rules that make them work (draw until T; examples from D_o). Each constant says where its value is from.
-Differs from the paper in what cannot be known.
+Where it differs from the paper we cannot know, as we have not read the rest.
 
   torchrun dast.py --toy                                                 2 CPU cores: 2 min, 1.2 GB, 54 % (measured)
   torchrun dast.py --model Qwen/Qwen2.5-1.5B                             one GPU: not measured yet

@@ -451,8 +451,9 @@ def compare(folders):
         fail("--compare: there is no problem that all these runs were scored on")
     amount = min([past.rounds[-1]["generated"] for past in runs if past.rounds[-1]["generated"]] or [0])
     print_texts("accuracy, %", {name: accuracies(arm, ids, rng) for name, arm in arms.items()})
-    print_texts(f"the same, against {first}", {name: differences(arm, arms[first], amount, ids, rng)
-                                               for name, arm in arms.items()})
+    if len(arms) > 1:
+        print_texts(f"the same, against {first}", {name: differences(arm, arms[first], amount, ids, rng)
+                                                   for name, arm in arms.items()})
     print_texts("what it cost", {name: costs(arm) for name, arm in arms.items()})
     left_out = len({i for past in runs for i in past.end["right"]}) - len(ids)
     say(f"(on the {len(ids):,} problems that all were scored on" + f", without {left_out:,} others" * (left_out > 0)
@@ -483,11 +484,11 @@ def percent(found, digits=1, sign=""):
 
 def accuracies(arm, ids, rng):
     """{column: text}: accuracy at the end on all problems, on each set, if there are several, and on each level."""
-    levels = {i: f"level {arm[0].levels[i]}" for i in ids if i in arm[0].levels}
-    sets = {i: i.rsplit("/", 1)[0] for i in ids}
+    levels, sets = arm[0].levels, {i: i.rsplit("/", 1)[0] for i in ids}
     parts = {"all": ids} | {name: [i for i in ids if sets[i] == name] for name in dict.fromkeys(sets.values())
                             if len({*sets.values()}) > 1}
-    parts |= {name: [i for i in ids if levels.get(i) == name] for name in sorted({*levels.values()})}
+    parts |= {f"level {level}": [i for i in ids if levels.get(i) == level]
+              for level in sorted({levels[i] for i in ids if i in levels})}
     ends = [past.end["right"] for past in arm]
     return {name: percent(mean_over_seeds(table_of(ends, of), rng), digits=int(not name.startswith("level")))
             for name, of in parts.items()}
@@ -593,13 +594,12 @@ def draw_problems(arms, file):
             axis.errorbar([k + 0.05 * (place - len(arms) / 2) for k in some], [np.mean(counts[k]) for k in some],
                           [1.96 * np.std(counts[k]) / len(counts[k]) ** 0.5 for k in some], label=name,
                           elinewidth=0.6, capsize=1.5, **looks(place))
-    for axis, what in zip(axes, ("sampled", "trained on, with own answers")):
+    for axis, what in zip(axes, ("sampled", "trained on")):
         axis.set_xticks(range(4), [f"{label}\n{len(ids):,}" for label, ids in zip(shown, members)])
         axis.set_xlabel("right answers to a problem, of all by these runs; number of problems")
-        axis.set_ylabel(f"times {what}, mean of the problems")
-        axis.set_ylim(bottom=0)
+        axis.set(ylabel=f"times {what}, mean of the problems", xlim=(-0.4, 3.4), ylim=(0, None))
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    drawn.suptitle("Which problems get the effort: hard ones left, easy ones right (bars: 95 % intervals of the means)")
+    drawn.suptitle("Hard problems left, easy ones right; trained on own answers (bars: 95 % intervals of the means)")
     drawn.savefig(file, dpi=150)
 
 

@@ -18,7 +18,7 @@ train, and so the loss: plain DPO is ours. The rules above, thresholds and setti
 Differs from the code in: M_0 is MODEL as it is, unless there is a STEP_SET (solutions with blank lines between steps);
 phi_r is a mean over all n_p answers, not over the different ones; exactly the budget is drawn, where the code draws
 more and drops it; an answer that was cut counts as wrong, and is in no pair; answers are checked by math-verify, and
-never read off as the last number; AIME24 and AMC23, drawn 32 times, are for eval.py (with --first "SYSTEM's words").
+never read off as the last number; AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's words as --first).
 
   torchrun hs_star.py --toy                                   2 CPU cores: 1 min, 1.1 GB, 58 % (measured)
   torchrun hs_star.py --model Qwen/Qwen2.5-7B                 one GPU: not measured yet
