@@ -53,6 +53,8 @@ def correct(folder, path):
 
 def difference(scores, others, rng):
     """Mean difference of two arms, a {problem id: 0..1} per seed each, in points, with its 95 % interval."""
+    if scores is others:
+        return "-"
     ids = [i for i in scores[0] if all(i in of for of in (*scores, *others))]
     both = [evaluation.table_of(of, ids) for of in (scores, others)]
     return evaluation.percent(evaluation.mean_over_seeds(both[0], rng, both[1]), sign="+")

@@ -441,7 +441,7 @@ def test_eval_of_several_models(tmp_path):
     done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,{tmp_path}/other", "--sets", TOY / "test.jsonl",
                   "--max-new-tokens", "96", "--n-test", "6", "--run", "two")
     first, second = json.loads((tmp_path / "runs/two/eval.json").read_text()).values()
-    assert first == second and "+0.0% [+0.0%, +0.0%] against" in done.stdout
+    assert first == second and "+0.0 [+0.0, +0.0] points against" in done.stdout
     assert len(lines(tmp_path / "runs/two/metrics.jsonl")) == 2
 
 
