@@ -12,6 +12,7 @@ choices, where the answer is a letter); or with the id of a problem of --sets in
 lines with `correct` and `reason` to responses.graded.jsonl. --compare prints what runs of the method scripts reached,
 and what it cost, and draws it (with matplotlib). The method scripts score each round with `evaluate`.
 """
+import functools
 import json
 import math
 import re
@@ -22,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (YES_NO, Checker, bar, by_problem, check_name, fail, final_answer, label_of, letter_of,
-                    load_problems, load_tokenizer, make_prompt, normalize, override_from_cli, piece_of, rank, read,
-                    read_problem, sample, say, seed_of, setup, start_run, threads_per_process)
+from common import (YES_NO, Checker, bar, by_problem, check_name, constants_of, fail, final_answer, label_of,
+                    letter_of, load_problems, load_tokenizer, make_prompt, normalize, override_from_cli, piece_of, rank,
+                    read, read_problem, sample, say, seed_of, setup, start_run, threads_per_process)
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
@@ -192,11 +193,6 @@ def show_answers(problems, responses):
                 + f"\n    (the answer is {problem['answer']})")
 
 
-def shares(score):
-    """{problem id: share of right answers}."""
-    return {i: right / score["samples"] for i, right in score["correct"].items()}
-
-
 def print_table(scores, first):
     """Print {name: score} as rows: accuracy, its interval, accuracy by level; below a row its sets, if it has several,
     and pass@k and maj@k."""
@@ -334,8 +330,6 @@ def regrade(path):
 
 SECONDS = {"sampling": "(probe|sample|presample|resample|rollout|tag)$", "rewards": "(pre|re)reward$",
            "training": "train$", "scoring": "eval"}  # kinds of phases
-MAY_DIFFER = ("RUN", "SEED", "ROUNDS", "DATA", "ENGINE", "EAGER", "SEEDED", "GPU_MEMORY", "MAX_TOKENS", "SAVE_MINUTES",
-              "WANDB", "contents")  # between seeds of one arm
 CLASSES = {"not met yet": "#cccccc", "unsolved (none right)": "#d55e00", "hard (below 40 %)": "#e69f00",
            "medium (to 70 %)": "#56b4e9", "easy (above)": "#0072b2"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe's and Ito's
@@ -384,6 +378,7 @@ class Past:
         part = (amount - before[what]) / ((after[what] - before[what]) or 1)
         return {i: (1 - part) * before["right"][i] + part * right for i, right in after["right"].items()}
 
+    @functools.cached_property
     def problems(self):
         """{id: {round: (draws, right ones, times trained on)}} of the training problems that were met, up to the round
         that is shown, probes too (DAST's in round 0); trained on: with own answers, in all epochs."""
@@ -405,8 +400,10 @@ def arms_of(folders):
     nothing else that counts are seeds of one arm."""
     arms = defaultdict(dict)
     for folder in dict.fromkeys(Path(folder) for folder in folders):
-        past = Past(folder)
-        seed, same = f"-{past.constants['SEED']}", {n: v for n, v in past.constants.items() if n not in MAY_DIFFER}
+        past, may_differ = Past(folder), {"SEED", "ROUNDS", "contents"}  # between seeds; and what is about the machine
+        may_differ |= {n for source in folder.glob("*.py") for n, (group, _) in constants_of(source).items()
+                       if group.startswith("Machine")}
+        seed, same = f"-{past.constants['SEED']}", {n: v for n, v in past.constants.items() if n not in may_differ}
         same |= {n: same[n].removesuffix(seed) for n in ("DRAWS_LIKE", "SIZE_LIKE") if n in same}
         arms[str(folder).removesuffix(seed), json.dumps(same)][past.constants["SEED"]] = past
     names = {key: f"{key[0]}-{','.join(map(str, sorted(of)))}" if len(of) > 1 else str([*of.values()][0].folder)
@@ -499,21 +496,21 @@ def differences(arm, other, amount, ids, rng):
     generated, with the accuracy there."""
     ends, others = ([past.end["right"] for past in of] for of in (arm, other))
     there, others_there = ([past.at("generated", amount) for past in of] for of in (arm, other))
-    gain = mean_over_seeds(table_of(ends, ids), rng, table_of(others, ids))
-    row = {"at the end": "-" if arm is other else percent(gain, sign="+")}
-    if all(there):
-        row[f"accuracy at {amount:,} tokens"] = percent(mean_over_seeds(table_of(there, ids), rng))
-        if all(others_there) and arm is not other:
-            gain = mean_over_seeds(table_of(there, ids), rng, table_of(others_there, ids))
-            row["difference there"] = percent(gain, sign="+")
-    return row
+    def gain(of, against):
+        if arm is other or not all(of + against):
+            return "-"
+        return percent(mean_over_seeds(table_of(of, ids), rng, table_of(against, ids)), sign="+")
+
+    reached = percent(mean_over_seeds(table_of(there, ids), rng)) if all(there) else "-"
+    return {"at the end": gain(ends, others), f"accuracy at {amount:,} tokens": reached,
+            "difference there": gain(there, others_there)}
 
 
 def costs(arm):
     """{column: text}, what an arm spent up to the round that is shown: the means of its seeds; and how often the
     problems that were trained on were, as in AdaSTaR's Table 2."""
     mean = {what: np.mean([past.end[what] for past in arm]) for what in arm[0].end if what != "right"}
-    times = [sum(used for _, _, used in of.values()) for past in arm for of in past.problems().values()]
+    times = [sum(used for _, _, used in of.values()) for past in arm for of in past.problems.values()]
     times = np.array([n for n in times if n] or [0])
     names = {"generated": "generated", "all drawn": "drawn", "trained on": "trained"}
     return {"round": ",".join(map(str, sorted({past.end["round"] for past in arm}))),
@@ -548,7 +545,8 @@ def figure(panels, height=3.4, columns=3):
 
 def looks(i):
     """How the i-th arm is drawn: seven colours and marks, which come again with other lines."""
-    return {"color": COLOURS[i % 7], "marker": "osD^vPX"[i % 7], "linestyle": ("-", "--", ":", "-.")[i // 7 % 4],
+    again, place = divmod(i, len(COLOURS))
+    return {"color": COLOURS[place], "marker": "osD^vPX"[place], "linestyle": ("-", "--", ":", "-.")[again % 4],
             "markersize": 3.5, "linewidth": 1.4}
 
 
@@ -575,27 +573,30 @@ def draw_accuracy(arms, amount, ids, file):
     drawn.savefig(file, dpi=150)
 
 
+def effort(arms):
+    """{arm: (times sampled, times trained on)}, each a list of the problems' means over seeds for each of four bins: by
+    how often all runs together answered them rightly, below 25 %, to 50 %, to 75 %, above."""
+    totals, bins = defaultdict(lambda: np.zeros(2)), [[], [], [], []]
+    for i, of in (item for arm in arms.values() for past in arm for item in past.problems.items()):
+        totals[i] += np.array([*of.values()]).sum(0)[:2]
+    for i, (draws, right) in totals.items():
+        bins[min(3, int(4 * right / draws))].append(i)
+    return {name: [[[np.mean([sum(of[part] for of in past.problems.get(i, {}).values()) for past in arm]) for i in ids]
+                    for ids in bins] for part in (0, 2)] for name, arm in arms.items()}
+
+
 def draw_problems(arms, file):
     """How often problems were sampled and trained on, by how often they were answered rightly by all runs together."""
-    histories = {name: [past.problems() for past in arm] for name, arm in arms.items()}
-    totals = defaultdict(lambda: np.zeros(2))
-    for i, of in (item for history in histories.values() for seed in history for item in seed.items()):
-        totals[i] += np.array([*of.values()]).sum(0)[:2]
-    shown = ["below 25 %", "to 50 %", "to 75 %", "above"]
-    members = [[] for _ in shown]
-    for i, (draws, right) in totals.items():
-        members[min(3, int(4 * right / draws))].append(i)
     drawn, axes = figure(2, 4.2)
-    for place, (name, history) in enumerate(histories.items()):
-        for axis, part in zip(axes, (0, 2)):
-            counts = [[np.mean([sum(of[part] for of in seed[i].values()) if i in seed else 0 for seed in history])
-                       for i in ids] for ids in members]
-            some = [k for k, of in enumerate(counts) if len(of) >= 5]  # of fewer an average says little
-            axis.errorbar([k + 0.05 * (place - len(arms) / 2) for k in some], [np.mean(counts[k]) for k in some],
-                          [1.96 * np.std(counts[k]) / len(counts[k]) ** 0.5 for k in some], label=name,
+    for place, (name, counts) in enumerate(effort(arms).items()):
+        for axis, bins in zip(axes, counts):
+            some = [k for k, of in enumerate(bins) if len(of) >= 5]  # of fewer an average says little
+            axis.errorbar([k + 0.05 * (place - len(arms) / 2) for k in some], [np.mean(bins[k]) for k in some],
+                          [1.96 * np.std(bins[k]) / len(bins[k]) ** 0.5 for k in some], label=name,
                           elinewidth=0.6, capsize=1.5, **looks(place))
+    shown = [f"{label}\n{len(of):,}" for label, of in zip(("below 25 %", "to 50 %", "to 75 %", "above"), bins)]
     for axis, what in zip(axes, ("sampled", "trained on")):
-        axis.set_xticks(range(4), [f"{label}\n{len(ids):,}" for label, ids in zip(shown, members)])
+        axis.set_xticks(range(4), shown)
         axis.set_xlabel("right answers to a problem, of all by these runs; number of problems")
         axis.set(ylabel=f"times {what}, mean of the problems", xlim=(-0.4, 3.4), ylim=(0, None))
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -613,7 +614,7 @@ def draw_flow(arms, file):
     """Who moved from unsolved to easy: the class that each training problem was last seen in, from round to round."""
     drawn, axes = figure(len(arms))
     for axis, (name, arm) in zip(axes, arms.items()):
-        history = arm[0].problems()
+        history = arm[0].problems
         rounds = sorted({t for of in history.values() for t in of})
         classes, columns = dict.fromkeys(history, 0), []
         for t in rounds:
@@ -697,8 +698,9 @@ def main():
         print_subjects(of_sets)
     for model in models[1:]:
         for name in sets:
-            both = [table_of([shares(scores[m][name])], scores[model][name]["correct"]) for m in (model, models[0])]
-            gain = mean_over_seeds(both[0], run.rng(name, "difference"), both[1])
+            own, first = (table_of([scores[m][name]["correct"]], scores[model][name]["correct"]) / SAMPLES
+                          for m in (model, models[0]))
+            gain = mean_over_seeds(own, run.rng(name, "difference"), first)
             say(f"{name}: {model} {percent(gain, sign='+')} points against {models[0]}")
     say(f"{run.folder}/eval.json")
 

@@ -286,11 +286,13 @@ def head_to_head(seeds):
     print("\ndifferences there")
     for arm, control in AGAINST:
         print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control], rng)}")
-    folder = ROOT / "runs" / "head_to_head"
+    main, folder = {arm: arms[arm] for arm in MAIN}, ROOT / "runs" / "head_to_head"
+    print("\ntimes trained on own answers, at the ends: problems with below 25 %, to 50 %, to 75 %, more right answers")
+    for arm, (_, trained) in evaluation.effort(main).items():
+        print(f"{arm:<33}" + "  ".join(f"{np.mean(times):.1f}" for times in trained))
     folder.mkdir(exist_ok=True)
     import matplotlib
     matplotlib.use("Agg")
-    main = {arm: arms[arm] for arm in MAIN}
     evaluation.draw_accuracy(main, amount, list(reached["base"][0]), folder / "accuracy.png")
     evaluation.draw_problems(main, folder / "problems.png")
     evaluation.draw_flow(main, folder / "flow.png")

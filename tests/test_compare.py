@@ -1,6 +1,7 @@
 """--compare: what runs reached and spent, against small folders written by hand, and on a real run."""
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def make_run(folder, seed, tokens, right, selection, **constants):
                 {"round": t, "phase": "train", "tokens": 7, "flops": 100, "seconds": 2}]
         metrics += [{"round": t, "phase": "eval", "draws": 4, "tokens": 5000, "spent_tokens": 5000, "flops": 1e9,
                      "seconds": 1}, {"round": t, "phase": "round", "flops": 1, "outside_seconds": 0.5}]
+    shutil.copy(ROOT / "dast.py", folder)  # says which constants are about the machine
     (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
     (folder / "constants.json").write_text(json.dumps({"constants": {"SEED": seed, "RUN": folder.name, **constants}}))
     (folder / "round_1" / "selection.jsonl").write_text("".join(json.dumps(s) + "\n" for s in selection))
@@ -58,8 +60,10 @@ def test_what_was_spent_and_reached(two_runs):
     assert second.at("generated", 300) == {"s/0": 1, "s/1": 0.5, "s/2": 0.5, "s/3": 1}
     assert second.at("generated", 200) == {"s/0": 1, "s/1": 0, "s/2": 0, "s/3": 1} and not second.at("generated", 401)
     assert second.at("flops", 55) == {"s/0": 0.5, "s/1": 0, "s/2": 0, "s/3": 0.5}
-    assert first.problems() == {"p": {1: (4, 2, 2)}, "q": {1: (1, 0, 0)}}
-    assert second.problems() == {"q": {0: (5, 4, 0), 1: (2, 2, 8)}}  # 4 copies in 2 epochs
+    assert first.problems == {"p": {1: (4, 2, 2)}, "q": {1: (1, 0, 0)}}
+    assert second.problems == {"q": {0: (5, 4, 0), 1: (2, 2, 8)}}  # 4 copies in 2 epochs
+    sampled, trained = eval.effort({"a": [first], "b": [second]})["b"]
+    assert (sampled, trained) == ([[], [], [0], [7]], [[], [], [0], [8]])  # p 2 of 4 right and not met by b; q 6 of 8
     rng, ids = np.random.default_rng(0), ["s/0", "s/1", "s/2", "s/3"]
     row = eval.differences([second], [first], 300, ids, rng)
     assert row["at the end"].startswith("+50.0 [") and row["accuracy at 300 tokens"].startswith("75.0 [")
@@ -94,7 +98,7 @@ def test_an_unfinished_run(two_runs, tmp_path):
     past = eval.Past(run)
     assert past.end["round"] == 1 and past.rounds[-1]["round"] == 2 and eval.costs([past])["generated"] == "100"
     (run / "round_2" / "selection.jsonl").write_text('{"id": "q", "outcomes": [1, 0], "pair": [0, 1]}\n')
-    assert past.problems()["q"] == {1: (1, 0, 0)}
+    assert past.problems["q"] == {1: (1, 0, 0)}
 
 
 def test_intervals_over_seeds_cover_the_truth():
@@ -115,18 +119,18 @@ def test_classes(draws, right, place):  # DAST's cuts: 0.4 and 0.7 are medium
     assert eval.class_of(draws, right) == place
 
 
-@pytest.mark.parametrize("draws", ["sft", "dpo"])
-def test_compare(finished, copy_of, draws):
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+def test_compare(finished, copy_of, loss):
     pytest.importorskip("matplotlib")
     score = json.loads((copy_of / "runs/one/round_1/eval.json").read_text())
     name = "one"
-    if draws == "dpo":  # on other problems too
+    if loss == "dpo":  # on other problems too
         launch(copy_of, "dast.py", *SMOKE, "--loss", "dpo", "--run", "dpo", "--held-out", "3", "--n-test", "6")
         name = "dpo"
     done = launch(copy_of, "eval.py", "--compare", "runs/one", f"runs/{name}", "--run", "seen")
     low, high = score["interval"]
     row = next(line for line in done.stdout.splitlines() if line.startswith("one "))
-    if draws == "sft":
+    if loss == "sft":
         assert f"{100 * score['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in row
         assert "level 1" in done.stdout
     else:

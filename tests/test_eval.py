@@ -60,7 +60,7 @@ def test_score():
     assert {k: part["accuracy"] for k, part in score["pass_at"].items()} == {"1": 3 / 8, "2": 1 / 2}
     assert score["maj_at"]["2"]["accuracy"] == (1 + 1 / 2) / 4 and list(score["by_set"]) == ["s/test"]
     assert score["level"] == {"s/test/0": 1, "s/test/1": 1, "s/test/2": 2, "s/test/3": 2}
-    shares = eval.table_of([eval.shares(score)], score["correct"])
+    shares = eval.table_of([score["correct"]], score["correct"]) / score["samples"]
     assert shares.tolist() == [[1, 0.5, 0, 0]]
     found = eval.mean_over_seeds(shares, np.random.default_rng(0), shares)
     assert found == {"accuracy": 0, "interval": [0, 0], "n": 4}
