@@ -17,16 +17,16 @@ whole optimizer steps (code); one answer to a problem is trained on, and where t
 these are repeated to as many steps (code); AdamW on float32 weights; prompts of our own, and answers in a box; the
 iteration to report is chosen on training problems that are held out for it, never on the test set as in the paper.
 
-  torchrun adastar.py --toy                                   2 CPU cores: 1.1 min, 1.0 GB, 61 % (measured)
-  torchrun adastar.py --model Qwen/Qwen2.5-3B                 one GPU: not measured yet
+  python adastar.py --toy                                     2 CPU cores: 1.1 min, 1.0 GB, 61 % (measured)
+  python adastar.py --model Qwen/Qwen2.5-3B                   one GPU: not measured yet
   torchrun --nproc-per-node 8 adastar.py --model meta-llama/Llama-3.2-3B --train-data adastar_arc \\
       --test-data arc_challenge --hint                        eight GPUs: not measured yet
 """
 import numpy as np
 
-from common import (Log, at_once, by_problem, claims, fail, last_boxed, load_problems, load_tokenizer, make_example,
-                    make_prompt, override_from_cli, sample, say, start_run, train)
-from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
+from common import (GROUP, by_problem, count_only, end_round, evaluate, fail, final_table, last_boxed, launch,
+                    load_problems, make_example, make_prompt, prepare, sample, say, show_answers, train,
+                    worked_examples)
 
 # What to run
 MODEL = "Qwen/Qwen2.5-3B"  # the base: a Hub name or a folder (paper: for gsm8k; Llama-3.2-3B for the others)
@@ -70,16 +70,24 @@ BATCH_SIZE = 8  # answers per optimizer step, over all GPUs (paper)
 WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (paper; not applied in the code)
 CLIP = 1.0  # largest gradient norm (ours)
 
-# Machine: may differ when a run goes on
-RUN = ""  # the folder under runs/; empty is script name and seed (ours)
+# Machine: may differ when a run resumes
+NAME = ""  # the folder under runs/; empty is script name and seed (ours)
 DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
 ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
 SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time (ours)
 GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
-MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result (ours)
+MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result; on a CPU fewer if need be (ours)
+RECOMPUTE = False  # make activations again in the backward pass: less memory, a third more time (ours)
 SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
+KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still needed; 0 is all (ours)
+KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
 WANDB = False  # log to Weights & Biases too (ours)
+
+# What is legal: the values, or the least one (of other numbers 0)
+LEGAL = dict(START=("base", "previous"), ORDER=("adaptive", "stale", "hardest", "random"), STEPS=1, GROWTH=1.0,
+             K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), MAX_NEW_TOKENS=1, BATCH_SIZE=1,
+             ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=500,
            N_TEST=300, HELD_OUT=100, ROUNDS=6, STEPS=10, SHOTS=2, EXAMPLES_FROM="tests/toy/train.jsonl",
@@ -99,7 +107,7 @@ def walk_order(last, w, rng):
     return np.lexsort(keys[::-1])  # its last key comes first
 
 
-def wanted(t):
+def beta_of(t):
     """beta_t: how many correct answers iteration t asks for."""
     return BATCH_SIZE * int(STEPS * GROWTH ** (t - 1))
 
@@ -111,52 +119,39 @@ def outcomes_of(responses):
 
 def choose(outcomes):
     """The draws that enter D+: the correct ones, the first TRACES of them."""
-    return [draw for draw, right in enumerate(outcomes) if right][:TRACES or None]
+    correct = [draw for draw, outcome in enumerate(outcomes) if outcome == 1]
+    return correct[:TRACES or None]
 
 
-class Walk:
-    """A walk at work: when do the problems, in their order, have given `goal` correct answers?
+def walk(order, beta, rate, draw):
+    """AdaD (Algorithm 1, lines 5-12): visit problems in `order` until beta_t correct answers are there.
 
-    All processes draw ahead, and tell one another what their problems gave. That decides what is worth asking for, and
-    what can be cancelled, but not the result: in the end everything before `end` is known, and nothing else counts.
+    draw(block, problems) -> {problem: responses}, for a block of problems at once, which keeps the sampler busy. What
+    a block has behind the end is dropped: the result does not depend on the size of the blocks. rate: answers to
+    train on that a problem gives, as the last iteration saw it. Returns {problem: responses} of the visited, in order.
     """
+    visited = {}
+    collected = 0  # |D+|
+    block = 0
+    while len(visited) < len(order):
+        size = block_size(beta - collected, rate)
+        drawn = draw(block, order[len(visited):len(visited) + size])
+        for i, responses in drawn.items():  # the stalest and hardest first
+            visited[i] = responses
+            collected += len(choose(outcomes_of(responses)))
+            if STOP_AT_BETA and collected >= beta:
+                return visited
+        rate = collected / len(visited)
+        block += 1
+    return visited
 
-    def __init__(self, n, goal, rate):
-        self.goal, self.total, self.asked, self.log = goal, 0, 0, Log()
-        self.gave, self.known = np.zeros(n, int), np.zeros(n, bool)  # answers of a problem to train on; is it done?
-        self.end, self.far = n, goal / max(rate, 0.1)  # from `end` on no problem can matter, from `far` on not likely
-        self.expected = self.far  # at the rate of the last iteration; what is known counts for more and more
-        self.claims, self.held = None, None
 
-    def exchange(self, finished):
-        """Tell the others of problems that are finished here, {place: responses}, and hear of theirs."""
-        if finished:
-            self.log.append([(place, len(choose(outcomes_of(rs)))) for place, rs in finished.items()])
-        news = [item for entry in self.log.new() for item in entry]
-        for place, answers in news:
-            self.gave[place], self.known[place] = answers, True
-        if news:
-            self.asked = max(self.asked, 1 + max(place for place, _ in news))
-            sums, done = self.gave[:self.asked].cumsum(), self.known.sum()
-            self.total = int(sums[-1])
-            if self.total >= self.goal:  # maybe with gaps before it; what they give can only bring the end nearer
-                self.end = self.far = int(np.searchsorted(sums, self.goal)) + 1
-            else:  # never short of the first that is unknown, or nobody would take it
-                needed = self.goal * (done + self.expected) / (self.total + self.goal)
-                self.far = max(done + 1, 1.1 * needed)
-
-    def take(self, size=1):
-        """The first of the next `size` places for this process to see to; None where there are none, or not yet."""
-        self.claims = self.claims or claims(-(-len(self.gave) // size))
-        self.held = next(self.claims, None) if self.held is None else self.held
-        if self.held is None or self.held * size >= self.far:
-            return None
-        place, self.held = self.held * size, None
-        return place
-
-    def over(self):
-        """Whether all that can matter is known."""
-        return self.known[:self.end].all()
+def block_size(missing, rate):
+    """How many problems to draw at once: what should give the missing answers, and a tenth; in whole batches."""
+    if not STOP_AT_BETA:
+        return 10**9  # all
+    expected = 1.1 * missing / max(rate, 0.1)
+    return GROUP * int(np.ceil(expected / GROUP))
 
 
 def spread(total, beta, rng):
@@ -165,8 +160,10 @@ def spread(total, beta, rng):
         return [beta // total + (place < beta % total) for place in range(total)]
     if STOP_AT_BETA or TRAIN_ON_ALL or total <= beta:
         return [1] * total
-    taken = set(rng.permutation(total)[:beta].tolist())
-    return [int(place in taken) for place in range(total)]
+    copies = [0] * total
+    for place in rng.permutation(total)[:beta]:
+        copies[place] = 1
+    return copies
 
 
 def to_commit(visited, solved):
@@ -174,21 +171,24 @@ def to_commit(visited, solved):
     return visited * solved ** CURRICULUM_POWER // visited ** CURRICULUM_POWER
 
 
-@at_once()
-def select(visited, last, w, outcomes, beta, rng):
+def select(problems, visited, last, w, beta, rng):
     """selection.jsonl: for each visited problem, in the order of the walk, all that was decided, and from what.
 
-    visited: ids; last and w: their t~ and w before; outcomes: of their draws. `chosen` are the draws that enter D+,
-    `copies` says how often each is trained on, `committed` whether (t, win_rate) replaces (last, w).
-    """
-    chosen = list(map(choose, outcomes))
-    copies = iter(spread(sum(map(len, chosen)), beta, rng))
-    solved = sum(map(any, outcomes))
-    alpha, commits = solved / len(visited), to_commit(len(visited), solved)
-    rows = zip(range(len(visited)), visited, last.tolist(), w.tolist(), outcomes, chosen)
-    return [{"id": i, "visit": visit, "last": before, "w": w_before, "outcomes": draws, "alpha": alpha,
-             "win_rate": sum(draws) / len(draws), "chosen": kept, "copies": [next(copies) for _ in kept],
-             "committed": visit < commits} for visit, i, before, w_before, draws, kept in rows]
+    visited: {place of a problem: its responses}; last and w: t~ (n,) and w (n,) before. `chosen` are the draws that
+    enter D+, `copies` says how often each is trained on, `committed` whether (t, win_rate) replaces (last, w)."""
+    outcomes = [outcomes_of(responses) for responses in visited.values()]
+    chosen = [choose(draws) for draws in outcomes]
+    copies = iter(spread(sum(len(draws) for draws in chosen), beta, rng))
+    solved = sum(any(draws) for draws in outcomes)
+    commits = to_commit(len(visited), solved)
+    selection = []
+    for visit, i in enumerate(visited):
+        draws = outcomes[visit]
+        selection.append({"id": problems[i]["id"], "visit": visit, "last": int(last[i]), "w": float(w[i]),
+                          "outcomes": draws, "alpha": solved / len(visited), "win_rate": sum(draws) / len(draws),
+                          "chosen": chosen[visit], "copies": [next(copies) for _ in chosen[visit]],
+                          "committed": visit < commits})
+    return selection
 
 
 def hinted(problem):
@@ -208,108 +208,124 @@ def sft_loss(logprobs, batch):
 def make_examples(tokenizer, selection, by_id, responses):
     """D+: the chosen answers as training examples, in the order of the walk."""
     text = {(r["id"], r["draw"]): r["text"] for r in responses}
-    return [make_example(tokenizer, PROMPT, by_id[s["id"]], text[s["id"], draw], system=SYSTEM)
-            for s in selection for draw, n in zip(s["chosen"], s["copies"]) for _ in range(n)]
+    examples = []
+    for s in selection:
+        for draw, copies in zip(s["chosen"], s["copies"]):
+            completion = text[s["id"], draw]
+            examples += [make_example(tokenizer, PROMPT, by_id[s["id"]], completion, system=SYSTEM)] * copies
+    return examples
 
 
 def report_selection(run, t, selection, beta, n):
     """How far the walk went and what it gave; where all problems gave less than beta_t, what becomes of that."""
+    answers = sum(len(s["chosen"]) for s in selection)
+    trained = sum(sum(s["copies"]) for s in selection)
     values = {"beta": beta, "visited": len(selection), "solved": sum(any(s["outcomes"]) for s in selection),
               "solved_at_once": sum(s["outcomes"][0] for s in selection), "alpha": selection[0]["alpha"],
-              "committed": sum(s["committed"] for s in selection),
-              "answers": sum(len(s["chosen"]) for s in selection), "trained": sum(sum(s["copies"]) for s in selection)}
+              "committed": sum(s["committed"] for s in selection), "answers": answers, "trained": trained}
     run.log(t, "select", **values)
-    say(f"  round {t}  {'select':<9} {values['visited']:>7,} of {n:,} visited, {values['solved']:,} solved "
-        f"({values['solved_at_once']:,} at once), alpha {values['alpha']:.2f}, {values['committed']:,} committed; "
-        f"beta {beta:,}, {values['trained']:,} trained on")
-    if 0 < values["answers"] < beta and not TRAIN_ON_ALL:
-        fate = f"repeated to {values['trained']:,}" if values["trained"] > values["answers"] else "each trained on once"
-        say(f"  round {t}  all problems are visited and gave {values['answers']:,} correct answers of {beta:,}: {fate}")
+    say("  round {}  select    {visited:>7,} of {:,} visited, {solved:,} solved ({solved_at_once:,} at once), alpha "
+        "{alpha:.2f}, {committed:,} committed; beta {beta:,}, {trained:,} trained on".format(t, n, **values))
+    if 0 < answers < beta and not TRAIN_ON_ALL:
+        fate = f"repeated to {trained:,}" if trained > answers else "each trained on once"
+        say(f"  round {t}  all problems are visited and gave {answers:,} correct answers of {beta:,}: {fate}")
+
+
+def best_round(validation, scores):
+    """The iteration to report: the best on the held-out problems (the first of equals); without them the last."""
+    names = [name for name in validation or scores if name != "base"]
+    if not validation:
+        return names[-1]
+    return max(names, key=lambda name: validation[name]["accuracy"])
 
 
 def report_iteration(run, scores, validation):
-    """The iteration to report: the best on the held-out problems (the first of equals); without them the last."""
-    names = [name for name in validation or scores if name != "base"]
-    if names:
-        name = max(names, key=lambda name: validation[name]["accuracy"]) if validation else names[-1]
-        t = int(name.split()[1])
-        found = {where: scored[name]["accuracy"] for where, scored in (("held_out", validation), ("test", scores))
-                 if scored} | {"total_flops": run.metrics[t, "round"]["total_flops"]}
-        run.log(0, "reported", iteration=t, **found)
-        say(f"reported: {name}, " + ("the best on the held-out problems" if validation else "the last") + "".join(
-            f"; {where.replace('_', ' ')} {found[where]:.1%}" for where in ("held_out", "test") if where in found)
-            + f"; {found['total_flops']:.2e} FLOPs")
+    """Print and log the iteration to report."""
+    name = best_round(validation, scores)
+    t = int(name.split()[1])
+    values = {"iteration": t, "total_flops": run.metrics[t, "round"]["total_flops"]}
+    text = f"reported: {name}, the {'best on the held-out problems' if validation else 'last'}"
+    for where, scored in (("held_out", validation), ("test", scores)):
+        if scored:
+            values[where] = scored[name]["accuracy"]
+            text += f"; {where.replace('_', ' ')} {values[where]:.1%}"
+    run.log(0, "reported", **values)
+    say(f"{text}; {values['total_flops']:.2e} FLOPs")
 
 
 def main():
     if TRAIN_ON_ALL and STOP_AT_BETA:
         fail("--train-on-all needs --no-stop-at-beta: a walk that stops has no more than beta_t")
-    if TRACES != 1 and RETRY or TRACES > K_SAMPLES:
+    if (TRACES != 1 and RETRY) or TRACES > K_SAMPLES:
         fail(f"--traces {TRACES} needs --no-retry and as many --k-samples: else a problem has fewer correct answers")
     if HINT and K_SAMPLES == 1:
         fail("--hint needs --k-samples above 1: it is for draws after the first")
-    if GROWTH < 1:
-        fail(f"--growth {GROWTH}: the steps shrink, in the end to none; 1 keeps them as they are")
-    tokenizer = load_tokenizer(MODEL, PROMPT, SYSTEM)
-    problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
-    problems, held_out = hold_out(problems, HELD_OUT, SEED)
-    tests = load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else []
-    examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p] if EXAMPLES_FROM else []
-    if EXAMPLES_FROM and not examples:
-        fail(f"--examples-from {EXAMPLES_FROM}: no problem in it has a solution")
-    run = start_run(globals(), problems, held_out, tests)
-    examples = [examples[i] for i in run.rng("examples").permutation(len(examples))[:SHOTS + 1]]
-    place = {p["id"]: i for i, p in enumerate(problems)}
+    examples = []
+    if EXAMPLES_FROM:
+        examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p]
+        if not examples:
+            fail(f"--examples-from {EXAMPLES_FROM}: no problem in it has a solution")
+    run, tokenizer, problems, held_out, tests = prepare(globals(), examples)
     by_id = {p["id"]: p for p in problems}
-    say(f"  data     {len(problems):,} training problems, {len(held_out):,} held out; {len(tests):,} test problems")
-
+    place = {p["id"]: i for i, p in enumerate(problems)}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
+    training = dict(warmup=WARMUP, epochs=1, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP, decay=False)
+    shots = 0 if PROMPT == "zero_shot" else SHOTS
+    order = run.rng("examples").permutation(len(examples))
+    fixed = [examples[i] for i in order[:shots + 1]]  # one more than needed, so that none meets itself
 
     def few_shot(problem, draw):
-        shown = [e for e in examples or worked_examples(problem) if e["problem"] != problem["problem"]]
-        shown = shown[:SHOTS if PROMPT != "zero_shot" else 0]
+        pool = fixed or worked_examples(problem)
+        shown = [e for e in pool if e["problem"] != problem["problem"]][:shots]
         if HINT and draw > 0:
-            problem, shown = hinted(problem), [hinted(e) for e in shown]
+            problem = hinted(problem)
+            shown = [hinted(e) for e in shown]
         return make_prompt(tokenizer, PROMPT, problem, shown, SYSTEM)
 
     def zero_shot(problem, draw):
         return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)
 
-    def score(t, model, name, prompt):
-        """Greedy accuracy on the test problems and on those held out."""
-        for into, suffix, those in ((scores, "", tests), (validation, "_held_out", held_out)):
-            if those:
-                into[name] = evaluate(run, f"round_{t}/eval{suffix}.json", model, those, prompt, round=t,
-                                      phase=f"eval{suffix}", **greedy)
+    def enough(responses):
+        return outcomes_of(responses)[-1] == 1
 
-    model, scores, validation = MODEL, {}, {}
-    score(0, model, "base", few_shot)
+    scores = {}
+    validation = {}
+
+    def score(t, name, model, prompt):
+        """Score a model on the test problems and on those held out."""
+        if tests:
+            scores[name] = evaluate(run, f"round_{t}/eval.json", model, tests, prompt, **greedy)
+        if held_out:
+            validation[name] = evaluate(run, f"round_{t}/eval_held_out.json", model, held_out, prompt, **greedy)
+
+    model = MODEL
+    score(0, "base", model, few_shot)
     end_round(run, 0)
-    last, w, alpha = np.zeros(len(problems), int), np.zeros(len(problems)), 0.5  # t~, w, and at first a guess
+    last = np.zeros(len(problems), int)  # t~: the last iteration whose statistics were kept
+    w = np.zeros(len(problems))  # share of correct draws then
+    alpha = 0.5  # problems solved / visited; at first a guess
+    models = {}
     for t in range(1, ROUNDS + 1):
         # 1. AdaD (Alg. 1, lines 5-12): walk from the stalest and hardest until beta_t correct answers are there
-        beta, order = wanted(t), walk_order(last, w, run.rng(t, "order"))
-        responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
-            run, model, [problems[i] for i in order], K_SAMPLES, few_shot,
-            enough=(lambda draws: outcomes_of(draws)[-1] == 1) if RETRY else None,
-            walk=Walk(len(problems), beta, alpha) if STOP_AT_BETA else None, round=t, phase="sample", **drawn))
-        visited = by_problem(responses)
-        before = [place[i] for i in visited]
-        outcomes = [outcomes_of(rs) for rs in visited.values()]
-        selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
-            list(visited), last[before], w[before], outcomes, beta, run.rng(t, "cut")))
+        def draw(block, places):
+            responses = sample(run, f"round_{t}/responses_{block}.jsonl", model, [problems[i] for i in places],
+                               K_SAMPLES, few_shot, enough=enough if RETRY else None, **drawn)
+            return {place[i]: own for i, own in by_problem(responses).items()}
+
+        beta = beta_of(t)
+        visited = walk(walk_order(last, w, run.rng(t, "order")), beta, alpha, draw)
+        responses = count_only(run, t, "responses", visited.values())
+        selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
         report_selection(run, t, selection, beta, len(problems))
         show_answers(problems, responses)
 
         # 2. Train(pi_t, D+) (line 14): with a fresh optimizer
         d_plus = make_examples(tokenizer, selection, by_id, responses)
         if d_plus:
-            d_plus = run.once(f"round_{t}/train.jsonl", lambda: d_plus)
+            d_plus = run.once(f"round_{t}/train.jsonl", list, d_plus)
             start = model if START == "previous" else MODEL
-            model = run.once(f"round_{t}/model", lambda to: train(
-                run, start, d_plus, sft_loss, to, round=t, lr=LR, warmup=WARMUP, decay=False, epochs=1,
-                batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS, weight_decay=WEIGHT_DECAY, clip=CLIP))
+            model = train(run, f"round_{t}/model", start, d_plus, sft_loss, lr=LR, **training)
         else:
             say(f"  round {t}  {len(responses):,} answers and none is correct: D+ is empty, the model stays as it is")
 
@@ -317,13 +333,15 @@ def main():
         alpha = selection[0]["alpha"]
         for s in selection:
             if s["committed"]:
-                last[place[s["id"]]], w[place[s["id"]]] = t, s["win_rate"]
-        score(t, model, f"round {t}", zero_shot)
-        end_round(run, t)
+                last[place[s["id"]]] = t
+                w[place[s["id"]]] = s["win_rate"]
+        score(t, f"round {t}", model, zero_shot)
+        models[f"round {t}"] = model
+        end_round(run, t, keep=[model, models[best_round(validation, scores)]])
     final_table(run, scores or validation)
-    report_iteration(run, scores, validation)
+    if ROUNDS:
+        report_iteration(run, scores, validation)
 
 
 if __name__ == "__main__":
-    override_from_cli(globals())
-    main()
+    launch(main, globals())

@@ -16,16 +16,14 @@ From the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; th
 rules that make them work (draw until T; examples from D_o). Each constant says where its value is from.
 Where it differs from the paper we cannot know, as we have not read the rest.
 
-  torchrun dast.py --toy                                                 2 CPU cores: 2 min, 1.2 GB, 54 % (measured)
-  torchrun dast.py --model Qwen/Qwen2.5-1.5B                             one GPU: not measured yet
+  python dast.py --toy                                                   2 CPU cores: 2 min, 1.2 GB, 54 % (measured)
+  python dast.py --model Qwen/Qwen2.5-1.5B                               one GPU: not measured yet
   torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
 """
-import functools
 from pathlib import Path
 
-from common import (at_once, by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt,
-                    override_from_cli, read, sample, say, sequence_logprobs, spread_evenly, start_run, train)
-from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
+from common import (by_problem, end_round, evaluate, fail, final_table, launch, make_example, make_prompt, prepare,
+                    read, sample, say, sequence_logprobs, show_answers, spread_evenly, train, worked_examples)
 import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
 
 # What to run
@@ -71,16 +69,26 @@ BATCH_SIZE = 32  # answers (pairs) per optimizer step, over all GPUs (code)
 WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (code)
 CLIP = 0.3  # largest gradient norm (code)
 
-# Machine: may differ when a run goes on
-RUN = ""  # the folder under runs/; empty is script name and seed (ours)
+# Machine: may differ when a run resumes
+NAME = ""  # the folder under runs/; empty is script name and seed (ours)
 DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
 ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
 SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time (ours)
 GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
-MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result (ours)
+MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result; on a CPU fewer if need be (ours)
+RECOMPUTE = False  # make activations again in the backward pass: less memory, a third more time (ours)
 SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
+KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still needed; 0 is all (ours)
+KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
 WANDB = False  # log to Weights & Biases too (ours)
+
+# What is legal: the values, or the least one (of other numbers 0)
+LEGAL = dict(START=("base", "previous"), LOSS=("sft", "dpo"), VARIANT=("PL", "P", "L", ""), K_PROBE=1, M_TARGET=1,
+             K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1,
+             ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
+
+WORKED_SOLUTION = None  # stands for the problem's own solution in a pair of draws
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=200,
            N_TEST=300, K_PROBE=5, K_SAMPLES=2, SHOTS=2, MAX_NEW_TOKENS=96, LR=3e-4, LR_DPO=3e-5, EPOCHS=3, CLIP=1.0,
@@ -92,7 +100,13 @@ TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DAT
 def level_of(correct, draws):
     """Difficulty of a problem from its probe, by the share correct: "E", "M", "H" or "U" (unsolved)."""
     p = correct / draws
-    return "E" if p > CUTS[0] else "M" if p >= CUTS[1] else "H" if p > 0 else "U"
+    if p > CUTS[0]:
+        return "E"
+    if p >= CUTS[1]:
+        return "M"
+    if p > 0:
+        return "H"
+    return "U"
 
 
 def target_and_budget(level):
@@ -101,26 +115,38 @@ def target_and_budget(level):
     return M_TARGET * TARGETS[hardness], K_SAMPLES * BUDGETS[hardness]
 
 
-def outcomes_of(responses):
+def distinct_of(responses):
     """One problem's draws as numbers: 0 is wrong (or cut by the length limit), k the k-th distinct correct text.
 
-    Correct draws "a", "a ", "b" after a wrong one: [0, 1, 1, 2]; the exact text counts, without blanks around it.
-    """
+    Correct draws "a", "a ", "b" after a wrong one: [0, 1, 1, 2]; the exact text counts, without blanks around it."""
     seen = {}
-    return [seen.setdefault(r["text"].strip(), len(seen) + 1) if r["correct"] and r["finish"] == "stop" else 0
-            for r in responses]
+    outcomes = []
+    for response in responses:
+        outcome = 0
+        if response["correct"] and response["finish"] == "stop":
+            outcome = seen.setdefault(response["text"].strip(), len(seen) + 1)
+        outcomes.append(outcome)
+    return outcomes
 
 
 def choose(outcomes, target):
     """The draws that enter D_a: the first of each distinct correct text, `target` of them at most."""
-    return [draw for draw, k in enumerate(outcomes) if k and k not in outcomes[:draw]][:target]
+    chosen = []
+    for draw, outcome in enumerate(outcomes):
+        if outcome > 0 and outcome not in outcomes[:draw] and len(chosen) < target:
+            chosen.append(draw)
+    return chosen
 
 
 def choose_pairs(responses, chosen, solved, rng):
-    """DAST-D: [(draw to prefer, draw to reject)], each chosen draw with another wrong one, at random; -1 is the worked
-    solution, which is preferred where no draw is right. Without a wrong draw (that has ended by itself) no pair."""
+    """DAST-D: [(draw to prefer, draw to reject)], each chosen draw with another wrong one, at random.
+
+    Where no draw is right, a `solved` problem's own solution is preferred. Without a wrong draw (that has ended by
+    itself) there is no pair."""
     wrong = [r["draw"] for r in responses if not r["correct"] and r["finish"] == "stop"]
-    better = chosen or [-1] * (solved and not any(r["correct"] for r in responses))
+    better = chosen
+    if solved and not any(r["correct"] for r in responses):
+        better = [WORKED_SOLUTION]
     return list(zip(better, rng.permutation(wrong).tolist()))
 
 
@@ -129,11 +155,17 @@ def draw_examples(problem, level, pools, shots, rng):
 
     pools: {level: problems with solutions}. What a level lacks comes from the next easier ones, then from harder ones.
     """
-    hardness, examples = "EMHU".index(level), []
-    for near in [*reversed("EMHU"[:hardness + 1]), *"EMHU"[hardness + 1:]]:
-        pool, missing = pools.get(near, []), shots - len(examples)
-        drawn = rng.choice(len(pool), min(missing + 1, len(pool)), replace=False) if missing and pool else []
-        examples += [pool[i] for i in drawn if pool[i]["problem"] != problem["problem"]][:missing]
+    hardness = "EMHU".index(level)
+    easier = "EMHU"[:hardness + 1]
+    harder = "EMHU"[hardness + 1:]
+    examples = []
+    for near in easier[::-1] + harder:
+        pool = pools.get(near, [])
+        missing = shots - len(examples)
+        if missing and pool:
+            drawn = rng.choice(len(pool), min(missing + 1, len(pool)), replace=False)  # one may be the problem itself
+            others = [pool[i] for i in drawn if pool[i]["problem"] != problem["problem"]]
+            examples += others[:missing]
     return examples
 
 
@@ -153,52 +185,32 @@ def dpo_loss(logprobs, batch):
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
-def of_other_run(folder, t):
-    """The selection that another run made in round t; ends the program if it has not got so far."""
-    path = Path(folder) / f"round_{t}" / "selection.jsonl"
-    if not path.exists():
-        fail(f"{path}: no such file; that run must have finished round {t}")
-    return read(path)
-
-
-def fixed_examples(pool, shots, rng):
-    """The examples of every prompt without L, blind to level: one more than needed, so that none meets itself."""
-    return [pool[i] for i in rng.permutation(len(pool))[:shots + 1]]
-
-
-def draw_limits(run, t, problems, level):
-    """[(T, B)] of round t, parallel to problems: by level with P; else T = B: every distinct correct answer counts."""
-    if "P" in VARIANT:
-        return [target_and_budget(level[p["id"]]) for p in problems]
-    if DRAWS_LIKE:
-        draws = sum(len(s["outcomes"]) for s in of_other_run(DRAWS_LIKE, t))
-        return [(n, n) for n in spread_evenly(draws, len(problems), run.rng(t, "draws"))]
-    return [(K_SAMPLES, K_SAMPLES)] * len(problems)
-
-
-@at_once()
-def select(problems, probe, responses, limits, size, rng):
+def select(problems, probe, responses, limits, size, run, t):
     """selection.jsonl: for each problem all that was decided, with the numbers it was decided from.
 
     `copies` says how often each chosen answer (with DPO each pair) is trained on: once; with SIZE_LIKE, `size` of them
-    spread over all. rng(*key): a generator for what is random.
-    """
-    probe, responses = by_problem(probe), by_problem(responses)
+    spread over all."""
+    probe = by_problem(probe)
+    responses = by_problem(responses)
     selection = []
     for problem, (target, budget) in zip(problems, limits):
-        probed, drawn = probe[problem["id"]], responses[problem["id"]]
-        right, outcomes = sum(r["correct"] for r in probed), outcomes_of(drawn)
-        level, chosen = level_of(right, len(probed)), choose(outcomes, target)
+        probed = probe[problem["id"]]
+        drawn = responses[problem["id"]]
+        correct = sum(r["correct"] for r in probed)
+        level = level_of(correct, len(probed))
+        outcomes = distinct_of(drawn)
+        chosen = choose(outcomes, target)
         solved = level == "U" and "solution" in problem
-        paired = LOSS == "dpo" and 0 in outcomes and (chosen or solved)  # else spare the generator, which takes longest
-        pairs = choose_pairs(drawn, chosen, solved, rng("pairs", problem["id"])) if paired else []
-        selection.append({"id": problem["id"], "probe_correct": right, "probe_draws": len(probed),
-                          "pass_rate": right / len(probed), "level": level, "target": target, "budget": budget,
-                          "outcomes": outcomes, "chosen": chosen, "pairs": pairs,
-                          "copies": [1] * len(pairs if LOSS == "dpo" else chosen)})
+        pairs = []
+        if LOSS == "dpo" and 0 in outcomes and (chosen or solved):
+            pairs = choose_pairs(drawn, chosen, solved, run.rng(t, "pairs", problem["id"]))
+        trained = pairs if LOSS == "dpo" else chosen
+        selection.append({"id": problem["id"], "probe_correct": correct, "probe_draws": len(probed),
+                          "pass_rate": correct / len(probed), "level": level, "target": target, "budget": budget,
+                          "outcomes": outcomes, "chosen": chosen, "pairs": pairs, "copies": [1] * len(trained)})
     total = sum(len(s["copies"]) for s in selection)
     if SIZE_LIKE and total:
-        copies = iter(spread_evenly(size, total, rng("size")))
+        copies = iter(spread_evenly(size, total, run.rng(t, "size")))
         for s in selection:
             s["copies"] = [next(copies) for _ in s["copies"]]
     return selection
@@ -207,86 +219,87 @@ def select(problems, probe, responses, limits, size, rng):
 def make_examples(tokenizer, selection, by_id, responses):
     """D_a: the chosen answers as training examples, or the pairs (preferred, rejected)."""
     text = {(r["id"], r["draw"]): r["text"] for r in responses}
-    text |= {(i, -1): problem.get("solution") for i, problem in by_id.items()}
-    trained = {s["id"]: s["pairs"] if LOSS == "dpo" else [[draw] for draw in s["chosen"]] for s in selection}
-    return [make_example(tokenizer, PROMPT, by_id[s["id"]], *(text[s["id"], draw] for draw in draws), system=SYSTEM)
-            for s in selection for draws, n in zip(trained[s["id"]], s["copies"]) for _ in range(n)]
+    examples = []
+    for s in selection:
+        problem = by_id[s["id"]]
+        text[s["id"], WORKED_SOLUTION] = problem.get("solution")
+        trained = s["pairs"] if LOSS == "dpo" else [[draw] for draw in s["chosen"]]
+        for draws, copies in zip(trained, s["copies"]):
+            completions = [text[s["id"], draw] for draw in draws]
+            examples += [make_example(tokenizer, PROMPT, problem, *completions, system=SYSTEM)] * copies
+    return examples
 
 
 def report_selection(run, t, selection, responses):
     """Per level: problems, draws, share correct, mean answer length in tokens (is L at work?), answers chosen."""
-    level = {s["id"]: s["level"] for s in selection}
-    rows, values = [], {}
-    for name in "EMHU":
-        chosen = sum(len(s["chosen"]) for s in selection if s["level"] == name)
-        drawn = [r for r in responses if level[r["id"]] == name]
-        right, tokens = (sum(r[key] for r in drawn) / max(1, len(drawn)) for key in ("correct", "tokens"))
-        values[name] = {"problems": sum(v == name for v in level.values()), "draws": len(drawn), "correct": right,
-                        "mean_tokens": tokens, "chosen": chosen}
-        rows.append(f"{name} {values[name]['problems']:,} problems {right:.0%} of {len(drawn):,}, {tokens:.0f} tokens, "
-                    f"{chosen:,} kept")
+    by_id = by_problem(responses)
+    rows = []
+    values = {}
+    for level in "EMHU":
+        chosen = [s for s in selection if s["level"] == level]
+        drawn = []
+        for s in chosen:
+            drawn += by_id[s["id"]]
+        values[level] = {"problems": len(chosen), "draws": len(drawn),
+                         "correct": sum(r["correct"] for r in drawn) / max(1, len(drawn)),
+                         "mean_tokens": sum(r["tokens"] for r in drawn) / max(1, len(drawn)),
+                         "chosen": sum(len(s["chosen"]) for s in chosen)}
+        rows.append("{} {problems:,} problems {correct:.0%} of {draws:,}, {mean_tokens:.0f} tokens, {chosen:,} kept"
+                    .format(level, **values[level]))
     run.log(t, "select", levels=values, augmented=sum(sum(s["copies"]) for s in selection))
     say(f"  round {t}  select   " + " | ".join(rows))
 
 
 def main():
-    for other in filter(None, (DRAWS_LIKE, SIZE_LIKE)):
-        if "P" in VARIANT:
-            fail("--draws-like and --size-like make controls without P; with it, levels decide both")
-        for t in range(1, ROUNDS + 1):
-            of_other_run(other, t)
     if (PROMPT == "zero_shot" or SHOTS == 0) and "L" in VARIANT:
-        fail("without examples in the prompt L can do nothing; take --variant P or ''")
+        fail("without examples in the prompt L can do nothing; choose --variant P or ''")
     if not 1 > CUTS[0] >= CUTS[1] > 0:
         fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
-    tokenizer = load_tokenizer(MODEL, PROMPT, SYSTEM)
-    problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
-    problems, held_out = hold_out(problems, HELD_OUT, SEED)
-    tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])
-    run = start_run(globals(), problems, tests)
-    solved, by_id = [p for p in problems if "solution" in p], {p["id"]: p for p in problems}
-    say(f"  data     {len(problems):,} training problems, {len(solved):,} with solutions; {len(tests):,} test problems")
-
+    check_controls()
+    run, tokenizer, problems, held_out, tests = prepare(globals())
+    tests = held_out + tests
+    by_id = {p["id"]: p for p in problems}
+    solved = [p for p in problems if "solution" in p]
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
-    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS,
-                    weight_decay=WEIGHT_DECAY, clip=CLIP)
-    loss, lr = (sft_loss, LR) if LOSS == "sft" else (dpo_loss, LR_DPO)
-    shots = SHOTS if PROMPT != "zero_shot" else 0
-    blind = fixed_examples(solved, shots, run.rng("examples"))
+    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    shots = 0 if PROMPT == "zero_shot" else SHOTS
+    order = run.rng("examples").permutation(len(solved))
+    fixed = [solved[i] for i in order[:shots + 1]]  # one more than needed, so that none meets itself
 
     def few_shot(problem, draw):
-        pool = blind if len(solved) > shots else worked_examples(problem)
-        examples = [e for e in pool if e["problem"] != problem["problem"]][:shots]
-        return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
+        pool = fixed if len(solved) > shots else worked_examples(problem)
+        examples = [e for e in pool if e["problem"] != problem["problem"]]
+        return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
 
     def zero_shot(problem, draw):
         return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)
 
     # 1. Difficulty: K answers of the base M_0 to each problem, once and for all (caption of Figure 1)
-    probe = run.once("round_0/probe.jsonl", lambda: sample(
-        run, MODEL, problems, K_PROBE, few_shot, round=0, phase="probe", **drawn))
-    level = {i: level_of(sum(r["correct"] for r in rs), len(rs)) for i, rs in by_problem(probe).items()}
+    probe = sample(run, "round_0/probe.jsonl", MODEL, problems, K_PROBE, few_shot, **drawn)
+    level = {}
+    for i, probed in by_problem(probe).items():
+        level[i] = level_of(sum(r["correct"] for r in probed), len(probed))
     pools = {name: [p for p in solved if level[p["id"]] == name] for name in "EMHU"}
     say("  levels   " + "  ".join(f"{name} {list(level.values()).count(name):,}" for name in "EMHU"))
-    scores = {"base": evaluate(run, "round_0/eval_base.json", MODEL, tests, few_shot, round=0, phase="eval_base",
-                               **greedy)}
+    scores = {"base": evaluate(run, "round_0/eval_base.json", MODEL, tests, few_shot, **greedy)}
 
     # 2. Round 0: M_1 = SFT of the base on D_u = D_o
     model = MODEL
     d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM) for p in solved]
     if d_o:
-        model = run.once("round_0/model", lambda to: train(run, MODEL, d_o, sft_loss, to, round=0, lr=LR, **training))
-        scores["round 0"] = evaluate(run, "round_0/eval.json", model, tests, zero_shot, round=0, **greedy)
+        model = train(run, "round_0/model", MODEL, d_o, sft_loss, lr=LR, **training)
+        scores["round 0"] = evaluate(run, "round_0/eval.json", model, tests, zero_shot, **greedy)
     else:
         say("  round 0  skipped, and L off: the problems have answers but no worked solutions, so D_o is empty")
-    end_round(run, 0)
+    m_1 = model
+    end_round(run, 0, keep=[m_1])
 
-    first = model
     for t in range(1, ROUNDS + 1):
         # 3a. Draw answers: with P until T distinct correct ones or B draws; with L from examples of the problem's level
         limits = draw_limits(run, t, problems, level)
-        target = {p["id"]: limit for p, (limit, _) in zip(problems, limits)}
+        target = {p["id"]: limit[0] for p, limit in zip(problems, limits)}
+        budgets = [limit[1] for limit in limits]
 
         def same_level(problem, draw):
             rng = run.rng(t, "examples", problem["id"], draw)
@@ -294,31 +307,69 @@ def main():
             return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
 
         def enough(responses):
-            return max(outcomes_of(responses)) >= target[responses[0]["id"]]  # distinct correct ones so far
+            return len(set(distinct_of(responses)) - {0}) >= target[responses[0]["id"]]
 
-        responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
-            run, model, problems, [b for _, b in limits], same_level if "L" in VARIANT and solved else few_shot,
-            enough=enough if "P" in VARIANT else None, round=t, phase="sample", **drawn))
+        responses = sample(run, f"round_{t}/responses.jsonl", model, problems, budgets,
+                           same_level if "L" in VARIANT and solved else few_shot,
+                           enough=enough if "P" in VARIANT else None, **drawn)
 
         # 3b. D_a = the chosen answers; M_{t+1} = SFT of the base on D_u = D_a + D_o, or DPO of M_1 on pairs
-        size = sum(sum(s["copies"]) for s in of_other_run(SIZE_LIKE, t)) if SIZE_LIKE else 0
-        selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
-            problems, probe, responses, limits, size, functools.partial(run.rng, t)))
+        selection = run.once(f"round_{t}/selection.jsonl", select, problems, probe, responses, limits,
+                             size_of_round(t), run, t)
         report_selection(run, t, selection, responses)
         show_answers(problems, responses)
         d_a = make_examples(tokenizer, selection, by_id, responses)
-        if d_a:
-            d_u = run.once(f"round_{t}/train.jsonl", lambda: d_a + d_o if LOSS == "sft" else d_a)
-            start = model if START == "previous" else MODEL if LOSS == "sft" else first
-            model = run.once(f"round_{t}/model", lambda to: train(
-                run, start, d_u, loss, to, round=t, lr=lr, reference=LOSS == "dpo", **training))
-        else:
+        if not d_a:
             say(f"  round {t}  {len(responses):,} answers and D_a is empty, the model stays as it is")
-        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, zero_shot, round=t, **greedy)
-        end_round(run, t)
+        elif LOSS == "sft":
+            d_u = run.once(f"round_{t}/train.jsonl", list, d_a + d_o)
+            start = model if START == "previous" else MODEL
+            model = train(run, f"round_{t}/model", start, d_u, sft_loss, lr=LR, **training)
+        else:
+            d_u = run.once(f"round_{t}/train.jsonl", list, d_a)
+            start = model if START == "previous" else m_1
+            model = train(run, f"round_{t}/model", start, d_u, dpo_loss, lr=LR_DPO, reference=True, **training)
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, zero_shot, **greedy)
+        end_round(run, t, keep=[m_1, model])
     final_table(run, scores)
 
 
+# Controls of a study: arms without P that draw or train on as much as another run --------------------------------------
+
+def check_controls():
+    """End the program where DRAWS_LIKE and SIZE_LIKE cannot be followed."""
+    for other in (DRAWS_LIKE, SIZE_LIKE):
+        if other and "P" in VARIANT:
+            fail("--draws-like and --size-like make controls without P; with it, levels decide both")
+        for t in range(1, ROUNDS + 1):
+            if other:
+                of_other_run(other, t)
+
+
+def of_other_run(folder, t):
+    """The selection that another run made in round t; ends the program if it has not got so far."""
+    path = Path(folder) / f"round_{t}" / "selection.jsonl"
+    if not path.exists():
+        fail(f"{path}: no such file; that run must have finished round {t}")
+    return read(path)
+
+
+def draw_limits(run, t, problems, level):
+    """[(T, B)] of round t, parallel to problems: by level with P; else T = B: every distinct correct answer counts."""
+    if "P" in VARIANT:
+        return [target_and_budget(level[p["id"]]) for p in problems]
+    if not DRAWS_LIKE:
+        return [(K_SAMPLES, K_SAMPLES)] * len(problems)
+    draws = sum(len(s["outcomes"]) for s in of_other_run(DRAWS_LIKE, t))
+    return [(n, n) for n in spread_evenly(draws, len(problems), run.rng(t, "draws"))]
+
+
+def size_of_round(t):
+    """How many answers (pairs) SIZE_LIKE trained on in round t; 0 without it."""
+    if not SIZE_LIKE:
+        return 0
+    return sum(sum(s["copies"]) for s in of_other_run(SIZE_LIKE, t))
+
+
 if __name__ == "__main__":
-    override_from_cli(globals())
-    main()
+    launch(main, globals())

@@ -6,8 +6,8 @@
   python eval.py --regrade responses.jsonl
   python eval.py --compare runs/dast-0 runs/adastar-*
 
-Greedy by default. Writes every answer to runs/<run>/<model>/<set>.jsonl and the scores to runs/<run>/eval.json; a
-rerun goes on where the last one stopped. --regrade checks stored answers, of any origin: lines {answer, text} (and
+Greedy by default. Writes every answer to runs/<name>/<model>/<set>.jsonl and the scores to runs/<name>/eval.json; a
+rerun resumes where the last one stopped. --regrade checks stored answers, of any origin: lines {answer, text} (and
 choices, where the answer is a letter); or with the id of a problem of --sets in place of its answer. It writes the same
 lines with `correct` and `reason` to responses.graded.jsonl. --compare prints what runs of the method scripts reached,
 and what it cost, and draws it (with matplotlib). The method scripts score each round with `evaluate`.
@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (YES_NO, Checker, bar, by_problem, check_name, constants_of, fail, final_answer, label_of,
-                    letter_of, load_problems, load_tokenizer, make_prompt, normalize, override_from_cli, piece_of, rank,
-                    read, read_problem, sample, say, seed_of, setup, start_run, threads_per_process)
+from common import (MAY_DIFFER, YES_NO, Checker, accuracy, bar, by_problem, fail, final_answer, hold_out, label_of,
+                    launch, letter_of, load_problems, load_tokenizer, make_prompt, normalize, piece_of, print_row,
+                    print_table, rank, read, read_problem, sample, say, score, seed_of, setup, start_run,
+                    threads_per_process, wilson_interval, worked_examples)
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
@@ -38,7 +39,7 @@ REGRADE = ""  # a .jsonl file of answers to check again; no model is used then
 COMPARE = ()  # folders of runs to compare to the first; seeds of one (name-0, name-1) are pooled; no model is used then
 
 # How
-PROMPT = "zero_shot"  # "zero_shot" | "few_shot" | "chat": form of the prompts
+PROMPT = "zero_shot"  # "few_shot" | "zero_shot" | "chat": form of the prompts
 EXAMPLES_FROM = ""  # with few_shot: a set's train split or a file whose solutions are shown; empty shows our own
 SHOTS = 8  # with few_shot: how many at most
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only
@@ -49,35 +50,19 @@ TOP_P = 1.0  # 1: off
 MAX_NEW_TOKENS = 1024  # an answer is cut there
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that
 
-# Machine: may differ when a run goes on
+# Machine: may differ when a run resumes
+NAME = ""  # the folder under runs/; empty is made from the names of models and sets
+DATA = "data"  # folder of the known problem sets, as data/gsm8k/test.jsonl
 ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower
 SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time
 GPU_MEMORY = 0.9  # share of a GPU that vLLM may fill
-RUN = ""  # the folder under runs/; empty is made from the names of models and sets
-DATA = "data"  # folder of the known problem sets, as data/gsm8k/test.jsonl
+KEEP = False  # resume a folder that was made by other code: what is finished there stays
 WANDB = False  # log to Weights & Biases too
 
-
-def binomial_interval(right, n):
-    """The exact (Clopper-Pearson) 95 % interval of a share, by bisection on the binomial distribution."""
-    def at_least(k, p):  # P(X >= k)
-        if p in (0.0, 1.0):
-            return float(p == 1.0 or k == 0)
-        ways = math.lgamma(n + 1)
-        return math.fsum(math.exp(ways - math.lgamma(j + 1) - math.lgamma(n - j + 1) + j * math.log(p)
-                                  + (n - j) * math.log1p(-p)) for j in range(k, n + 1))
-
-    def where(share_is_too_low):
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if share_is_too_low(middle) else (low, middle)
-        return (low + high) / 2
-
-    lower = 0.0 if right == 0 else where(lambda p: at_least(right, p) < 0.025)
-    upper = 1.0 if right == n else where(lambda p: 1 - at_least(right + 1, p) > 0.025)
-    return [lower, upper]
+# What is legal: the values, or the least one (of other numbers 0)
+LEGAL = dict(SPLIT=("test", "train"), PROMPT=("few_shot", "zero_shot", "chat"), SAMPLES=1, MAX_NEW_TOKENS=1,
+             ENGINE=("", "vllm", "transformers"))
 
 
 def pass_at(correct, k):
@@ -121,99 +106,28 @@ def mean_of(values, rng):
     return {"accuracy": float(values.mean()), "interval": np.quantile(means, [0.025, 0.975]).tolist(), "n": len(values)}
 
 
-def accuracy(correct, rng):
-    """{accuracy, interval, n} of correct (problems, samples), 0 or 1. The interval is exact for one sample."""
-    if correct.shape[1] > 1:
-        return mean_of(correct.mean(1), rng)
-    return {"accuracy": float(correct.mean()), "interval": binomial_interval(int(correct.sum()), len(correct)),
-            "n": len(correct)}
-
-
-def score(problems, responses, rng):
-    """What is said of responses, as many to each problem: {accuracy, interval, n, samples, cut, by_level, by_subject,
-    by_set, correct: {id: right answers}, level: {id: level}} and, of several, pass_at and maj_at {k: ...} for k = 1, 2,
-    4, ..., samples."""
+def score_samples(problems, responses, rng):
+    """What is said of responses, as many to each problem: as common.score, and by_subject; of several to a problem also
+    pass_at and maj_at {k: ...} for k = 1, 2, 4, ..., samples, and means over the problems in place of shares."""
     samples = len(responses) // len(problems)
     correct = np.array([r["correct"] for r in responses], dtype=float).reshape(len(problems), samples)
+
+    def accuracy_of(rows):
+        return mean_of(rows.mean(1), rng) if samples > 1 else accuracy(rows[:, 0].astype(int).tolist())
+
+    found = score(problems, responses) | accuracy_of(correct) | {"samples": samples}
     groups = {"by_level": [[p["level"]] if "level" in p else [] for p in problems],
               "by_subject": [p.get("tags", []) for p in problems],
               "by_set": [[p["id"].rsplit("/", 1)[0]] for p in problems]}
-    found = {**accuracy(correct, rng), "samples": samples,
-             "cut": sum(r["finish"] == "length" for r in responses) / len(responses)}
     for by, names in groups.items():
-        found[by] = {str(name): accuracy(correct[[name in own for own in names]], rng)
+        found[by] = {str(name): accuracy_of(correct[[name in own for own in names]])
                      for name in sorted({name for own in names for name in own})}
     if samples > 1:
         votes = [[vote_of(p, r) for r in responses[i * samples:(i + 1) * samples]] for i, p in enumerate(problems)]
         ks = sorted({2 ** i for i in range(samples.bit_length())} | {samples})
         found["pass_at"] = {str(k): mean_of(pass_at(correct, k), rng) for k in ks}
         found["maj_at"] = {str(k): mean_of(maj_at(votes, k), rng) for k in ks[1:]}
-    return found | {"correct": {p["id"]: int(n) for p, n in zip(problems, correct.sum(1))},
-                    "level": {p["id"]: p["level"] for p in problems if "level" in p}}
-
-
-def hold_out(problems, n, seed):
-    """(the others, n random problems that are put aside to be scored): the same for a seed, whatever else is read. A
-    problem whose text occurs twice is on one side only, so the second list may be a little longer."""
-    order = sorted({p["problem"] for p in problems}, key=lambda text: seed_of(seed, "held out", text))
-    texts, kept = set(), Counter(p["problem"] for p in problems)
-    for text in order:
-        if sum(kept[t] for t in texts) >= n:
-            break
-        texts.add(text)
-    if len(texts) == len(order):
-        fail(f"--held-out {n} leaves nothing of the {len(problems)} problems")
-    return [p for p in problems if p["problem"] not in texts], [p for p in problems if p["problem"] in texts]
-
-
-def worked_examples(problem):
-    """Problems with solutions to show before one like `problem`: ours, of its family."""
-    family, words = problem["kind"], {"gsm8k", "adastar_gsm8k", "svamp", "adastar_svamp"}  # sets of word problems
-    if family == "math":
-        family = "grade-school" if words & {*problem["id"].split("/")} else "competition"
-    return [{"problem": text, "solution": solution} for text, solution in EXAMPLES[family]]
-
-
-def evaluate(run, file, model, problems, prompt, *, round, phase="eval", **settings):
-    """Score a model by one greedy answer to each problem, once, in a file of the run: what a method script does after a
-    round. What there is of each problem stays in the file: many rounds of many problems would fill the memory."""
-    found = run.once(file, lambda: score(problems, sample(
-        run, model, problems, 1, prompt, round=round, phase=phase, temperature=0.0, **settings), run.rng(phase)))
-    return {what: values for what, values in found.items() if what not in ("correct", "level", "by_subject")}
-
-
-def show_answers(problems, responses):
-    """Print one right and one wrong response in full, so that a person sees what the numbers are made of."""
-    text = {p["id"]: p for p in problems}
-    for right in (True, False):
-        shown = next((r for r in responses if r["correct"] == right), None)
-        if shown:
-            problem = text[shown["id"]]
-            say(f"  {'right' if right else 'wrong'}: {problem['problem']}\n    " + shown["text"].replace("\n", "\n    ")
-                + f"\n    (the answer is {problem['answer']})")
-
-
-def print_table(scores, first):
-    """Print {name: score} as rows: accuracy, its interval, accuracy by level; below a row its sets, if it has several,
-    and pass@k and maj@k."""
-    names = [name for score in scores.values() for name in ("  pass@", "  maj@", *score["by_set"])]
-    width = max(len(first), *map(len, names), *map(len, scores)) + 4
-    levels = sorted({level for s in scores.values() for level in s["by_level"]}, key=int)
-    say(f"\n{first:<{width}}problems  accuracy  95 % interval    cut  "
-        + "".join(f"level {n:<4}" for n in levels).rstrip())
-    for name, s in scores.items():
-        by_level = [f"{s['by_level'][n]['accuracy']:<10.1%}" if n in s["by_level"] else " " * 10 for n in levels]
-        print_row(name, s, width, f"{s['cut']:>7.1%}  " + "".join(by_level).rstrip())
-        for part, of in s["by_set"].items() if len(s["by_set"]) > 1 else ():
-            print_row(f"  {part}", of, width)
-        for at in ("pass_at", "maj_at"):
-            for k, of in s.get(at, {}).items():
-                print_row(f"  {at[:-3]}@{k}", of, width)
-
-
-def print_row(name, score, width, more=""):
-    low, high = score["interval"]
-    say(f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>5.1%} - {high:>5.1%}{more}")
+    return found | {"correct": {p["id"]: int(n) for p, n in zip(problems, correct.sum(1))}}
 
 
 def print_subjects(scores):
@@ -224,42 +138,6 @@ def print_subjects(scores):
             say(f"\n{name:<{width}}problems  accuracy  95 % interval")
             for subject, of in s["by_subject"].items():
                 print_row(subject, of, width)
-
-
-def end_round(run, t):
-    """Log what round t cost: FLOPs of sampling, rewards and training (not of evaluation), in it and so far, and the
-    seconds that went into none of these (not of the rounds at which a run was started again)."""
-    of_round = [m for m in run.metrics.values() if m["round"] == t]
-    phases, costs = [m for m in of_round if m["phase"] not in ("round", "reported")], {}
-    before = [m for m in run.metrics.values() if m["phase"] == "round" and m["round"] < t]
-    for name in ("flops", "padded_flops", "spent_flops"):
-        costs[name] = sum(m.get(name, 0) for m in phases if not m["phase"].startswith("eval"))
-        costs[f"total_{name}"] = costs[name] + sum(m[name] for m in before)
-    for m in of_round:  # of a round that was closed before, the seconds stay
-        costs |= {name: m[name] for name in ("seconds", "outside_seconds") if m["phase"] == "round" and name in m}
-    whole = run.logged >= {m["phase"] for m in phases}  # all of it was made since the last start
-    began, run.began, run.logged = run.began, time.time() if whole else None, set()
-    if whole and began:
-        costs["seconds"] = run.began - began
-        costs["outside_seconds"] = costs["seconds"] - sum(m.get("seconds", 0) for m in phases)
-    run.log(t, "round", **costs)
-
-
-def final_table(run, scores):
-    """Print the table of a run's rounds, and what they cost in FLOPs (without evaluation), and of their seconds those
-    outside sampling, rewards and training."""
-    print_table(scores, "model")
-    say(f"\n{'FLOPs':<13}{'of it':>10}{'so far':>10}{'padded':>10}{'all drawn':>11}{'seconds':>9}{'outside':>9}")
-    for m in run.metrics.values():
-        if m["phase"] == "round":
-            seconds = "".join(f"{m[n]:>9.1f}" if n in m else f"{'-':>9}" for n in ("seconds", "outside_seconds"))
-            say(f"round {m['round']:<7}{m['flops']:>10.2e}{m['total_flops']:>10.2e}{m['total_padded_flops']:>10.2e}"
-                f"{m['total_spent_flops']:>11.2e}{seconds}")
-    say("(sampling, rewards and training; the first two of the draws that count; padded and all drawn: so far)")
-    sampled = sum(m.get("spent_tokens", 0) for m in run.metrics.values())
-    trained = sum(m["tokens"] for m in run.metrics.values() if m["phase"] == "train")
-    seconds = sum(m.get("seconds", 0) for m in run.metrics.values() if m["phase"] != "round")
-    say(f"{sampled:,} tokens sampled, {trained:,} trained on, {seconds:.0f} s; {run.folder}/metrics.jsonl")
 
 
 def stored_problem(record, known):
@@ -321,14 +199,14 @@ def regrade(path):
         write_known(0)
     right = reasons.pop(True, 0)
     half.rename(graded)
-    low, high = binomial_interval(right, count) if count else (0, 1)
+    low, high = wilson_interval(right, count) if count else (0, 1)
     say(f"{right:,} of {count:,} correct ({right / max(1, count):.1%}, 95 % interval {low:.1%} - {high:.1%}): "
         + ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common()) + f"; {graded}")
 
 
 # Comparing runs -------------------------------------------------------------------------------------------------------
 
-SECONDS = {"sampling": "(probe|sample|presample|resample|rollout|tag)$", "rewards": "(pre|re)reward$",
+SECONDS = {"sampling": "(probe|presamples|resamples|responses(_\\d+)?)$", "rewards": "(pre|re)rewards$",
            "training": "train$", "scoring": "eval"}  # kinds of phases
 CLASSES = {"not met yet": "#cccccc", "unsolved (none right)": "#d55e00", "hard (below 40 %)": "#e69f00",
            "medium (to 70 %)": "#56b4e9", "easy (above)": "#0072b2"}
@@ -400,9 +278,7 @@ def arms_of(folders):
     nothing else that counts are seeds of one arm."""
     arms = defaultdict(dict)
     for folder in dict.fromkeys(Path(folder) for folder in folders):
-        past, may_differ = Past(folder), {"SEED", "ROUNDS", "contents"}  # between seeds; and what is about the machine
-        may_differ |= {n for source in folder.glob("*.py") for n, (group, _) in constants_of(source).items()
-                       if group.startswith("Machine")}
+        past, may_differ = Past(folder), MAY_DIFFER | {"SEED", "problems or models"}  # between seeds
         seed, same = f"-{past.constants['SEED']}", {n: v for n, v in past.constants.items() if n not in may_differ}
         same |= {n: same[n].removesuffix(seed) for n in ("DRAWS_LIKE", "SIZE_LIKE") if n in same}
         arms[str(folder).removesuffix(seed), json.dumps(same)][past.constants["SEED"]] = past
@@ -463,8 +339,7 @@ def compare(folders):
     except ImportError:
         return say("no pictures: they need matplotlib (pip install matplotlib)")
     matplotlib.use("Agg")
-    name = RUN or f"compare-{slug('-'.join(arms))[:100]}-{seed_of(*arms) % 10_000}"
-    check_name(name)
+    name = NAME or f"compare-{slug('-'.join(arms))[:100]}-{seed_of(*arms) % 10_000}"
     folder = Path("runs") / name
     folder.mkdir(parents=True, exist_ok=True)
     draw_accuracy(arms, amount, ids, folder / "accuracy.png")
@@ -675,11 +550,11 @@ def main():
         if PROMPT != "few_shot" or not examples:
             fail("--examples-from needs --prompt few_shot, and problems with solutions")
         examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
-    name = RUN or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]
-    run = start_run({**globals(), "RUN": name, "COMPARE": None}, *sets.values(), examples)
+    name = NAME or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]
+    run = start_run({**globals(), "NAME": name, "COMPARE": None}, *sets.values(), examples)
 
-    scores = {}
-    for place, model in enumerate(models):
+    scores = {model: {} for model in models}
+    for model in models:
         def prompt(problem, draw):
             pool = examples or worked_examples(problem) if PROMPT == "few_shot" else []
             shown = [e for e in pool if e["problem"] != problem["problem"]][:SHOTS]
@@ -687,12 +562,10 @@ def main():
             return f"{FIRST}\n\n{text}" if FIRST else text
 
         for name, problems in sets.items():
-            phase = f"{slug(model)}/{slug(name)}"
-            responses = run.once(f"{phase}.jsonl", lambda: sample(
-                run, model, problems, SAMPLES, prompt, round=place, phase=slug(name), style=PROMPT,
-                temperature=TEMPERATURE, top_p=TOP_P, max_new_tokens=MAX_NEW_TOKENS))
-            scores.setdefault(model, {})[name] = score(problems, responses, run.rng(name))
-    scores = run.once("eval.json", lambda: scores)
+            responses = sample(run, f"{slug(model)}/{slug(name)}.jsonl", model, problems, SAMPLES, prompt, style=PROMPT,
+                               temperature=TEMPERATURE, top_p=TOP_P, max_new_tokens=MAX_NEW_TOKENS)
+            scores[model][name] = score_samples(problems, responses, run.rng(name))
+    scores = run.once("eval.json", dict, scores)
     for model, of_sets in scores.items():
         print_table(of_sets, model)
         print_subjects(of_sets)
@@ -710,175 +583,5 @@ def slug(name):
     return re.sub(r"[^\w.-]+", "-", name.removesuffix(".jsonl").removesuffix(".json")).strip("-.")
 
 
-# Worked examples of our own, for prompts where the problems bring no solutions: by family, in the form that answers
-# should take
-
-EXAMPLES = {
-    "grade-school": [
-        ("Nora buys 3 notebooks at $2.50 each and a pen for $1.75. She pays with a $20 bill. How many dollars of "
-         "change does she get?",
-         "The notebooks cost 3*2.50 = 7.50 dollars.\n\nWith the pen she spends 7.50 + 1.75 = 9.25 dollars.\n\n"
-         "Her change is 20 - 9.25 = 10.75 dollars.\n\n\\boxed{10.75}"),
-        ("A ferry leaves at 9:40 am. It needs 35 minutes to cross, waits 15 minutes, and needs 40 minutes to come "
-         "back. How many minutes before noon is it back?",
-         "The trip takes 35 + 15 + 40 = 90 minutes.\n\nFrom 9:40 am to noon there are 140 minutes.\n\n"
-         "It is back 140 - 90 = 50 minutes before noon.\n\n\\boxed{50}"),
-        ("A 900-litre tank already holds 240 litres. One pump adds 18 litres a minute and another adds 12 litres a "
-         "minute. How many minutes do both pumps together need to fill the tank?",
-         "The tank still needs 900 - 240 = 660 litres.\n\nTogether the pumps add 18 + 12 = 30 litres a minute.\n\n"
-         "Filling takes 660/30 = 22 minutes.\n\n\\boxed{22}"),
-        ("Omar is 4 times as old as his niece. In 6 years he will be 3 times as old as she will be then. How old is "
-         "Omar now?",
-         "Let the niece be n years old, so Omar is 4n.\n\nIn 6 years, 4n + 6 = 3(n + 6) = 3n + 18.\n\n"
-         "So n = 12, and Omar is 4*12 = 48.\n\n\\boxed{48}"),
-        ("A coat is priced at $80. It is reduced by 25%, and then a 5% tax is added to the reduced price. How many "
-         "dollars does the coat cost in the end?",
-         "The reduction is 0.25*80 = 20 dollars, so the reduced price is 80 - 20 = 60 dollars.\n\n"
-         "The tax is 0.05*60 = 3 dollars.\n\nThe final cost is 60 + 3 = 63 dollars.\n\n\\boxed{63}"),
-        ("A farmer picks 240 melons. She sells 3/8 of them at the market and gives 1/5 of the rest to neighbors. How "
-         "many melons does she have left?",
-         "She sells 240*3/8 = 90 melons, which leaves 240 - 90 = 150.\n\nShe gives away 150/5 = 30 melons.\n\n"
-         "She has 150 - 30 = 120 melons left.\n\n\\boxed{120}"),
-        ("Kai's average on his first 4 quizzes is 81 points. What must he score on the fifth quiz so that the average "
-         "of all 5 is exactly 83 points?",
-         "The first 4 quizzes sum to 4*81 = 324 points.\n\nAll 5 must sum to 5*83 = 415 points.\n\n"
-         "He needs 415 - 324 = 91 points.\n\n\\boxed{91}"),
-        ("A painter mixes blue and white paint in the ratio 2 to 7 and gets 36 litres in all. How many more litres of "
-         "white than of blue does the mix hold?",
-         "There are 2 + 7 = 9 equal parts, so one part is 36/9 = 4 litres.\n\nWhite exceeds blue by 7 - 2 = 5 "
-         "parts.\n\nThat is 5*4 = 20 litres.\n\n\\boxed{20}"),
-    ],
-    "competition": [
-        ("Find the remainder when $x^5 + 2x^3 - 7$ is divided by $x^2 - 3$.",
-         "Modulo $x^2 - 3$ we may replace $x^2$ by $3$.\n\nThen $x^5 = (x^2)^2 x = 9x$ and $2x^3 = 2 \\cdot 3x = "
-         "6x$.\n\nThe remainder is $9x + 6x - 7 = 15x - 7$.\n\n\\boxed{15x - 7}"),
-        ("What is the remainder when $7^{53}$ is divided by $18$?",
-         "$7^2 = 49 \\equiv 13 \\pmod{18}$ and $7^3 \\equiv 7 \\cdot 13 = 91 \\equiv 1 \\pmod{18}$.\n\n"
-         "Since $53 = 3 \\cdot 17 + 2$, $7^{53} \\equiv 1^{17} \\cdot 7^2 \\equiv 13 \\pmod{18}$.\n\n\\boxed{13}"),
-        ("A bag holds $4$ red, $5$ green and $3$ blue marbles. Three marbles are drawn at random without replacement. "
-         "What is the probability that all three colors are drawn? Give a fraction in lowest terms.",
-         "There are $\\binom{12}{3} = 220$ equally likely draws.\n\nOne marble of each color can be drawn in "
-         "$4 \\cdot 5 \\cdot 3 = 60$ ways.\n\nThe probability is $\\frac{60}{220} = \\frac{3}{11}$.\n\n"
-         "\\boxed{\\frac{3}{11}}"),
-        ("In triangle $PQR$, $PQ = 6$, $PR = 10$ and $\\angle P = 60^\\circ$. Find $QR$ in simplest radical form.",
-         "By the law of cosines, $QR^2 = 6^2 + 10^2 - 2 \\cdot 6 \\cdot 10 \\cdot \\cos 60^\\circ$.\n\n"
-         "This is $36 + 100 - 60 = 76 = 4 \\cdot 19$.\n\nHence $QR = 2\\sqrt{19}$.\n\n\\boxed{2\\sqrt{19}}"),
-        ("Find all real $x$ with $\\frac{2x - 7}{x + 3} \\le 1$. Answer in interval notation.",
-         "Subtract $1$ from both sides: $\\frac{2x - 7 - (x + 3)}{x + 3} = \\frac{x - 10}{x + 3} \\le 0$.\n\n"
-         "The quotient is negative exactly for $-3 < x < 10$.\n\n"
-         "It is $0$ at $x = 10$ and undefined at $x = -3$.\n\n\\boxed{(-3, 10]}"),
-        ("Find the point $(x, y)$ on the line $3x + 4y = 50$ that is nearest to the origin.",
-         "The nearest point lies on the normal through the origin, so $(x, y) = (3t, 4t)$ for some $t$.\n\n"
-         "Then $9t + 16t = 50$, so $t = 2$.\n\nThe point is $(6, 8)$.\n\n\\boxed{(6, 8)}"),
-        ("Write $\\frac{(2 + i)^3}{1 - i}$ in the form $a + bi$ with real $a$ and $b$.",
-         "$(2 + i)^2 = 3 + 4i$, so $(2 + i)^3 = (3 + 4i)(2 + i) = 2 + 11i$.\n\nMultiply top and bottom by $1 + i$: "
-         "$\\frac{(2 + 11i)(1 + i)}{2} = \\frac{-9 + 13i}{2}$.\n\n\\boxed{-\\frac{9}{2} + \\frac{13}{2}i}"),
-        ("Let $A = \\begin{pmatrix} 2 & 1 \\\\ 0 & 2 \\end{pmatrix}$. Find $A^4$.",
-         "Squaring gives $A^2 = \\begin{pmatrix} 4 & 4 \\\\ 0 & 4 \\end{pmatrix}$.\n\nSquaring again, the diagonal "
-         "entries are $4 \\cdot 4 = 16$.\n\nThe upper right entry is $4 \\cdot 4 + 4 \\cdot 4 = 32$, and the lower "
-         "left entry stays $0$.\n\n\\boxed{\\begin{pmatrix} 16 & 32 \\\\ 0 & 16 \\end{pmatrix}}"),
-    ],
-    "choice": [
-        ("A closed glass bottle filled to the brim with water cracks overnight in a freezer. What best explains this?\n"
-         "(A) Glass melts in the cold\n(B) Water expands as it freezes\n(C) Cold air dissolves glass\n"
-         "(D) Ice weighs more than the water it formed from",
-         "The water in the freezer turns to ice.\n\nIce takes up more room than the same mass of water, and a full "
-         "bottle has no room to spare.\n\nSo the growing ice breaks the glass.\n\n\\boxed{B}"),
-        ("Tom wants soup to stay hot on a two-hour walk to a friend. What should he carry it in?\n(A) a paper cup\n"
-         "(B) an open glass bowl\n(C) a thin plastic bag\n(D) a closed vacuum flask\n(E) a metal plate",
-         "Soup stays hot if little heat can leave it.\n\nA cup, an open bowl, a thin bag and a plate all lose heat "
-         "quickly.\n\nA closed vacuum flask is made to hold heat in.\n\n\\boxed{D}"),
-        ("Two equal towels are equally wet. One hangs spread out in a dry wind and the other lies folded in a closed "
-         "box. Why does the hanging towel dry sooner?\n(A) More of its surface meets dry moving air\n"
-         "(B) It held less water at the start\n(C) Sound from the wind heats it\n(D) The box makes new water",
-         "Water leaves a towel by evaporating from its surface.\n\nSpreading it out gives more surface, and dry wind "
-         "carries the vapor away.\n\nIn the box little surface is open and the air soon becomes damp.\n\n\\boxed{A}"),
-        ("One machine makes 7 parts every 4 minutes and another makes 5 parts every 6 minutes. How many parts do they "
-         "make together in 2 hours?\n(A) 220\n(B) 250\n(C) 280\n(D) 300\n(E) 310",
-         "Two hours are 120 minutes.\n\nThe first makes 120/4*7 = 210 parts and the second 120/6*5 = 100 parts.\n\n"
-         "Together they make 210 + 100 = 310 parts.\n\n\\boxed{E}"),
-        ("Ines set her plug-in clock to ring at 6:00. She woke at 8:00 in a silent room, and the clock's display was "
-         "dark. What most likely happened?\n(A) She had set the clock to ring at 8:00\n(B) Noisy neighbors woke her\n"
-         "(C) The clock lost power in the night\n(D) The clock ran too fast",
-         "A dark display means that the clock has no power.\n\nWithout power it could not ring at 6:00.\n\n"
-         "The other options do not explain a dark display.\n\n\\boxed{C}"),
-        ("Two equal lamps are connected in parallel to one ideal battery. One lamp is unscrewed. What happens to the "
-         "other lamp?\n(A) It goes out\n(B) It becomes dimmer\n(C) It becomes brighter\n(D) It stays just as bright",
-         "In parallel, each lamp is connected to the full battery voltage.\n\nAn ideal battery keeps that voltage when "
-         "one lamp is removed.\n\nSo the current in the other lamp does not change.\n\n\\boxed{D}"),
-    ],
-    "label": [
-        ("Premise: The town library opened a second reading room after a gift from a retired teacher.\n"
-         "Hypothesis: The retired teacher had once worked in the town.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "The premise says that a retired teacher gave a gift to the library.\n\nIt does not say where the teacher had "
-         "worked, so the hypothesis may be true or false.\n\n\\boxed{neutral}"),
-        ("Premise: Nine climbers set out, and exactly three of them reached the summit before the storm.\n"
-         "Hypothesis: Six of the climbers who set out did not reach the summit before the storm.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "Exactly three of nine climbers reached the summit before the storm.\n\n"
-         "The other 9 - 3 = 6 did not, as the hypothesis says.\n\n\\boxed{entailment}"),
-        ("Premise: The corner bakery has been closed all day on every Monday since it opened in 2010.\n"
-         "Hypothesis: Customers bought bread in the corner bakery on a Monday in 2015.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "Every Monday in 2015 falls after the opening, so the bakery was closed on all of them.\n\n"
-         "Customers cannot have bought bread there on such a day.\n\n\\boxed{contradiction}"),
-        ("Premise: Ada's third novel was translated into Dutch before it was printed in her own country.\n"
-         "Hypothesis: Ada has written more than one novel.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "The premise speaks of Ada's third novel, so she has written at least three.\n\n"
-         "Three is more than one, so the hypothesis must be true.\n\n\\boxed{entailment}"),
-        ("Premise: The violinist played the concerto from memory, and the audience stood and clapped.\n"
-         "Hypothesis: The violinist had played the concerto in public before.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "Playing from memory shows that the violinist knew the piece well.\n\nThat could come from practice alone, so "
-         "an earlier concert is possible but not certain.\n\n\\boxed{neutral}"),
-        ("Premise: The bridge was finished in March 1931, and the first train crossed it exactly two years later.\n"
-         "Hypothesis: A train crossed the bridge in 1932.\n"
-         "Does the premise entail the hypothesis? Answer entailment, neutral or contradiction.",
-         "The first train crossed in March 1933.\n\nNo train can have crossed before the first one, so none crossed in "
-         "1932.\n\n\\boxed{contradiction}"),
-    ],
-    "yesno": [
-        ("Half of all patients are mild cases and half are severe. Severity is the only common cause of taking a drug "
-         "and of recovery. Mild cases recover in 90% with the drug and 85% without; severe cases in 50% with and 40% "
-         "without. Of those who take the drug 20% are mild; of the others 80% are mild.\n"
-         "Does taking the drug raise the chance of recovery over all patients?",
-         "Severity is a confounder, so we weigh both groups by their share of all patients.\n\n"
-         "If all took the drug: 0.5*0.90 + 0.5*0.50 = 0.70. If none did: 0.5*0.85 + 0.5*0.40 = 0.625.\n\n"
-         "0.70 > 0.625, so the drug raises the chance.\n\n\\boxed{yes}"),
-        ("In a school 30% of pupils are good at music and 30% are good at chess, independently. A club has as members "
-         "exactly the pupils who are good at music, at chess, or at both.\n"
-         "Among club members, are those good at music more likely to be good at chess than members overall?",
-         "A pupil is a member with chance 1 - 0.7*0.7 = 0.51. Among members the chance of chess is 0.3/0.51, about "
-         "0.59.\n\nAll who are good at music are members, so among them the chance of chess is still 0.30.\n\n"
-         "0.30 < 0.59: membership is a collider and makes the skills compete.\n\n\\boxed{no}"),
-        ("Frost comes on 20% of nights. A warning lamp lights on 90% of frost nights and on 10% of other nights. The "
-         "lamp has no effect on the weather. Tonight Ben switches the lamp on by hand, without knowing the weather.\n"
-         "Is the chance of frost tonight now higher than 20%?",
-         "Seeing the lamp light by itself would give 0.18/(0.18 + 0.08), about 0.69.\n\n"
-         "But Ben sets the lamp, which cuts its link with frost.\n\nThe chance of frost stays at 0.20.\n\n\\boxed{no}"),
-        ("A pump runs exactly when the mains or a generator gives power. The mains is on 90% of days and the generator "
-         "on 30% of days, independently. Today both were on and the pump ran.\n"
-         "Had the mains been off today, all else as it was, would the pump have run?",
-         "We know that the generator was on today, so its chance today is 1 and not 0.30.\n\n"
-         "Switching off the mains does not change the generator.\n\nThe generator alone makes the pump run.\n\n"
-         "\\boxed{yes}"),
-        ("A fertilizer raises the chance that a plant grows tall from 30% to 60%. Tall plants fall over in 50% of "
-         "cases, other plants in 10%. The fertilizer acts on falling only through height, and nothing else affects "
-         "both.\nDoes the fertilizer lower the chance that a plant falls over?",
-         "With fertilizer the chance of falling is 0.6*0.5 + 0.4*0.1 = 0.34.\n\n"
-         "Without it the chance is 0.3*0.5 + 0.7*0.1 = 0.22.\n\n0.34 > 0.22, so it raises the chance.\n\n\\boxed{no}"),
-        ("A fair coin decides who of many pupils gets a letter about a course. With the letter 60% go and 71% pass a "
-         "test; without it 20% go and 63% pass. The letter affects passing only through the course and keeps nobody "
-         "away.\nFor pupils who go only if they get the letter, does the course raise the chance of passing?",
-         "The coin is random, so the letter raises passing by 0.71 - 0.63 = 0.08 and going by 0.60 - 0.20 = 0.40.\n\n"
-         "Only the pupils whom the letter sends to the course can change, so their gain is 0.08/0.40 = 0.20.\n\n"
-         "A gain of 0.20 is positive.\n\n\\boxed{yes}"),
-    ],
-}
-
-
 if __name__ == "__main__":
-    override_from_cli(globals())
-    main()
+    launch(main, globals())

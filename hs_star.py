@@ -20,19 +20,26 @@ phi_r is a mean over all n_p answers, not over the different ones; exactly the b
 more and drops it; an answer that was cut counts as wrong, and is in no pair; answers are checked by math-verify, and
 never read off as the last number; AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's words as --first).
 
-  torchrun hs_star.py --toy                                   2 CPU cores: 1 min, 1.1 GB, 58 % (measured)
-  torchrun hs_star.py --model Qwen/Qwen2.5-7B                 one GPU: not measured yet
+  python hs_star.py --toy                                     2 CPU cores: 1 min, 1.1 GB, 58 % (measured)
+  python hs_star.py --model Qwen/Qwen2.5-7B                   one GPU: not measured yet
   torchrun --nproc-per-node 8 hs_star.py                      eight GPUs: not measured yet
 """
+import statistics
+import time
 from pathlib import Path
 
 import numpy as np
 
-from common import (RewardModel, at_once, by_problem, fail, load_problems, load_tokenizer, make_example, make_prompt,
-                    mean_of, outcomes_of, override_from_cli, sample, say, sequence_logprobs, spread_evenly, start_run,
-                    step_rewards, train)
-from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
-import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
+from common import (bar, by_problem, compute_dtype, device, encode, end_round, evaluate, fail, final_table, gather,
+                    give_memory_back, hidden_states, launch, lines_of, load_network, load_problems, load_tokenizer,
+                    local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank,
+                    round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly, threads_per_process,
+                    torn_lines, train, weight_files, worked_examples, world_size, write_line)
+import torch  # behind common, which keeps torch's threads from spinning
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModel
 
 # What to run
 MODEL = "Qwen/Qwen2.5-7B"  # M_0, or the base that is trained on STEP_SET first: a Hub name or a folder (code)
@@ -78,16 +85,24 @@ BATCH_SIZE = 256  # pairs (answers) per optimizer step, over all GPUs (code)
 WEIGHT_DECAY = 0.0  # of AdamW; 0 is none (code)
 CLIP = 1.0  # largest gradient norm (ours)
 
-# Machine: may differ when a run goes on
-RUN = ""  # the folder under runs/; empty is script name and seed (ours)
+# Machine: may differ when a run resumes
+NAME = ""  # the folder under runs/; empty is script name and seed (ours)
 DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
 ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
 SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time (ours)
 GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
-MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result (ours)
+MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result; on a CPU fewer if need be (ours)
+RECOMPUTE = False  # make activations again in the backward pass: less memory, a third more time (ours)
 SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
+KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still needed; 0 is all (ours)
+KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
 WANDB = False  # log to Weights & Biases too (ours)
+
+# What is legal: the values, or the least one (of other numbers 0)
+LEGAL = dict(START=("base", "previous"), SLICE=1, BUDGET=1, PRE_SAMPLES=1, DIFFICULTY=("both", "accuracy", "reward"),
+             PAIRING=("hard", "random"), PROMPT=("few_shot", "zero_shot", "chat"), MAX_NEW_TOKENS=1, EPOCHS=1,
+             BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 # Thresholds belong to a PRM and a policy; these are all that are known, for M_0 trained from Qwen2.5-7B (code)
 TAUS = {("Skywork-o1-Open-PRM-Qwen-2.5-7B", "Qwen2.5-7B"): (0.15, 0.65),
@@ -101,26 +116,33 @@ TOY = dict(MODEL="tests/toy/model", PRM="tests/toy/prm", TRAIN_DATA="tests/toy/t
 
 # The method -----------------------------------------------------------------------------------------------------------
 
-def slice_of(n, t, rng):
-    """The places of round t's problems among n: SLICE of them. Rounds have none in common until fewer than SLICE are
-    left; then it begins anew, in another order. rng(*key): a generator for what is random."""
-    before, place = divmod(t - 1, max(1, n // SLICE))
-    return sorted(rng("slices", before).permutation(n)[place * SLICE:(place + 1) * SLICE].tolist())
+def slice_of(n, t, run):
+    """The places of round t's problems among n: SLICE of them, in order.
+
+    Rounds have none in common until fewer than SLICE are left; then it begins anew, in another order."""
+    slices = max(1, n // SLICE)
+    order = run.rng("slices", (t - 1) // slices).permutation(n)
+    start = (t - 1) % slices * SLICE
+    return sorted(order[start:start + SLICE].tolist())
 
 
 def reward_of(steps):
-    """S(r): the reward of a response is that of its worst step; 0 where the PRM could not read any."""
+    """S(r), the reward of a response: that of its worst step, or 0 if the PRM could read none."""
     return min(steps, default=0.0)
 
 
 def difficulty_of(outcomes, rewards):
     """(phi_a, phi_r, class) of a problem, from its n_p pre-samples: share correct, mean reward, and "inlier", "outlier"
     or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
-    phi_a, phi_r = outcomes.count(1) / len(outcomes), mean_of(rewards)
-    solved, failed, sound, poor = phi_a == 1, phi_a == 0, phi_r > TAU_HIGH, phi_r < TAU_LOW
-    inlier = {"both": solved and sound, "accuracy": solved, "reward": sound}[DIFFICULTY]
-    outlier = {"both": failed and poor, "accuracy": failed, "reward": poor}[DIFFICULTY]
-    return phi_a, phi_r, "inlier" if inlier else "outlier" if outlier else "boundary"
+    phi_a = outcomes.count(1) / len(outcomes)
+    phi_r = statistics.mean(rewards)
+    inlier = {"both": phi_a == 1 and phi_r > TAU_HIGH, "accuracy": phi_a == 1, "reward": phi_r > TAU_HIGH}
+    outlier = {"both": phi_a == 0 and phi_r < TAU_LOW, "accuracy": phi_a == 0, "reward": phi_r < TAU_LOW}
+    if inlier[DIFFICULTY]:
+        return phi_a, phi_r, "inlier"
+    if outlier[DIFFICULTY]:
+        return phi_a, phi_r, "outlier"
+    return phi_a, phi_r, "boundary"
 
 
 def quotas(classes, rng):
@@ -129,20 +151,24 @@ def quotas(classes, rng):
     boundary = [i for i, name in enumerate(classes) if name == "boundary"]
     counts = [0] * len(classes)
     if boundary:
-        for i, n in zip(boundary, spread_evenly((BUDGET - PRE_SAMPLES) * len(classes), len(boundary), rng)):
-            counts[i] = n
+        total = (BUDGET - PRE_SAMPLES) * len(classes)
+        for i, count in zip(boundary, spread_evenly(total, len(boundary), rng)):
+            counts[i] = count
     return counts
 
 
 def choose_pairs(outcomes, rewards, rng):
     """[(draw to prefer, draw to reject)] of a problem: K of its right and K of its wrong draws, K the smaller number,
     those with the highest reward (of equals the first), joined at random: so the rejected ones are hard to tell."""
-    sides = [[draw for draw, o in enumerate(outcomes) if o == which] for which in (1, 0)]
-    k = min(map(len, sides))
+    right = [draw for draw, outcome in enumerate(outcomes) if outcome == 1]
+    wrong = [draw for draw, outcome in enumerate(outcomes) if outcome == 0]
+    k = min(len(right), len(wrong))
     if PAIRING == "hard":
-        sides = [sorted(draws, key=lambda draw: -rewards[draw])[:k] for draws in sides]
-    right, wrong = (rng.permutation(draws)[:k].tolist() for draws in sides)
-    return list(zip(right, wrong))
+        right = sorted(right, key=lambda draw: -rewards[draw])[:k]
+        wrong = sorted(wrong, key=lambda draw: -rewards[draw])[:k]
+    preferred = rng.permutation(right)[:k]
+    rejected = rng.permutation(wrong)[:k]
+    return list(zip(preferred.tolist(), rejected.tolist()))
 
 
 def sft_loss(logprobs, batch):
@@ -166,72 +192,204 @@ def dpo_nll_loss(logprobs, batch):
     return loss - NLL_WEIGHT * sum(chosen), pairs, metrics
 
 
+# Process rewards: how right each step of a response looks to a process reward model (PRM) -----------------------------
+
+PRM_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what "score" was trained with
+PRM_BATCH = 16  # responses read together: fixed, because what is in a batch shows in the rewards' last digits
+
+
+class RewardModel:
+    """A PRM in one of two published layouts, told apart by the tensors of its head. No code of its folder is run.
+
+    "v_head", Skywork-o1-Open-PRM: "\\n\\n" ends each step; a linear layer gives the logit of right.
+    "score", Qwen2.5-Math-PRM: <extra_0> ends each step, in a chat; two layers give the logits of wrong and right."""
+
+    def __init__(self, name):
+        """Read all but the backbone from a folder or the Hub; end the program if it is no such PRM."""
+        self.folder = local_folder(name)
+        self.tokenizer = load_tokenizer(name, "")
+        config = AutoConfig.from_pretrained(self.folder)
+        self.context = config.max_position_embeddings
+        self.layout = None
+        tensors = {}
+        for path in weight_files(self.folder):
+            with safe_open(path, "pt") as file:
+                for key in file.keys():
+                    layout, _, rest = key.partition(".")
+                    if layout in ("v_head", "score"):
+                        self.layout = layout
+                        tensors[rest.replace("summary.", "0.")] = file.get_tensor(key)
+        size = config.hidden_size
+        if self.layout == "v_head":
+            mark = "\n\n"
+            self.head = nn.Sequential(nn.Linear(size, 1), nn.Sigmoid())
+        elif self.layout == "score":
+            mark = "<extra_0>"
+            self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2), nn.Softmax(1))
+        else:
+            fail(f"{name} is no process reward model that is known here: no tensor v_head or score in it")
+        try:
+            self.head.load_state_dict(tensors)  # into float32
+        except RuntimeError as error:
+            fail(f"{name}: its head {self.layout}: {lines_of(error)[-1].strip()}")
+        self.mark = self.tokenizer(mark, add_special_tokens=False)["input_ids"]
+        if len(self.mark) != 1:
+            fail(f"{name}: its tokenizer has no token for the end of a step, {mark!r}")
+
+    def load(self):
+        """Bring the backbone to this process' device."""
+        AttentionInterface.register("packed", packed_attention)
+        body = load_network(AutoModel, self.folder, dtype=compute_dtype(), attn_implementation="packed")
+        self.body = body.to(device()).eval()
+        self.head.to(device())
+
+    def encode(self, problem, text):
+        """Return a response's token ids, cut at the context, and the places in them of the marks after its steps.
+
+        Steps are divided by blank lines. A problem that leaves no room for a mark has no places."""
+        if self.layout == "v_head":
+            prompt = f"{self.tokenizer.bos_token or ''}{problem['problem']}\n"
+        else:
+            prompt = make_prompt(self.tokenizer, "chat", problem, [], PRM_SYSTEM)
+        ids = encode(self.tokenizer, prompt)
+        places = []
+        if len(ids) >= self.context:
+            return ids[:self.context], places
+        # A mark that the response itself writes is split into plain text
+        steps = self.tokenizer(text.split("\n\n"), add_special_tokens=False, split_special_tokens=True)
+        for step in steps["input_ids"]:
+            ids = (ids + step)[:self.context - 1] + self.mark
+            places.append(len(ids) - 1)
+            if len(ids) == self.context:
+                break
+        return ids, places
+
+    @torch.inference_mode()
+    def read(self, problems, responses):
+        """Return [[tokens, rewards of the steps]] of a batch; end the program if a reward is not finite.
+
+        problems: {id: problem}. The head reads every token in float32, which costs little."""
+        rows = [self.encode(problems[r["id"]], r["text"]) for r in responses]
+        batch = pack([[(ids, [])] for ids, _ in rows])
+        batch["predict"] = slice(None)
+        rewards = self.head(hidden_states(self.body, batch).float())[:, -1]
+        if not rewards.isfinite().all():
+            fail(f"{self.folder}: its rewards are not numbers, in answers to {responses[0]['id']} and others")
+        parts = rewards.cpu().split([len(ids) for ids, _ in rows])
+        return [[len(part), part[places].tolist()] for part, (_, places) in zip(parts, rows)]
+
+
+def key_of(response):
+    """Return what a response is known by to the PRM: equal ones are read once."""
+    return response["id"] + "\n" + response["text"]
+
+
+def read_responses(run, name, prm, problems, responses):
+    """Return {key_of(response): [tokens, rewards of its steps]}, read by all processes; resume from run.unfinished."""
+    found = {}
+    for part in torn_lines(run.unfinished, f"{name}@*"):
+        found.update(part)
+    by_id = {problem["id"]: problem for problem in problems}
+    different = {key_of(response): response for response in responses}
+    keys = sorted(different, key=len, reverse=True)
+    run.unfinished.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # on CPU their number shows in the last digits too
+    with open(run.unfinished / f"{name}@{rank()}.jsonl", "a") as file, bar(len(keys), name) as shown:
+        for start in range(rank() * PRM_BATCH, len(keys), world_size() * PRM_BATCH):
+            batch = keys[start:start + PRM_BATCH]
+            if set(batch) - found.keys():
+                part = dict(zip(batch, prm.read(by_id, [different[key] for key in batch])))
+                found.update(part)
+                write_line(file, part)
+            shown.update(world_size() * len(batch))
+    torch.set_num_threads(threads_per_process())
+    for part in gather(found):
+        found.update(part)
+    return found
+
+
+@phase
+def step_rewards(run, file, prm, problems, responses):
+    """Return [{"id", "draw", "reward", "step_rewards"}] of responses, in order; file is round_<t>/<phase>.jsonl."""
+    began = time.time()
+    round, phase = round_and_phase(file)
+    slept = run.engine.sleep()
+    prm.load()
+    found = read_responses(run, f"round_{round}-{phase}", prm, problems, responses)
+    cost = 2 * prm.body.num_parameters()  # FLOPs of a token
+    prm.body = None
+    give_memory_back()
+    rewards = [found[key_of(response)][1] for response in responses]
+    lengths = [length for length, _ in found.values()]
+    tokens = sum(lengths)
+    steps = sum(map(len, rewards))
+    seconds = time.time() - began
+    run.log(round, phase, responses=len(responses), different=len(found), steps=steps, tokens=tokens,
+            filled_context=lengths.count(prm.context), unread=rewards.count([]), flops=cost * tokens,
+            spent_flops=cost * tokens, padded_flops=cost * len(found) * max(lengths), seconds=seconds, **slept)
+    say(f"  round {round}  {phase:<9} {len(responses):>7,} answers, {len(found):,} different, of {steps:,} steps, "
+        f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
+    records = []
+    for response, own in zip(responses, rewards):
+        records.append({"id": response["id"], "draw": response["draw"], "reward": reward_of(own), "step_rewards": own})
+    return records
+
+
 # The loop -------------------------------------------------------------------------------------------------------------
 
 def thresholds():
     """(tau_low, tau_high): as given, or the known ones of this PRM and model; ends the program where there are none."""
     known = TAUS.get((Path(PRM).name, Path(MODEL).name), (0.0, 0.0))
-    low, high = TAU_LOW or known[0], TAU_HIGH or known[1]
+    low = TAU_LOW or known[0]
+    high = TAU_HIGH or known[1]
     if DIFFICULTY == "accuracy" or REPORT_ONLY:
         return low, high
-    if not (low and high):
-        fail(f"no thresholds are known for {PRM} with {MODEL}: give --tau-low and --tau-high; --report-only draws what "
-             "they can be chosen by")
+    if low == 0 or high == 0:
+        fail(f"no thresholds are known for {PRM} with {MODEL}: give --tau-low and --tau-high; --report-only prints the "
+             "numbers to choose them from")
     if low >= high:
         fail(f"--tau-low {low} and --tau-high {high}: the second is the higher one")
     return low, high
 
 
-def rewarded(run, prm, problems, responses, **phase):
-    """Responses with the reward of each step and S(r), where there is a PRM."""
-    if prm is None:
+def with_rewards(responses, rewards):
+    """Responses with the reward of each step and S(r); as they are without a PRM."""
+    if not rewards:
         return responses
-    steps = step_rewards(run, prm, problems, responses, **phase)
-    return [{**r, "reward": reward_of(s), "step_rewards": s} for r, s in zip(responses, steps)]
+    return [{**response, **reward} for response, reward in zip(responses, rewards)]
 
 
-@at_once()
-def classify(run, problems, presamples):
-    """[(phi_a, phi_r, class)], parallel to problems, from their pre-samples; ends the program if these, which may have
-    been copied from a report, are not what would have been drawn here."""
-    due = [(p["id"], draw) for p in problems for draw in range(PRE_SAMPLES)]
-    if due != [(r["id"], r["draw"]) for r in presamples] or not all(("reward" in r) == bool(PRM) for r in presamples):
-        fail(f"{run.folder}: presamples.jsonl was made with other problems, --pre-samples or --prm; remove it")
-    drawn = by_problem(presamples)
-    return [difficulty_of(outcomes_of(drawn[p["id"]]), [r.get("reward", 0.0) for r in drawn[p["id"]]])
-            for p in problems]
+def classify(problems, presamples):
+    """[(phi_a, phi_r, class)], parallel to problems, from their pre-samples."""
+    by_id = by_problem(presamples)
+    difficulties = []
+    for problem in problems:
+        drawn = by_id[problem["id"]]
+        difficulties.append(difficulty_of(outcomes_of(drawn), [r.get("reward", 0.0) for r in drawn]))
+    return difficulties
 
 
-@at_once()
-def select(problems, difficulties, counts, responses, rng):
+def select(problems, difficulties, counts, responses, run, t):
     """selection.jsonl: for each problem all that was decided, with the numbers it was decided from; `quota` is how many
     answers it got beyond its pre-samples, which come first in `outcomes` and `rewards`."""
-    drawn, selection = by_problem(responses), []
+    by_id = by_problem(responses)
+    selection = []
     for problem, (phi_a, phi_r, name), quota in zip(problems, difficulties, counts):
-        outcomes = outcomes_of(drawn[problem["id"]])
-        rewards = [r.get("reward", 0.0) for r in drawn[problem["id"]]]
-        mixed = name == "boundary" and {0, 1} <= {*outcomes}  # else spare the generator, which takes longest
-        pairs = choose_pairs(outcomes, rewards, rng("pairs", problem["id"])) if mixed else []
+        drawn = by_id[problem["id"]]
+        outcomes = outcomes_of(drawn)
+        rewards = [r.get("reward", 0.0) for r in drawn]
+        pairs = []
+        if name == "boundary" and 0 in outcomes and 1 in outcomes:
+            pairs = choose_pairs(outcomes, rewards, run.rng(t, "pairs", problem["id"]))
         selection.append({"id": problem["id"], "phi_a": phi_a, "phi_r": phi_r, "class": name, "quota": quota,
                           "outcomes": outcomes, "rewards": rewards, "pairs": pairs})
     return selection
 
 
-def resample(run, prm, model, problems, presamples, counts, ask, t, drawn):
-    """All answers of round t: the pre-samples, and behind a problem's own the `counts` more that it gets."""
-    more = [(p, n) for p, n in zip(problems, counts) if n]
-    if not more:
-        return presamples
-    own, counts = map(list, zip(*more))
-    found = rewarded(run, prm, own, sample(run, model, own, counts, ask, round=t, phase="resample", **drawn),
-                     round=t, phase="rereward")
-    again = by_problem({**r, "draw": r["draw"] + PRE_SAMPLES} for r in found)
-    return [r for i, own in by_problem(presamples).items() for r in own + again[i]]
-
-
 def report_rewards(run, t, difficulties):
     """phi_r of the problems by phi_a, as quantiles: what thresholds can be chosen by."""
-    levels, found = (0.05, 0.25, 0.5, 0.75, 0.95), {}
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    found = {}
     say(f"  round {t}  phi_r    by phi_a: problems, " + ", ".join(f"{q:.0%}" for q in levels) + " quantile")
     for phi_a in sorted({a for a, _, _ in difficulties}):
         phi_r = [r for a, r, _ in difficulties if a == phi_a]
@@ -243,13 +401,14 @@ def report_rewards(run, t, difficulties):
 
 def report_selection(run, t, selection):
     """Per class: problems, answers drawn, share right; and the pairs."""
-    rows, values = [], {}
+    rows = []
+    values = {}
     for name in ("inlier", "boundary", "outlier"):
         outcomes = [s["outcomes"] for s in selection if s["class"] == name]
-        drawn = sum(map(len, outcomes))
-        right = sum(o.count(1) for o in outcomes) / max(1, drawn)
-        values[name] = {"problems": len(outcomes), "draws": drawn, "correct": right}
-        rows.append(f"{name} {len(outcomes):,} problems {right:.0%} of {drawn:,}")
+        drawn = sum(len(o) for o in outcomes)
+        correct = sum(o.count(1) for o in outcomes) / max(1, drawn)
+        values[name] = {"problems": len(outcomes), "draws": drawn, "correct": correct}
+        rows.append(f"{name} {len(outcomes):,} problems {correct:.0%} of {drawn:,}")
     pairs = sum(len(s["pairs"]) for s in selection)
     run.log(t, "select", classes=values, pairs=pairs)
     say(f"  round {t}  select   " + " | ".join(rows) + f" | {pairs:,} pairs")
@@ -260,86 +419,90 @@ def main():
         fail(f"--pre-samples {PRE_SAMPLES} are more than --budget {BUDGET}")
     if not PRM and (DIFFICULTY != "accuracy" or PAIRING != "random"):
         fail("without --prm there are no rewards: only --difficulty accuracy with --pairing random can do without")
-    global TAU_LOW, TAU_HIGH  # so that start_run stores those in use
+    global TAU_LOW, TAU_HIGH  # so that the run stores those in use
     TAU_LOW, TAU_HIGH = thresholds()
-    tokenizer, prm = load_tokenizer(MODEL, PROMPT, SYSTEM), RewardModel(PRM) if PRM else None
-    problems = load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
-    problems, held_out = hold_out(problems, HELD_OUT, SEED)
-    tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])
-    solved = [p for p in load_problems(STEP_SET, "train", DATA) if "solution" in p] if STEP_SET else []
-    solved = [p for p in solved if p["problem"] not in {h["problem"] for h in held_out}]
-    if STEP_SET and not solved:
-        fail(f"--step-set {STEP_SET}: no problem in it has a solution")
-    run = start_run(globals(), problems + solved, tests, models=[PRM] * bool(PRM))
-    by_id, fresh = {p["id"]: p for p in problems}, max(1, len(problems) // SLICE)
-    say(f"  data     {len(problems):,} training problems, {min(SLICE, len(problems)):,} a round; {len(tests):,} test "
-        f"problems\n  taus     {TAU_LOW} and {TAU_HIGH}")
-    if ROUNDS > fresh:
-        say(f"           from round {fresh + 1} on they come again: fewer than {ROUNDS} times {SLICE:,} (--slice)")
-
+    prm = RewardModel(PRM) if PRM else None
+    solved = []
+    if STEP_SET:
+        solved = [p for p in load_problems(STEP_SET, "train", DATA) if "solution" in p]
+        if not solved:
+            fail(f"--step-set {STEP_SET}: no problem in it has a solution")
+    run, tokenizer, problems, held_out, tests = prepare(globals(), solved, models=[PRM] if PRM else [])
+    tests = held_out + tests
+    aside = {p["problem"] for p in held_out}
+    solved = [p for p in solved if p["problem"] not in aside]
+    by_id = {p["id"]: p for p in problems}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
-    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS,
-                    weight_decay=WEIGHT_DECAY, clip=CLIP)
+    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    shots = SHOTS if PROMPT == "few_shot" else 0
+    say(f"  taus     {TAU_LOW} and {TAU_HIGH}")
+    if ROUNDS * SLICE > len(problems):
+        say(f"           {ROUNDS} rounds of {SLICE:,} problems (--slice): some are drawn again")
 
     def ask(problem, draw=0):
-        shown = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
-        text = make_prompt(tokenizer, PROMPT, problem, shown[:SHOTS * (PROMPT == "few_shot")], SYSTEM)
+        examples = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
+        text = make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
         return f"{SYSTEM}\n\n{text}" if SYSTEM and PROMPT != "chat" else text
 
-    def example(problem, *texts):
-        return make_example(tokenizer, PROMPT, problem, *texts) | {"prompt": ask(problem)}
+    def example(problem, *completions):
+        return make_example(tokenizer, PROMPT, problem, *completions) | {"prompt": ask(problem)}
 
     # M_0: SFT of the base on solutions in steps
     model = MODEL
+    scores = {}
     if solved:
         d_0 = [example(p, p["solution"]) for p in solved]
-        model = run.once("round_0/model", lambda to: train(run, MODEL, d_0, sft_loss, to, round=0, lr=LR, **training))
-    m_0, scores = model, {}
+        model = train(run, "round_0/model", MODEL, d_0, sft_loss, lr=LR, **training)
+    m_0 = model
     if not REPORT_ONLY:
-        scores["round 0" if solved else "base"] = evaluate(run, "round_0/eval.json", m_0, tests, ask, round=0, **greedy)
-    end_round(run, 0)
+        name = "round 0" if solved else "base"
+        scores[name] = evaluate(run, "round_0/eval.json", m_0, tests, ask, **greedy)
+    end_round(run, 0, keep=[m_0])
 
     for t in range(1, ROUNDS + 1):
         # 1. Pre-sample n_p answers to each problem of the slice; phi_a and phi_r tell where the boundary is
-        own = [problems[i] for i in slice_of(len(problems), t, run.rng)]
-        presamples = run.once(f"round_{t}/presamples.jsonl", lambda: rewarded(run, prm, own, sample(
-            run, model, own, PRE_SAMPLES, ask, round=t, phase="presample", **drawn), round=t, phase="prereward"))
-        difficulties = classify(run, own, presamples)
+        own = [problems[i] for i in slice_of(len(problems), t, run)]
+        presamples = sample(run, f"round_{t}/presamples.jsonl", model, own, PRE_SAMPLES, ask, **drawn)
+        if prm:
+            rewards = step_rewards(run, f"round_{t}/prerewards.jsonl", prm, own, presamples)
+            presamples = with_rewards(presamples, rewards)
+        difficulties = classify(own, presamples)
         if prm:
             report_rewards(run, t, difficulties)
         if REPORT_ONLY:
-            say("now choose --tau-low and --tau-high, and another --run; with this round_1/presamples.jsonl (and "
-                "round_0/) copied there, and all else the same, nothing is drawn twice")
+            say("now choose --tau-low and --tau-high, and another --name; with this run's round_1/presamples.jsonl and "
+                "prerewards.jsonl (and round_0/) copied there, and all else the same, nothing is drawn twice")
             return
 
         # 2. Re-sample: the remaining (n - n_p) N answers go to the boundary
         counts = quotas([name for _, _, name in difficulties], run.rng(t, "quotas"))
-        responses = run.once(f"round_{t}/responses.jsonl", lambda: resample(
-            run, prm, model, own, presamples, counts, ask, t, drawn))
+        more = sample(run, f"round_{t}/resamples.jsonl", model, own, counts, ask, **drawn)
+        if prm:
+            rewards = step_rewards(run, f"round_{t}/rerewards.jsonl", prm, own, more)
+            more = with_rewards(more, rewards)
+        responses = presamples + [{**r, "draw": PRE_SAMPLES + r["draw"]} for r in more]
 
         # 3. Pairs of the boundary's answers; M_t = DPO of M_{t-1}
-        selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
-            own, difficulties, counts, responses, lambda *key: run.rng(t, *key)))
+        selection = run.once(f"round_{t}/selection.jsonl", select, own, difficulties, counts, responses, run, t)
         report_selection(run, t, selection)
         show_answers(own, responses)
         text = {(r["id"], r["draw"]): r["text"] for r in responses}
-        pairs = [example(by_id[s["id"]], *(text[s["id"], draw] for draw in pair))
-                 for s in selection for pair in s["pairs"]]
+        pairs = []
+        for s in selection:
+            for preferred, rejected in s["pairs"]:
+                pairs.append(example(by_id[s["id"]], text[s["id"], preferred], text[s["id"], rejected]))
         if pairs:
-            pairs = run.once(f"round_{t}/train.jsonl", lambda: pairs)
+            pairs = run.once(f"round_{t}/train.jsonl", list, pairs)
             start = model if START == "previous" else m_0
-            model = run.once(f"round_{t}/model", lambda to: train(
-                run, start, pairs, dpo_nll_loss, to, round=t, lr=LR_DPO, reference=True, **training))
+            model = train(run, f"round_{t}/model", start, pairs, dpo_nll_loss, lr=LR_DPO, reference=True, **training)
         else:
-            some = any(s["class"] == "boundary" for s in selection)
-            why = "a right and a wrong answer to a problem of it" if some else "a problem"
-            say(f"  round {t}  the boundary lacks {why}: no pair, the model stays as it is")
-        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, round=t, **greedy)
-        end_round(run, t)
+            say(f"  round {t}  no problem at the boundary was answered both right and wrong: no pair, the model stays as "
+                "it is")
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, **greedy)
+        end_round(run, t, keep=[m_0, model])
     final_table(run, scores)
 
 
 if __name__ == "__main__":
-    override_from_cli(globals())
-    main()
+    launch(main, globals())

@@ -20,20 +20,24 @@ else are ours, or (proxy): Online-DPO-R1's, whose 20,000 prompts a round these s
 Differs from the paper in what cannot be known, and in: no probe problem is trained on, so that probes compare; all arms
 probe each round, so that they cost the same; an answer that was cut counts as wrong, and is in no pair.
 
-  torchrun sai_dpo.py --toy                                   2 CPU cores: 1.1 min, 0.8 GB, 58 % (measured)
-  torchrun sai_dpo.py                                         one GPU: not measured yet
+  python sai_dpo.py --toy                                     2 CPU cores: 1.1 min, 0.8 GB, 58 % (measured)
+  python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
   torchrun --nproc-per-node 8 sai_dpo.py                      eight GPUs: not measured yet
 """
 import math
 import re
+import statistics
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
-from common import (apportion, by_problem, cluster_texts, fail, last_list, load_problems, load_tokenizer, make_example,
-                    make_prompt, mean_of, outcomes_of, override_from_cli, read_encoder, sample, say, sequence_logprobs,
-                    start_run, train, typical_words)
-from eval import end_round, evaluate, final_table, hold_out, show_answers, worked_examples
-import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
+from common import (MACHINE, by_problem, device, end_round, evaluate, fail, final_table, launch, load_network,
+                    load_problems, load_tokenizer, local_folder, make_example, make_prompt, outcomes_of, prepare, rank,
+                    read, sample, say, seed_of, sequence_logprobs, show_answers, start_run, train, worked_examples)
+import torch  # behind common, which keeps torch's threads from spinning
+import torch.nn.functional as F
+from transformers import AutoModel
 
 # What to run
 MODEL = "Qwen/Qwen2.5-Math-7B"  # pi_0: a Hub name or a folder (paper)
@@ -47,7 +51,8 @@ ROUNDS = 5  # after round 0, which scores pi_0 (ours)
 SEED = 0  # of everything random (ours)
 
 # Knowledge points
-TAGGER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"  # names those of a problem; empty: its text serves (paper)
+TAG = False  # have TAGGER name those of the training problems, for all later runs, and stop (paper: offline)
+TAGGER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"  # whose tags are used, where --tag was run; else the text (paper)
 OWN_TAGS = True  # problems that bring tags keep them (MATH's: seven, so seven clusters), and skip the tagger (ours)
 TAG_TOKENS = 2048  # of the tagger's output, thoughts included (ours)
 EMBEDDER = "sentence-transformers/all-mpnet-base-v2"  # a Hub name or a folder, or tfidf (ours)
@@ -65,7 +70,7 @@ PAIRS_PER_ROUND = 5000  # at most: about half of what is learnable with SELECT =
 BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (proxy)
 
 # Sampling
-PROMPT = "chat"  # "chat" | "zero_shot" | "few_shot": one form for drawing, training and scoring (proxy)
+PROMPT = "chat"  # "few_shot" | "zero_shot" | "chat": one form for drawing, training and scoring (proxy)
 SHOTS = 4  # worked examples of our own before a problem, with few_shot (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 TEMPERATURE = 1.0  # of all draws (proxy)
@@ -82,16 +87,25 @@ BATCH_SIZE = 128  # pairs per optimizer step, over all GPUs (proxy)
 WEIGHT_DECAY = 0.0  # of AdamW; 0 is none (proxy)
 CLIP = 1.0  # largest gradient norm (ours)
 
-# Machine: may differ when a run goes on
-RUN = ""  # the folder under runs/; empty is script name and seed (ours)
+# Machine: may differ when a run resumes
+NAME = ""  # the folder under runs/; empty is script name and seed (ours)
 DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
 ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
 SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time (ours)
 GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
-MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result (ours)
+MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result; on a CPU fewer if need be (ours)
+RECOMPUTE = False  # make activations again in the backward pass: less memory, a third more time (ours)
 SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
+KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still needed; 0 is all (ours)
+KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
 WANDB = False  # log to Weights & Biases too (ours)
+
+# What is legal: the values, or the least one (of other numbers 0)
+LEGAL = dict(START=("base", "previous"), TAG_TOKENS=1, N_CLUSTERS=1, SAMPLES_PER_ROUND=1, K_SAMPLES=1,
+             SELECT=("both", "knowledge", "difficulty", "random", "static"), PREFER=("hardest", "middle"),
+             PAIRS_PER_ROUND=1, PROMPT=("few_shot", "zero_shot", "chat"), MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1,
+             ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TEST=300,
            ROUNDS=3, EMBEDDER="tfidf", N_CLUSTERS=5, PROBE=0.04, SAMPLES_PER_ROUND=350, PAIRS_PER_ROUND=100,
@@ -100,34 +114,28 @@ TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DAT
 
 # The method -----------------------------------------------------------------------------------------------------------
 
-def tag_request(problem):
-    """What the tagger is asked."""
-    return ("List the 1 to 5 mathematical knowledge points that are needed to solve this problem, as a JSON list of "
-            f"short English phrases, the most general first. Do not solve it.\n\nProblem: {problem['problem']}")
-
-
-def parse_tags(output):
-    """The tags in a tagger's output {text, finish}: five of the last list behind its thoughts; none if it was cut."""
-    return last_list(output["text"].rsplit("</think>", 1)[-1])[:5] if output["finish"] == "stop" else []
-
-
 def steps_of(text):
     """How many steps a response has: its "Step k" markers, or where there are none, the blocks between blank lines."""
     marked = re.findall(r"(?im)^[ \t]*(?:#+ *)?(?:\*\*)?step[ \t]+\d+", text)
-    return len(marked) or sum(bool(block.strip()) for block in re.split(r"\n[ \t\r]*\n", text))
+    blocks = [block for block in re.split(r"\n[ \t\r]*\n", text) if block.strip()]
+    return len(marked) or len(blocks)
 
 
 def difficulty_of(outcomes, steps, tokens):
     """(p, mean steps, mean length) of a problem from its draws, parallel lists. A cut answer is wrong, but does not
     count in the means; where all were cut these are None."""
-    whole = [draw for draw, o in enumerate(outcomes) if o >= 0]
-    return (outcomes.count(1) / len(outcomes), mean_of(steps[d] for d in whole) if whole else None,
-            mean_of(tokens[d] for d in whole) if whole else None)
+    p = outcomes.count(1) / len(outcomes)
+    whole = [draw for draw, outcome in enumerate(outcomes) if outcome >= 0]
+    if not whole:
+        return p, None, None
+    return p, statistics.fmean(steps[draw] for draw in whole), statistics.fmean(tokens[draw] for draw in whole)
 
 
 def key_of(p, steps, length):
     """Self-aware difficulty, larger is harder: fewer right, then more steps, then longer answers."""
-    return 1 - p, math.inf if steps is None else steps, math.inf if length is None else length
+    if steps is None:  # all were cut
+        return 1 - p, math.inf, math.inf
+    return 1 - p, steps, length
 
 
 def probe_of(clusters, rng):
@@ -137,27 +145,43 @@ def probe_of(clusters, rng):
     counts = np.minimum(2, sizes)
     total = max(round(PROBE * len(clusters)), counts.sum())
     while counts.sum() < total:
-        counts[np.argmax(np.where(counts < sizes, sizes * total / len(clusters) - counts, -np.inf))] += 1
-    return sorted(int(i) for j, n in enumerate(counts) for i in rng.permutation(np.flatnonzero(clusters == j))[:n])
+        missing = sizes * total / len(clusters) - counts
+        counts[np.argmax(np.where(counts < sizes, missing, -np.inf))] += 1
+    probe = []
+    for cluster, count in enumerate(counts):
+        members = np.flatnonzero(clusters == cluster)
+        probe += rng.permutation(members)[:count].tolist()
+    return sorted(probe)
 
 
 def error_masses(rates, unused):
     """m(j) from the p of each cluster's probed problems and the number of its unused ones: what the probe failed at,
     carried over to these, and scaled so that the masses sum to the probe's errors, the sum of all 1 - p."""
-    errors = np.array([sum(1 - p for p in of) for of in rates], dtype=float)
-    masses = errors * unused / np.maximum(1, [len(of) for of in rates])
-    return masses * (errors.sum() / masses.sum()) if masses.sum() else masses
+    errors = np.array([sum(1 - p for p in probed) for probed in rates], dtype=float)
+    probed = np.array([len(probed) for probed in rates])
+    masses = errors * unused / np.maximum(1, probed)
+    if masses.any():
+        masses *= errors.sum() / masses.sum()
+    return masses
 
 
 def shares_of(masses):
     """q(j); they sum to one, and are all the same where nothing failed."""
-    smoothed = masses + (SMOOTHING or not masses.any())
+    smoothed = masses + SMOOTHING
+    if not smoothed.any():
+        smoothed = np.ones_like(masses)
     return smoothed / smoothed.sum()
 
 
-def difficulty_weights(rates):
-    """Of each cluster, for DIFFICULTY_BEFORE: most where the model is right half of the time."""
-    return np.array([max(0.1, mean_of(4 * p * (1 - p) for p in of)) if of else 0.1 for of in rates])
+def weights_of(shares, rates):
+    """What clusters are drawn by, (k,), or None: all problems alike. With DIFFICULTY_BEFORE most where the model is right
+    half of the time."""
+    if SELECT in ("difficulty", "random"):
+        return None
+    if not DIFFICULTY_BEFORE:
+        return shares
+    learnable = [max(0.1, statistics.fmean(4 * p * (1 - p) for p in probed)) if probed else 0.1 for probed in rates]
+    return shares * learnable / (shares * learnable).sum()
 
 
 def draw(unused, clusters, weights, n, rng):
@@ -165,8 +189,11 @@ def draw(unused, clusters, weights, n, rng):
     unused = rng.permutation(unused)
     if weights is None:
         return unused[:n]
-    counts = apportion(weights, np.bincount(clusters[unused], minlength=len(weights)), n)
-    return np.concatenate([unused[clusters[unused] == j][:count] for j, count in enumerate(counts)])
+    room = np.bincount(clusters[unused], minlength=len(weights))
+    drawn = []
+    for cluster, count in enumerate(apportion(weights, room, n)):
+        drawn.append(unused[clusters[unused] == cluster][:count])
+    return np.concatenate(drawn)
 
 
 def draw_round(pool, used, clusters, weights, n, rng):
@@ -176,7 +203,8 @@ def draw_round(pool, used, clusters, weights, n, rng):
     drawn = draw(unused, clusters, weights, n, rng)
     if len(unused) < n:
         used = drawn
-        drawn = np.append(drawn, draw(np.setdiff1d(pool, drawn), clusters, weights, n - len(drawn), rng))
+        again = draw(np.setdiff1d(pool, drawn), clusters, weights, n - len(drawn), rng)
+        drawn = np.append(drawn, again)
     return np.sort(drawn), np.union1d(used, drawn)
 
 
@@ -186,19 +214,37 @@ def keep(rows, shares, rng):
     learnable = [i for i, row in enumerate(rows) if 1 in row["outcomes"] and 0 in row["outcomes"]]
     order = rng.permutation(learnable).tolist()
     if SELECT in ("both", "difficulty", "static"):
-        keys = {i: key_of(*(rows[i][name] for name in ("p", "steps", "length"))) for i in learnable}
-        middle = {i: PREFER == "middle" and 0.25 <= rows[i]["p"] <= 0.75 for i in learnable}
-        order = sorted(order, key=lambda i: (middle[i], keys[i]), reverse=True)
+        def hardness(i):
+            row = rows[i]
+            in_the_middle = PREFER == "middle" and 0.25 <= row["p"] <= 0.75
+            return in_the_middle, key_of(row["p"], row["steps"], row["length"])
+        order = sorted(order, key=hardness, reverse=True)
     if SELECT in ("difficulty", "random"):
         return order[:PAIRS_PER_ROUND]
     room = np.bincount([rows[i]["cluster"] for i in learnable], minlength=len(shares))
-    return [i for j, n in enumerate(apportion(shares, room, PAIRS_PER_ROUND))
-            for i in [i for i in order if rows[i]["cluster"] == j][:n]]
+    kept = []
+    for cluster, count in enumerate(apportion(shares, room, PAIRS_PER_ROUND)):
+        members = [i for i in order if rows[i]["cluster"] == cluster]
+        kept += members[:count]
+    return kept
+
+
+def rates_of(answers, groups, k):
+    """p(x) of the probed problems of each of k clusters."""
+    by_id = by_problem(answers)
+    rates = [[] for _ in range(k)]
+    for g in groups:
+        if g["probed"]:
+            outcomes = outcomes_of(by_id[g["id"]])
+            rates[g["cluster"]].append(outcomes.count(1) / len(outcomes))
+    return rates
 
 
 def choose_pair(outcomes, rng):
     """[draw to prefer, draw to reject]: a random right one and a random wrong one."""
-    return [int(rng.choice([draw for draw, o in enumerate(outcomes) if o == which])) for which in (1, 0)]
+    right = [draw for draw, outcome in enumerate(outcomes) if outcome == 1]
+    wrong = [draw for draw, outcome in enumerate(outcomes) if outcome == 0]
+    return [int(rng.choice(right)), int(rng.choice(wrong))]
 
 
 def dpo_loss(logprobs, batch):
@@ -210,64 +256,284 @@ def dpo_loss(logprobs, batch):
     return -F.logsigmoid(margin).sum(), len(margin), metrics
 
 
-# The loop -------------------------------------------------------------------------------------------------------------
+# Knowledge points: tags by a language model, clusters of tags ---------------------------------------------------------
 
-def group(problems, outputs, rng):
-    """round_0/clusters.jsonl: {id, tags, cluster, probed} of each problem. Tags are its own, else the tagger's (its
-    second try where the first had none), else none, and its text is embedded in their place."""
-    tried = {i: [*map(parse_tags, rs)] for i, rs in by_problem(outputs).items()}
-    tags = [p.get("tags") or next(filter(None, tried.get(p["id"], [])), []) for p in problems]
-    texts = [", ".join(t) or p["problem"] for p, t in zip(problems, tags)]
-    clusters = cluster_texts(EMBEDDER, texts, N_CLUSTERS, rng("clusters"))
-    probed = set(probe_of(clusters, rng("probe")))
-    return [{"id": p["id"], "tags": t, "cluster": int(j), "probed": i in probed}
-            for i, (p, t, j) in enumerate(zip(problems, tags, clusters))]
+TFIDF_SIZE = 512  # numbers in a tf-idf vector
+EMBED_BATCH = 64  # texts that the encoder reads at once
+START_POINTS = 50_000  # points that the starts of k-means are tried on
 
 
-def knowledge_points(run, problems, untagged, tagger):
-    """What is asked once: round_0/tagger.jsonl, the tagger's outputs, and clusters.jsonl, which is returned."""
+def tag_request(problem):
+    """What the tagger is asked."""
+    return ("List the 1 to 5 mathematical knowledge points that are needed to solve this problem, as a JSON list of "
+            f"short English phrases, the most general first. Do not solve it.\n\nProblem: {problem['problem']}")
+
+
+def parse_tags(output):
+    """The tags in a tagger's output {text, finish}: five of the last list behind its thoughts; none if it was cut."""
+    if output["finish"] != "stop":
+        return []
+    return last_list(output["text"].rpartition("</think>")[2])[:5]
+
+
+def tags_name(problems):
+    """The run folder under runs/ that keeps the tags of these problems, held-out ones too: all seeds and arms share it."""
+    requests = sorted(tag_request(problem) for problem in problems)
+    return f"tags/{seed_of(TAGGER, TAG_TOKENS, requests):x}"
+
+
+def tag_problems(problems):
+    """Have TAGGER name the knowledge points of problems, at most two tries each; resumes like any run."""
+    tagger = load_tokenizer(TAGGER, "chat")
+    machine = {name: globals()[name] for name in MACHINE}
+    run = start_run({**machine, "__file__": __file__, "MODEL": TAGGER, "SEED": 0, "GRADER": "",
+                     "NAME": tags_name(problems)}, problems)
+    untagged = [p for p in problems if not (OWN_TAGS and p.get("tags"))]
+    if not untagged:
+        fail("--tag: no problem lacks tags (--no-own-tags would ignore those that problems bring)")
+
     def request(problem, draw):
         return make_prompt(tagger, "chat", {"problem": tag_request(problem)})
 
-    outputs = run.once("round_0/tagger.jsonl", lambda: sample(
-        run, TAGGER, untagged, 2, request, enough=lambda tries: tries[-1]["correct"], check=parse_tags, round=0,
-        phase="tag", style="chat", temperature=0.6, top_p=0.95, max_new_tokens=TAG_TOKENS)) if untagged else []
-    groups = run.once("round_0/clusters.jsonl", lambda: group(problems, outputs, run.rng))
-    if {o["id"] for o in outputs} != {p["id"] for p in untagged} or [g["id"] for g in groups] != [
-            p["id"] for p in problems]:
-        fail(f"{run.folder}/round_0: what is copied there is of other problems; remove it")
+    def enough(outputs):
+        return outputs[-1]["correct"]
+
+    def grade(problem, output):
+        found = bool(parse_tags(output))
+        return found, "tags" if found else "no tags"
+
+    outputs = sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat",
+                     temperature=0.6, top_p=0.95, max_new_tokens=TAG_TOKENS)
+    tagged = 0
+    tags = []
+    for i, own in by_problem(outputs).items():
+        tags.append({"id": i, "tags": parse_tags(own[-1])})
+        tagged += own[-1]["correct"]
+    run.once("round_0/tags.jsonl", list, tags)
+    say(f"{tagged:,} of {len(untagged):,} problems have tags now: {run.folder}/round_0/tags.jsonl")
+
+
+def tags_of(problems, held_out):
+    """The tags of each problem: its own, else those that --tag has found, else none."""
+    path = Path("runs") / tags_name(problems + held_out) / "round_0" / "tags.jsonl"
+    found = {}
+    if path.exists():
+        found = {record["id"]: record["tags"] for record in read(path)}
+    tags = []
+    for problem in problems:
+        own = problem.get("tags", []) if OWN_TAGS else []
+        tags.append(own or found.get(problem["id"], []))
+    missing = tags.count([])
+    if missing:
+        say(f"  tags     {missing:,} problems have none, and are grouped by their text (python sai_dpo.py --tag, with the "
+            "same data, has them tagged first)")
+    return tags
+
+
+def group(problems, tags, run):
+    """round_0/clusters.jsonl: {id, tags, cluster, probed} of each problem. Where there are no tags, the text of the problem
+    is embedded in their place."""
+    texts = [", ".join(own) or p["problem"] for p, own in zip(problems, tags)]
+    clusters = cluster_texts(EMBEDDER, texts, N_CLUSTERS, run.rng("clusters"))
+    probed = set(probe_of(clusters, run.rng("probe")))
+    groups = []
+    for i, problem in enumerate(problems):
+        groups.append({"id": problem["id"], "tags": tags[i], "cluster": int(clusters[i]), "probed": i in probed})
     return groups
 
 
-def select(problems, facts, shares, responses, rng):
+def apportion(shares, room, total):
+    """Divide `total` in proportion to `shares` (n,), by largest remainders, but at most `room` (n,) each.
+
+    What a full place cannot take goes to the others; a place with no share gets nothing.
+    """
+    room = np.where(shares > 0, room, 0)
+    total = min(total, room.sum())
+    targets = np.zeros(len(room))
+    while total - targets.sum() > 1e-6:
+        free = np.where(targets < room, shares, 0)
+        targets = np.minimum(room, targets + (total - targets.sum()) * free / free.sum())
+    counts = np.zeros(len(room), dtype=int)
+    for _ in range(total):
+        counts[np.argmax(targets - counts)] += 1
+    return counts
+
+
+def cluster_texts(encoder, texts, k, rng):
+    """Return the cluster of each text (n,), at most k, 0 the largest; zeros on ranks other than 0."""
+    if rank() > 0:
+        return np.zeros(len(texts), dtype=int)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in one order: the same clusters however many cores there are
+    vectors = tfidf(texts) if encoder == "tfidf" else embed(encoder, texts)
+    clusters, _ = kmeans(vectors, k, rng)
+    torch.set_num_threads(threads)
+    return clusters
+
+
+def tfidf(texts):
+    """Return unit tf-idf vectors (n, TFIDF_SIZE) of texts, hashed (Weinberger et al. 2009)."""
+    # Words of two letters or more, and LaTeX commands
+    counts = [Counter(re.findall(r"\\?[^\W\d_]{2,}", text.lower())) for text in texts]
+    texts_with = Counter()
+    for words in counts:
+        texts_with.update(words.keys())
+    vectors = torch.zeros(len(texts), TFIDF_SIZE)
+    for vector, words in zip(vectors.numpy(), counts):
+        for word, count in words.items():
+            seed = seed_of(word)
+            sign = 1 if seed % 2 else -1  # words that share a place then cancel out on average
+            rarity = math.log(len(texts) / texts_with[word]) + 1e-3  # not quite 0 for a word that all texts have
+            vector[seed // 2 % TFIDF_SIZE] += sign * (1 + math.log(count)) * rarity
+    return F.normalize(vectors).numpy()
+
+
+def read_encoder(name):
+    """Return a sentence encoder's tokenizer, set to its longest text; fail unless it is mean pooling."""
+    folder = Path(local_folder(name))
+    tokenizer = load_tokenizer(name, "")
+    if (folder / "modules.json").exists():  # a plain model has none, and its mean is taken too
+        layers = {layer["type"].split(".")[-1] for layer in read(folder / "modules.json")}
+        pooling = read(folder / "1_Pooling" / "config.json")
+        mean = pooling.get("pooling_mode_mean_tokens") or pooling.get("pooling_mode") == "mean"  # old files or new
+        if not mean or layers - {"Transformer", "Pooling", "Normalize"}:
+            fail(f"{name}: only mean pooling encoders are read here")
+        settings = read(folder / "sentence_bert_config.json")
+        tokenizer.model_max_length = settings.get("max_seq_length") or tokenizer.model_max_length
+    return tokenizer
+
+
+@torch.inference_mode()
+def embed(name, texts):
+    """Return unit vectors (n, H) of texts by mean pooling (Reimers & Gurevych 2019)."""
+    tokenizer = read_encoder(name)
+    encoder = load_network(AutoModel, local_folder(name), dtype=torch.float32).to(device())
+    vectors = torch.zeros(len(texts), encoder.config.hidden_size)
+    order = torch.tensor([len(text) for text in texts]).argsort(stable=True)
+    for places in order.split(EMBED_BATCH):  # of like length, so that there is little padding
+        batch = tokenizer([texts[i] for i in places], padding=True, truncation=True, return_tensors="pt").to(device())
+        hidden = encoder(**batch).last_hidden_state * batch["attention_mask"][:, :, None]
+        vectors[places] = hidden.sum(1).cpu()  # the direction is that of the mean
+    if not vectors.isfinite().all():
+        fail(f"{name}: its vectors are not finite")
+    return F.normalize(vectors).numpy()
+
+
+def kmeans(points, k, rng, starts=10):
+    """Return (clusters (n,), 0 the largest, at most k; sum of squared distances) of points (n, H)."""
+    points = torch.from_numpy(points)
+    subset = points[rng.permutation(len(points))[:START_POINTS]]
+    runs = [lloyd(subset, first_centres(subset, k, rng)) for _ in range(starts)]
+    _, centres, _ = min(runs, key=lambda run: run[2])
+    clusters, _, inertia = lloyd(points, centres)
+    by_size = torch.bincount(clusters).argsort(descending=True, stable=True)
+    return by_size.argsort()[clusters].numpy(), inertia
+
+
+def squared_distances(points, centres):
+    """Return the squared distances (n, k) between points (n, H) and centres (k, H)."""
+    squares = points.square().sum(1)[:, None] + centres.square().sum(1)
+    return F.threshold(squares - 2 * points @ centres.T, 1e-5, 0)  # rounding makes up to 1e-6 of equal unit vectors
+
+
+def first_centres(points, k, rng):
+    """Choose at most k centres (k, H) among points by k-means++ (Arthur & Vassilvitskii 2007)."""
+    centres = points[[rng.integers(len(points))]]
+    nearest = squared_distances(points, centres)[:, 0].double()
+    while len(centres) < k and nearest.any():  # else the centres are all the points there are
+        chosen = rng.choice(len(points), p=(nearest / nearest.sum()).numpy())
+        centres = torch.cat([centres, points[[chosen]]])
+        nearest = torch.minimum(nearest, squared_distances(points, centres[-1:])[:, 0])
+    return centres
+
+
+def lloyd(points, centres, steps=100):
+    """Move centres (k, H) until no point changes its cluster; return (clusters (n,), centres, sum of squared distances).
+
+    An empty cluster restarts at a point far from its centre."""
+    clusters = None
+    for _ in range(steps):
+        nearest, closest = squared_distances(points, centres).min(1)
+        if clusters is not None and torch.equal(closest, clusters):
+            break
+        clusters = closest
+        sizes = torch.bincount(clusters, minlength=len(centres))
+        centres = torch.zeros_like(centres).index_add_(0, clusters, points) / sizes.clamp(min=1)[:, None]
+        empty = sizes == 0
+        centres[empty] = points[nearest.topk(int(empty.sum())).indices]
+    return clusters, centres, nearest.sum().item()
+
+
+def last_list(text):
+    """Return the different phrases, in lower case, of the last list of quoted strings in a text, or []."""
+    for found in reversed(re.findall(r"""\[(?=\s*["'{])(?:[^]["]|"[^"]{0,200}")*\]""", text[-2000:])):
+        # Not read as JSON: models write single quotes, one comma too many, and LaTeX such as \frac
+        found = re.sub(r"\\u([0-9a-f]{4})", lambda code: chr(int(code[1], 16)), found)
+        phrases = re.findall(r"""(?s)(?<=[\[,])\s*["'](.{1,80}?)["'](?=\s*[,\]])""", found)
+        phrases = [" ".join(phrase.replace("\\\\", "\\").lower().split()) for phrase in phrases]
+        phrases = [phrase for phrase in phrases if re.search(r"[^\W\d_]{2}", phrase)]
+        if phrases:
+            return list(dict.fromkeys(phrases))
+    return []
+
+
+def words_of(problem, tags):
+    """What a problem is told by: its tags, else the longer words of its text; a set."""
+    if tags:
+        return set(tags)
+    return set(re.findall(r"[^\W\d_]{4,}", problem["problem"].lower()))
+
+
+def typical_words(words, clusters, n=4):
+    """Return the n words of each cluster that are frequent in it and rare outside; `words`: a set per text."""
+    inside = [Counter() for _ in range(max(clusters) + 1)]
+    for of_text, cluster in zip(words, clusters):
+        inside[cluster].update(of_text)
+    overall = sum(inside, Counter())
+    typical = []
+    for counts in inside:
+        ranked = sorted(counts, key=lambda word: (-counts[word] ** 2 / overall[word], word))
+        typical.append(ranked[:n])
+    return typical
+
+
+# The loop -------------------------------------------------------------------------------------------------------------
+
+def select(problems, facts, shares, responses, run, t):
     """selection.jsonl: for each problem of a round all that was decided, with the numbers it was decided from. facts:
     those of its cluster (`weight` is what was drawn by, null where at random), parallel to problems."""
-    drawn, rows = by_problem(responses), []
+    by_id = by_problem(responses)
+    rows = []
     for problem, of_cluster in zip(problems, facts):
-        own = drawn[problem["id"]]
-        outcomes = outcomes_of(own)
-        p, steps, length = difficulty_of(outcomes, [steps_of(r["text"]) for r in own], [r["tokens"] for r in own])
-        rows.append({"id": problem["id"], **of_cluster, "outcomes": outcomes, "p": p, "steps": steps, "length": length,
-                     "pair": None})
-    for i in keep(rows, shares, rng("keep")):
-        rows[i]["pair"] = choose_pair(rows[i]["outcomes"], rng("pair", rows[i]["id"]))
+        drawn = by_id[problem["id"]]
+        outcomes = outcomes_of(drawn)
+        steps = [steps_of(r["text"]) for r in drawn]
+        tokens = [r["tokens"] for r in drawn]
+        p, mean_steps, length = difficulty_of(outcomes, steps, tokens)
+        rows.append({"id": problem["id"], **of_cluster, "outcomes": outcomes, "p": p, "steps": mean_steps,
+                     "length": length, "pair": None})
+    for i in keep(rows, shares, run.rng(t, "keep")):
+        rows[i]["pair"] = choose_pair(rows[i]["outcomes"], run.rng(t, "pair", rows[i]["id"]))
     return rows
 
 
-def report_clusters(run, t, names, sizes, rates, facts, selection):
+def report_clusters(run, t, names, sizes, rates, shares, weights, selection):
     """Per cluster: problems, probed, share, drawn, learnable, trained on; error in the probe of each round; tags."""
-    drawn = by_problem({**s, "id": s["cluster"]} for s in selection)
-    found = [{"tags": tags, "problems": int(sizes[j]), "probed": len(rates[j]), "share": facts[j]["weight"],
-              "drawn": len(drawn[j]), "learnable": sum({0, 1} <= {*s["outcomes"]} for s in drawn[j]),
-              "kept": sum(bool(s["pair"]) for s in drawn[j]), "error": 1 - mean_of(rates[j])}
-             for j, tags in enumerate(names)]
+    found = []
+    for j, tags in enumerate(names):
+        drawn = [s for s in selection if s["cluster"] == j]
+        learnable = [s for s in drawn if 0 in s["outcomes"] and 1 in s["outcomes"]]
+        found.append({"tags": tags, "problems": int(sizes[j]), "probed": len(rates[j]),
+                      "share": None if weights is None else weights[j], "drawn": len(drawn),
+                      "learnable": len(learnable), "kept": sum(s["pair"] is not None for s in drawn),
+                      "error": 1 - statistics.fmean(rates[j])})
     run.log(t, "select", clusters=found)
-    past = [run.metrics[s, "select"]["clusters"] for s in range(1, t + 1)]
-    say(f"  round {t}  select  cluster " + " ".join(f"{name:>9}" for name in list(found[0])[1:-1])
-        + "  error, by round; typical tags")
+    say(f"  round {t}  select  cluster  problems    probed     share     drawn learnable      kept  error, by round; "
+        "typical tags")
     for j, c in enumerate(found):
-        errors = " ".join(f"{of[j]['error']:>4.0%}" for of in past)
-        share = f"{c['share']:.1%}" if c["share"] is not None else "random"
+        past = [run.metrics[s, "select"]["clusters"][j]["error"] for s in range(1, t + 1)]
+        errors = " ".join(f"{error:>4.0%}" for error in past)
+        share = "random" if c["share"] is None else f"{c['share']:.1%}"
         say(f"{j:>24} {c['problems']:>9,} {c['probed']:>9,} {share:>9} {c['drawn']:>9,} {c['learnable']:>9,} "
             f"{c['kept']:>9,}  {errors}  {', '.join(c['tags'])}"[:160])
     if sum(c["learnable"] for c in found) == sum(c["kept"] for c in found):
@@ -279,91 +545,88 @@ def main():
         fail(f"--difficulty-before is for --select both or static, not {SELECT}")
     if PREFER == "middle" and SELECT in ("knowledge", "random"):
         fail(f"--prefer middle is for a --select that looks at difficulty, not {SELECT}")
-    tokenizer, problems = load_tokenizer(MODEL, PROMPT, SYSTEM), load_problems(TRAIN_DATA, "train", DATA, N_TRAIN)
-    problems, held_out = hold_out(problems, HELD_OUT, SEED)
-    tests = held_out + (load_problems(TEST_DATA, "test", DATA, N_TEST) if TEST_DATA or not held_out else [])
-    problems = [p if OWN_TAGS else {**p, "tags": []} for p in problems]
-    untagged = [p for p in problems if TAGGER and not p.get("tags")]
-    tagger = load_tokenizer(TAGGER, "chat") if untagged else None
-    read_encoder(EMBEDDER)  # ends the program if it cannot serve
-    models = [TAGGER] * bool(untagged) + [EMBEDDER] * (EMBEDDER != "tfidf")
-    run, by_id = start_run(globals(), problems, tests, models=models), {p["id"]: p for p in problems}
-    say(f"  data     {len(problems):,} training problems, {len(untagged):,} to be tagged; {len(tests):,} test problems")
-
+    if TAG:
+        return tag_problems(load_problems(TRAIN_DATA, "train", DATA, N_TRAIN))
+    if EMBEDDER != "tfidf":
+        read_encoder(EMBEDDER)  # ends the program if it cannot serve
+    run, tokenizer, problems, held_out, tests = prepare(globals(), models=[] if EMBEDDER == "tfidf" else [EMBEDDER])
+    tests = held_out + tests
+    by_id = {p["id"]: p for p in problems}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
-    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, max_tokens=MAX_TOKENS,
-                    weight_decay=WEIGHT_DECAY, clip=CLIP)
+    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    shots = SHOTS if PROMPT == "few_shot" else 0
 
     def ask(problem, draw=0):
-        shown = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
-        return make_prompt(tokenizer, PROMPT, problem, shown[:SHOTS * (PROMPT == "few_shot")], SYSTEM)
+        examples = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
+        return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
 
-    def example(problem, *texts):
-        return make_example(tokenizer, PROMPT, problem, *texts) | {"prompt": ask(problem)}
+    def example(problem, *completions):
+        return make_example(tokenizer, PROMPT, problem, *completions) | {"prompt": ask(problem)}
 
     # Once: knowledge points, their clusters, and the probe
-    groups = knowledge_points(run, problems, untagged, tagger)
+    tags = tags_of(problems, held_out)
+    groups = run.once("round_0/clusters.jsonl", group, problems, tags, run)
     clusters = np.array([g["cluster"] for g in groups])
-    names = typical_words((g["tags"] or {*re.findall(r"[^\W\d_]{4,}", p["problem"].lower())}
-                           for p, g in zip(problems, groups)), clusters)
+    names = typical_words([words_of(p, g["tags"]) for p, g in zip(problems, groups)], clusters)
     probe = [i for i, g in enumerate(groups) if g["probed"]]
-    held = {problems[i]["problem"] for i in probe}  # never trained on, nor what says the same
-    pool = np.array([i for i, p in enumerate(problems) if p["problem"] not in held], dtype=int)
-    if not len(pool):
+    probed_texts = {problems[i]["problem"] for i in probe}  # never trained on, nor what says the same
+    pool = np.array([i for i, p in enumerate(problems) if p["problem"] not in probed_texts], dtype=int)
+    if len(pool) == 0:
         fail("the probe takes all problems, 2 of each cluster at least; lower --n-clusters, or --probe")
     n = min(SAMPLES_PER_ROUND, len(pool))
-    say(f"  clusters {len(names)} ({sum(not g['tags'] for g in groups):,} problems without a tag, by their text), with "
-        f"{len(probe):,} problems in the probe" + f"; from round {len(pool) // n + 1} on some are drawn again"
-        * (ROUNDS * n > len(pool)))
-    model, used, first = MODEL, pool[:0], None
-    scores = {"base": evaluate(run, "round_0/eval.json", MODEL, tests, ask, round=0, **greedy)}
+    untagged = sum(g["tags"] == [] for g in groups)
+    say(f"  clusters {len(names)} ({untagged:,} problems without a tag, by their text), with {len(probe):,} problems in the "
+        "probe")
+    if ROUNDS * n > len(pool):
+        say(f"           from round {len(pool) // n + 1} on some problems are drawn again")
+    scores = {"base": evaluate(run, "round_0/eval.json", MODEL, tests, ask, **greedy)}
     end_round(run, 0)
 
+    model = MODEL
+    used = pool[:0]
     for t in range(1, ROUNDS + 1):
         # 1. Probe: where does the policy fail?
-        answers = run.once(f"round_{t}/probe.jsonl", lambda: sample(
-            run, model, [problems[i] for i in probe], K_SAMPLES, ask, round=t, phase="probe", **drawn))
-        outcomes = {i: outcomes_of(rs) for i, rs in by_problem(answers).items()}
-        rates = [[outcomes[problems[i]["id"]].count(1) / K_SAMPLES for i in probe if clusters[i] == j]
-                 for j in range(len(names))]
-        first = first or rates
-        seen = first if SELECT == "static" else rates
+        answers = sample(run, f"round_{t}/probe.jsonl", model, [problems[i] for i in probe], K_SAMPLES, ask, **drawn)
+        rates = rates_of(answers, groups, len(names))
+        if t == 1 or SELECT != "static":
+            seen = rates  # with "static" those of the first probe
         unused = np.setdiff1d(pool, used)
         masses = error_masses(seen, np.bincount(clusters[unused if len(unused) >= n else pool], minlength=len(names)))
         shares = shares_of(masses)
 
         # 2. Draw problems to match
-        weights = shares * (difficulty_weights(seen) if DIFFICULTY_BEFORE else 1)
-        weights = None if SELECT in ("difficulty", "random") else weights / weights.sum()
+        weights = weights_of(shares, seen)
         chosen, used = draw_round(pool, used, clusters, weights, n, run.rng(t, "draw"))
-        own, facts = [problems[i] for i in chosen], [
-            {"cluster": j, "mass": masses[j], "share": shares[j], "weight": None if weights is None else weights[j]}
-            for j in range(len(names))]
+        own = [problems[i] for i in chosen]
 
         # 3. Roll out, filter, order
-        responses = run.once(f"round_{t}/responses.jsonl", lambda: sample(
-            run, model, own, K_SAMPLES, ask, round=t, phase="rollout", **drawn))
-        selection = run.once(f"round_{t}/selection.jsonl", lambda: select(
-            own, [facts[j] for j in clusters[chosen]], shares, responses, lambda *key: run.rng(t, *key)))
-        report_clusters(run, t, names, np.bincount(clusters), rates, facts, selection)
+        responses = sample(run, f"round_{t}/responses.jsonl", model, own, K_SAMPLES, ask, **drawn)
+        facts = []
+        for j in clusters[chosen]:
+            facts.append({"cluster": int(j), "mass": masses[j], "share": shares[j],
+                          "weight": None if weights is None else weights[j]})
+        selection = run.once(f"round_{t}/selection.jsonl", select, own, facts, shares, responses, run, t)
+        report_clusters(run, t, names, np.bincount(clusters), rates, shares, weights, selection)
         show_answers(own, responses)
 
         # 4. pi_t = DPO of pi_{t-1} on the pairs
         text = {(r["id"], r["draw"]): r["text"] for r in responses}
-        pairs = [example(by_id[s["id"]], *(text[s["id"], draw] for draw in s["pair"])) for s in selection if s["pair"]]
+        pairs = []
+        for s in selection:
+            if s["pair"]:
+                preferred, rejected = s["pair"]
+                pairs.append(example(by_id[s["id"]], text[s["id"], preferred], text[s["id"], rejected]))
         if pairs:
-            pairs = run.once(f"round_{t}/train.jsonl", lambda: pairs)
+            pairs = run.once(f"round_{t}/train.jsonl", list, pairs)
             start = model if START == "previous" else MODEL
-            model = run.once(f"round_{t}/model", lambda to: train(
-                run, start, pairs, dpo_loss, to, round=t, lr=LR_DPO, reference=True, **training))
+            model = train(run, f"round_{t}/model", start, pairs, dpo_loss, lr=LR_DPO, reference=True, **training)
         else:
             say(f"  round {t}  no problem was answered both right and wrong: no pair, the model stays as it is")
-        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, round=t, **greedy)
-        end_round(run, t)
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, **greedy)
+        end_round(run, t, keep=[model])
     final_table(run, scores)
 
 
 if __name__ == "__main__":
-    override_from_cli(globals())
-    main()
+    launch(main, globals())
