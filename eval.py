@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import re
-import time
 from collections import Counter, defaultdict, deque
 from fractions import Fraction
 from pathlib import Path
@@ -295,7 +294,7 @@ def mean_over_seeds(values, rng, others=None):
     if these were drawn for each seed on its own, their noise would seem to shrink with the number of seeds. For greedy
     answers of one run it is exact."""
     if others is None and len(values) == 1 and {*np.unique(values)} <= {0, 1}:
-        return accuracy(values.T, rng)
+        return accuracy(values[0].astype(int).tolist())
     drawn = []
     for _ in range(2000):
         per_problem = values[rng.integers(len(values), size=len(values))].mean(0)
