@@ -656,7 +656,10 @@ def override_from_cli(g):
     given = vars(parser.parse_args())
     if given.pop("toy", False):
         g.update(g["TOY"])
-    g.update(given)
+    for name, value in given.items():
+        if isinstance(value, list):  # argparse's; a tuple stays a tuple, and so a constant that the run keeps
+            value = tuple(value)
+        g[name] = value
     for name in comments:
         legal = g["LEGAL"].get(name, 0)
         if isinstance(legal, tuple):
@@ -833,6 +836,7 @@ class Run:
     """One folder runs/<name>: what was made stays made, so a rerun resumes after the last whole phase."""
 
     current = None  # the run of this process, for error.log
+    wandb = None  # a Weights & Biases run, on rank 0, if that is asked for
 
     def __init__(self, folder, lock, constants, engine):
         Run.current = self
