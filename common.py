@@ -2359,7 +2359,8 @@ def evaluate(run, file, model, problems, prompt, **settings):
     responses = sample(run, file.replace(".json", ".jsonl"), model, problems, 1, prompt, temperature=0.0, **settings)
     found = run.once(file, score, problems, responses)
     key = round_and_phase(file)
-    run.metrics[key]["accuracy"] = found["accuracy"]
+    if key in run.metrics:  # else somebody has removed metrics.jsonl, or brought the answers from another run
+        run.metrics[key]["accuracy"] = found["accuracy"]
     return {what: values for what, values in found.items() if what not in ("correct", "level")}
 
 
