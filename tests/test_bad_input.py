@@ -1,78 +1,65 @@
-"""Bad data, bad models and bad luck: one line that says what is wrong and where, for every script, and nothing is lost.
+"""Bad data, bad models and bad luck: one line that says what is wrong and where, and nothing is lost.
 
 Each case runs with one of the five scripts, in turn; with EVERY_SCRIPT=1 (study.py bad) with all of them.
 """
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import SMOKE, TOY, launch
-from test_runs import error_of, files, forget, killed, lines
+from conftest import SCRIPTS, SMALL, SMOKE, TOY, error_of, files, forget, launch, lines
 
-SCRIPTS = ["dast.py", "adastar.py", "hs_star.py", "sai_dpo.py", "eval.py"]
+PROGRAMS = [*SCRIPTS, "eval.py"]
+METHODS = SCRIPTS if "EVERY_SCRIPT" in os.environ else ["adastar.py"]
 GOOD = {"problem": "1+1?", "answer": "2"}
 
 
-def with_each_script(cases):
+def with_each_script(cases, scripts=PROGRAMS):
     """Parameters, for each case its name and the script that has its turn; or, for each, all scripts."""
-    return [pytest.param(case, script, id=f"{case}-{script[:-3]}") for number, case in enumerate(cases)
-            for script in (SCRIPTS if "EVERY_SCRIPT" in os.environ else [SCRIPTS[number % len(SCRIPTS)]])]
+    parameters = []
+    for number, case in enumerate(cases):
+        turn = scripts if "EVERY_SCRIPT" in os.environ else [scripts[number % len(scripts)]]
+        parameters += [pytest.param(case, script, id=f"{case}-{script[:-3]}") for script in turn]
+    return parameters
 
 
 def refused(folder, script, data="", model="", *flags):
-    """The line with which a script refuses problems or a model; it has made nothing by then."""
-    data, model = data or str(TOY / "train.jsonl"), model or str(TOY / "model")
+    """The line with which a script refuses problems or a model; it has drawn and trained nothing by then."""
+    data = data or str(TOY / "train.jsonl")
+    model = model or str(TOY / "model")
     if script == "eval.py":
         start = ["--sets", data, "--max-new-tokens", "64", "--model", model]
     else:
-        more = {"adastar.py": ["--held-out", 0], "sai_dpo.py": ["--tagger", ""]}.get(script, [])  # a set may be small
+        more = ["--held-out", 0] if script == "adastar.py" else []  # a set may be small
         start = ["--toy", "--train-data", data, "--model", model, *more]
-    done = launch(folder, script, *start, "--run", "bad", *flags, check=False)
-    line = error_of(done)
-    assert not [p for p in folder.glob("runs/bad/round_*/*") if p.name not in ("clusters.jsonl", "model.part")], line
+    line = error_of(launch(folder, script, *start, "--name", "bad", *flags, check=False))
+    made = {path.name for path in folder.glob("runs/bad/round_*/*")}
+    assert made <= {"clusters.jsonl", "model.part"} and len(line) < 500, line
     return line
 
 
 DATA = {  # name: (content of p.jsonl, words of the line)
     "empty": (b"", ["p.jsonl: no problem in it"]),
-    "blank": (b"\n \n\n", ["p.jsonl: no problem in it"]),
-    "cut": (b'{"problem": "1+1?", "answer": "2"}\n\n{"problem": "2+', ["p.jsonl:3: not valid JSON; mend or remove it"]),
-    "nested": (b"[" * 100_000, ["p.jsonl:1: not valid JSON"]),
+    "cut": (b'{"problem": "1+1?", "answer": "2"}\n\n{"problem": "2+', ["p.jsonl:3: not valid JSON"]),
     "a list": (b"[1, 2]\n", ["p.jsonl:1: not a JSON object"]),
-    "a number": (b"17\n", ["p.jsonl:1: not a JSON object"]),
     "no text": (b'{"answer": "2"}\n', ["p.jsonl:1: no text under 'problem'"]),
-    "text of the wrong type": (b'{"problem": ["1+1?"], "answer": "2"}\n', ["p.jsonl:1: no text under 'problem'"]),
     "no text but blanks": (b'{"problem": " ", "answer": "2"}\n', ["p.jsonl:1: no text under 'problem'"]),
-    "null": (b'{"problem": "1+1?", "answer": null}\n', ["p.jsonl:1: no 'answer'"]),
     "no answer": (b'{"problem": "1+1?"}\n', ["p.jsonl:1: no 'answer'"]),
     "answer of the wrong type": (b'{"problem": "1+1?", "answer": {"is": 2}}\n', ["p.jsonl:1: no 'answer'"]),
-    "answer that is no number": (b'{"problem": "1+1?", "answer": NaN}\n', ["p.jsonl:1: no 'answer'"]),
     "only empty answers": (b'{"problem": "1+1?", "answer": " "}\n', ["p.jsonl: no problem in it"]),
     "wrong kind": (b'{"problem": "?", "answer": "2", "kind": "sum"}\n',
                    ["p.jsonl:1: 'kind' is 'sum', and not math, choice"]),
-    "unknown kind": (b'{"problem": "1+1?", "answer": "2", "kind": ["math"]}\n', ["p.jsonl:1: 'kind' is ['math']"]),
     "choices of the wrong type": (b'{"problem": "?", "answer": "B", "choices": [1, 2]}\n', ["p.jsonl:1: 'choices'"]),
-    "choices that are none": (b'{"problem": "?", "answer": "A", "choices": 5}\n',
-                              ["p.jsonl:1: 'choices' is not a list"]),
-    "choices without texts": (b'{"problem": "?", "answer": "B", "choices": {"text": 1, "label": 2}}\n',
-                              ["p.jsonl:1: 'choices'"]),
     "answer of no choice": (b'{"problem": "?", "answer": "C", "choices": ["a", "b"]}\n', ["none of the choices"]),
     "Latin 1": ('{"problem": "caf\u00e9: 1+1?", "answer": "2"}\n'.encode("latin-1"), ["p.jsonl:1: not UTF-8"]),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), ["p.jsonl:1: not UTF-8"]),
     "half a character": (b'{"problem": "\\ud83d 1+1?", "answer": "2"}\n', ["p.jsonl:1: half a character"]),
-    "half a character in a choice": (b'{"problem": "?", "answer": "a", "choices": ["a", "\\ud83d"]}\n',
-                                     ["p.jsonl:1: half a character"]),
     "a picture": (bytes(range(256)) * 40, ["p.jsonl:1: not"]),
-    "huge number": (b'{"problem": "9?", "answer": ' + b"9" * 1_000_000 + b"}\n", ["p.jsonl:1: Exceeds the limit"]),
     "huge problem": (json.dumps(GOOD | {"problem": "1+" * 20_000}).encode(), ["has ", "exceeds the context of 8,192"]),
     "solution of the wrong type": (b'{"problem": "1+1?", "answer": "2", "solution": 5}\n', ["p.jsonl:1: 'solution'"]),
-    "huge level": (b'{"problem": "1+1?", "answer": "2", "level": "' + b"9" * 5000 + b'"}\n',
-                   ["p.jsonl:1: Exceeds the limit"]),
 }
 
 
@@ -81,23 +68,20 @@ def test_bad_problems(tmp_path, name, script):
     content, words = DATA[name]
     (tmp_path / "p.jsonl").write_bytes(content)
     line = refused(tmp_path, script, "p.jsonl")
-    assert all(word in line for word in words) and len(line) < 500, line
+    assert all(word in line for word in words), line
 
 
 NAMES = {  # name: (data, words)
-    "missing": ("none.jsonl", ["none.jsonl: no such file"]),
     "a folder": ("folder.jsonl", ["folder.jsonl: no such file"]),
     "twice": ("p.jsonl,p.jsonl", ["two problems have the id", "/p/1'"]),
     "same name": ("a/q.jsonl,b/a/q.jsonl", ["two problems have the id 'a/q/1'"]),
-    "unknown": ("gsm9k", ["unknown problem set 'gsm9k'"]),
     "a pickle": ("p.pkl", ["unknown problem set 'p.pkl'"]),
     "no name": (",", ["no problem set is named"]),
     "not readable": ("secret.jsonl", ["secret.jsonl"]),
 }
 
 
-@pytest.mark.parametrize("name, script", [
-    case for case in with_each_script(NAMES) if case.id != "same name-eval"])  # it keeps the answers in two files
+@pytest.mark.parametrize("name, script", with_each_script(NAMES, SCRIPTS))
 def test_bad_names_of_sets(tmp_path, name, script):
     data, words = NAMES[name]
     for path in ("p.jsonl", "a/q.jsonl", "b/a/q.jsonl"):
@@ -105,15 +89,19 @@ def test_bad_names_of_sets(tmp_path, name, script):
         (tmp_path / path).write_text(json.dumps(GOOD) + "\n")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "secret.jsonl").symlink_to("/proc/self/mem")  # where even root cannot read
-    if script == "eval.py" and name in ("twice", "no name"):
-        words = ["share a file"] if name == "twice" else ["a name is empty"]
     line = refused(tmp_path, script, data)
     assert all(word in line for word in words), line
 
 
+def test_two_sets_of_one_name_would_share_a_file(tmp_path):
+    """eval.py keeps the answers to each set in a file."""
+    (tmp_path / "p.jsonl").write_text(json.dumps(GOOD) + "\n")
+    assert "share a file" in refused(tmp_path, "eval.py", "p.jsonl,p.jsonl")
+
+
 def config_of(folder, file="config.json", **values):
     path = folder / file
-    path.write_text(json.dumps({k: v for k, v in {**json.loads(path.read_text()), **values}.items() if v is not ...}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def weights_of(folder, change):
@@ -166,10 +154,6 @@ MODELS = {  # name: (what is done to the toy's folder, flags, words of the line)
                                   ["--prompt", "chat"], ["m: ", "chat template", "no turns"]),
     "chat template with an error": (lambda f: (f / "chat_template.jinja").write_text("{% for %}"),
                                     ["--prompt", "chat"], ["m: ", "chat template"]),
-    "chat template that breaks": (lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].a.b + 1 / 0 }}"),
-                                  ["--prompt", "chat"], ["m: ", "chat template"]),
-    "chat template that reaches out": (lambda f: (f / "chat_template.jinja").write_text(
-        "{{ messages.__class__.__base__.__subclasses__() }}"), ["--prompt", "chat"], ["m: ", "chat template"]),
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1_000_000), [], ["model.safetensors is damaged"]),
     "a missing shard": (sharded, [], ["model-00002-of-00002.safetensors is damaged or missing"]),
     "a missing tensor": (lambda f: weights_of(f, lambda w: w.pop("model.norm.weight")), [],
@@ -189,94 +173,91 @@ def test_bad_models(tmp_path, name, script):
     shutil.copytree(TOY / "model", tmp_path / "m")
     change(tmp_path / "m")
     line = refused(tmp_path, script, "", "m", *flags)
-    assert all(word in line for word in words) and len(line) < 500, line
-    assert not list(Path(tmp_path).rglob("pwned"))
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.rglob("pwned"))
 
 
-def small(script, *more):
-    """Flags of a short run of one round."""
-    sizes = {"dast.py": ["--n-train", 12, "--k-probe", 1],
-             "adastar.py": ["--n-train", 40, "--held-out", 0, "--steps", 2],
-             "hs_star.py": ["--n-train", 12, "--slice", 12],
-             "sai_dpo.py": ["--n-train", 30, "--samples-per-round", 10, "--pairs-per-round", 5, "--k-samples", 4]}
-    return ["--toy", *sizes[script], "--n-test", 4, "--rounds", 1, "--run", "r", *more]
+def round_of(folder, script, *flags, **options):
+    """One small round of a script; its result, and the run's folder."""
+    done = launch(folder, script, *SMALL[script], "--rounds", "1", "--name", "r", *flags, **options)
+    return done, folder / "runs" / "r"
 
 
-def graded(folder, verdict):
+def grader(folder, verdict):
+    """Flags of a grader that always gives this verdict."""
     (folder / "mine.py").write_text(f"def grade(problem, text):\n    return {verdict}, 'mine'\n")
     return ["--grader", "mine.py:grade"]
 
 
-METHODS = SCRIPTS[:4] if "EVERY_SCRIPT" in os.environ else ["adastar.py"]
-
-
-@pytest.mark.parametrize("script", SCRIPTS[:4])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_cut_answer_is_never_trained_on(tmp_path, script):
     """All answers count as right, and nearly all are cut: what is trained on has ended by itself."""
-    launch(tmp_path, script, *small(script, "--max-new-tokens", 9, *graded(tmp_path, True)))
-    drawn = [r for path in tmp_path.glob("runs/r/round_1/*samples.jsonl") for r in lines(path)]
-    drawn += lines(tmp_path / "runs/r/round_1/responses.jsonl")
+    _, run = round_of(tmp_path, script, "--max-new-tokens", 9, *grader(tmp_path, True))
+    drawn = []
+    for path in run.glob("round_1/*s*.jsonl"):
+        drawn += [r for r in lines(path) if "text" in r]
     cut = {r["text"] for r in drawn if r["finish"] == "length"}
+    trained = lines(run / "round_1/train.jsonl") if (run / "round_1/train.jsonl").exists() else []
     assert cut and all(r["correct"] and r["tokens"] == 9 for r in drawn if r["text"] in cut)
-    path = tmp_path / "runs/r/round_1/train.jsonl"
-    assert not cut & {text for e in (lines(path) if path.exists() else ()) for text in e["completions"]}
+    assert not cut & {text for example in trained for text in example["completions"]}
 
 
 @pytest.mark.parametrize("script", METHODS)
 def test_no_answer_is_correct(tmp_path, script):
-    """The model stays what it was, a line says so, and the run goes on to its end."""
-    done = launch(tmp_path, script, *small(script, *graded(tmp_path, False)))
-    assert "the model stays as it is" in done.stdout and (tmp_path / "runs/r/round_1/eval.json").exists()
-    assert not (tmp_path / "runs/r/round_1/model").exists()
+    """The model stays what it was, a line says so, and the run resumes its rounds to the end."""
+    done, run = round_of(tmp_path, script, *grader(tmp_path, False))
+    assert "the model stays as it is" in done.stdout and (run / "round_1/eval.json").exists()
+    assert not (run / "round_1/model").exists()
 
 
 @pytest.mark.parametrize("script", METHODS)
-def test_a_loss_that_is_no_number(tmp_path, script):
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, script):
     """The step and its examples are named; what was made before stays, and nothing of this training."""
     lr = "--lr-dpo" if script in ("hs_star.py", "sai_dpo.py") else "--lr"
-    line = error_of(launch(tmp_path, script, *small(script, lr, "1e30", "--batch-size", 2), check=False))
+    done, run = round_of(tmp_path, script, lr, "1e30", "--batch-size", 2, check=False)
+    line = error_of(done)
     assert ", training step " in line and "the last good model stays. The step's examples: toy/train/" in line
-    assert (tmp_path / "runs/r/metrics.jsonl").exists() and not list(tmp_path.glob("runs/r/round_*/model"))
+    assert (run / "metrics.jsonl").exists() and not list(run.glob("round_*/model"))
 
 
-def cut_short(path):
-    os.truncate(path, path.stat().st_size * 2 // 3)
+# A disk that is full or read-only, and what a machine that died left on it ----------------------------------------------
+
+ROUND_1 = ["round_1/selection.jsonl", "round_1/train.jsonl", "round_1/model", "round_1/steps.jsonl",
+           "round_1/eval.jsonl", "round_1/eval.json"]
 
 
-STEP = "unfinished/round_1-step_0000002"
-
-
-@pytest.mark.parametrize("name, last, again", [  # the last phase that the run has finished by then, and with what kept
-    ("constants.json", 7, ["constants.json"]),
-    ("metrics.jsonl", 5, ["metrics.jsonl"]),
-    ("round_0/probe.jsonl", 0, ["round_0/probe.jsonl"]),
-    ("round_0/model/model.safetensors", 2, ["round_0/model", "round_0/eval.json"]),
-    ("round_1/responses.jsonl", 3, ["round_1/responses.jsonl"]),
-    (f"{STEP}/shard-00001-model-00002-of-00005.safetensors", 5, [STEP]),
-    (f"{STEP}/progress.json", 5, [STEP]),
+@pytest.mark.parametrize("size, lost", [
+    (200_000, ["round_1/model", *ROUND_1[3:]]),  # too small for the weights
+    (10_000, ["round_1/responses.jsonl", *ROUND_1]),
 ])
-def test_a_file_that_a_dead_machine_left_cut(finished, copy_of, name, last, again):
-    """It is noticed, named, and what the line says to remove makes the run go on to the same end."""
+def test_a_full_disk_is_one_line_and_a_rerun_resumes(finished, copy_of, size, lost):
     run = copy_of / "runs" / "one"
-    forget(run, last)
-    if "unfinished" in name:
-        killed(copy_of, "dast", "Progress.save:2", *SMOKE, "--run", "one", "--save-minutes", "0")
-    os.truncate(run / name, (run / name).stat().st_size * 2 // 3)
-    line = error_of(launch(copy_of, "dast.py", *SMOKE, "--run", "one", check=False))
-    assert f"runs/one/{name} is damaged" in line and "remove" in line, line
-    for path in again:
-        shutil.rmtree(run / path) if (run / path).is_dir() else (run / path).unlink()
-    launch(copy_of, "dast.py", *SMOKE, "--run", "one")
+    forget(run, *lost)
+    line = error_of(launch(copy_of, "dast.py", *SMOKE, "--name", "one", check=False, bytes=size))
+    assert "File too large" in line and "finished phases are kept" in line, line
+    assert not (run / lost[0]).exists()
+    launch(copy_of, "dast.py", *SMOKE, "--name", "one")
     assert files(run) == files(finished / "runs" / "one")
 
 
-def test_lines_that_a_dead_machine_left_broken(finished, copy_of):
-    """Of the answers that a phase has so far, those that can be read are kept: zeros, half a line, half a character."""
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "runs").symlink_to("/sys/kernel")  # where even root may not write
+    assert "runs/dast-0" in error_of(launch(tmp_path, "dast.py", *SMOKE, check=False))
+
+
+@pytest.mark.parametrize("name, later", [
+    ("constants.json", []),
+    ("metrics.jsonl", []),
+    ("round_1/responses.jsonl", ROUND_1),
+    ("round_1/model/model.safetensors", ["round_1/eval.jsonl", "round_1/eval.json"]),
+])
+def test_a_file_that_was_cut_is_named(finished, copy_of, name, later):
+    """What the line says to remove makes the run resume to the same end."""
     run = copy_of / "runs" / "one"
-    forget(run, 2)
-    flags = [*SMOKE, "--run", "one"]
-    [left] = killed(copy_of, "dast", "Draws.put:60", *flags)
-    with open(run / "unfinished" / left, "ab") as file:
-        file.write(b'\n{"id": "toy/train/3", "draw": 0, "text": "caf\xc3\n' + bytes(4096) + b"\n17\n[]\n{}\n\xff\xfe")
-    launch(copy_of, "dast.py", *flags)
+    forget(run, *later)
+    os.truncate(run / name, (run / name).stat().st_size * 2 // 3)
+    line = error_of(launch(copy_of, "dast.py", *SMOKE, "--name", "one", check=False))
+    assert f"runs/one/{name} is damaged" in line and "remove" in line, line
+    forget(run, "round_1/model" if "model" in name else name)
+    launch(copy_of, "dast.py", *SMOKE, "--name", "one")
     assert files(run) == files(finished / "runs" / "one")
