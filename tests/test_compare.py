@@ -1,7 +1,6 @@
 """--compare: what runs reached and spent, against small folders written by hand, and on a real run."""
 import json
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -9,32 +8,40 @@ import sys
 import numpy as np
 import pytest
 
+import common
 import eval
-from conftest import ROOT, SMOKE, environment, launch
+from conftest import ROOT, SMOKE, environment, error_of, launch
+
+IDS = ["s/0", "s/1", "s/2", "s/3"]
+PROBLEMS = [{"id": i, "level": level} for i, level in zip(IDS, (1, 1, 2, 2))]
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def make_run(folder, seed, tokens, right, selection, **constants):
-    """A run's folder: round 0 and as many more as there are `tokens` generated; right: the ids that are right in each
-    round, of "s/0" to "s/3"; selection: its lines in round 1."""
+    """A run's folder: round 0 and as many more as there are `tokens` generated; right: the numbers of the IDS that are
+    right in each round; selection: its lines in round 1. Half of what was drawn counts."""
     metrics = []
-    for t, ids in enumerate(right):
+    for t, numbers in enumerate(right):
         (folder / f"round_{t}").mkdir(parents=True)
-        correct = {f"s/{i}": int(i in ids) for i in range(4)}
-        share = len(ids) / 4
-        part = {"accuracy": share, "interval": eval.binomial_interval(len(ids), 4), "n": 4}
-        score = part | {"samples": 1, "cut": 0, "by_level": {"1": part}, "by_subject": {}, "by_set": {"s": part},
-                        "correct": correct, "level": {"s/0": 1, "s/1": 1, "s/2": 2, "s/3": 2}}
-        (folder / f"round_{t}" / ("eval.json" if t else "eval_base.json")).write_text(json.dumps(score))
+        answers = [{"id": i, "correct": number in numbers, "finish": "stop"} for number, i in enumerate(IDS)]
+        name = "eval.json" if t else "eval_base.json"
+        (folder / f"round_{t}" / name).write_text(json.dumps(common.score(PROBLEMS, answers)))
         if t:
-            metrics += [{"round": t, "phase": "sample", "draws": 9, "tokens": tokens[t - 1], "spent_tokens": 2 * tokens[
-                t - 1], "flops": 10, "seconds": 3}, {"round": t, "phase": "select", "levels": {}},
-                {"round": t, "phase": "train", "tokens": 7, "flops": 100, "seconds": 2}]
+            for block in range(2):  # as adastar.py draws
+                metrics.append({"round": t, "phase": f"responses_{block}", "draws": 9, "verdicts": {"equal": 9},
+                                "tokens": tokens[t - 1] / 2, "spent_tokens": tokens[t - 1], "flops": 5, "seconds": 1.5})
+            metrics += [{"round": t, "phase": "prerewards", "tokens": 99, "flops": 0, "seconds": 0.25},
+                        {"round": t, "phase": "select", "levels": {}},
+                        {"round": t, "phase": "train", "tokens": 7, "flops": 100, "seconds": 2}]
         metrics += [{"round": t, "phase": "eval", "draws": 4, "tokens": 5000, "spent_tokens": 5000, "flops": 1e9,
-                     "seconds": 1}, {"round": t, "phase": "round", "flops": 1, "outside_seconds": 0.5}]
-    shutil.copy(ROOT / "dast.py", folder)  # says which constants are about the machine
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    (folder / "constants.json").write_text(json.dumps({"constants": {"SEED": seed, "RUN": folder.name, **constants}}))
-    (folder / "round_1" / "selection.jsonl").write_text("".join(json.dumps(s) + "\n" for s in selection))
+                     "seconds": 1, "accuracy": len(numbers) / 4},
+                    {"round": t, "phase": "round", "flops": 1, "outside_seconds": 0.5}]
+    write_lines(folder / "metrics.jsonl", metrics)
+    write_lines(folder / "round_1" / "selection.jsonl", selection)
+    (folder / "constants.json").write_text(json.dumps({"constants": {"SEED": seed, "NAME": folder.name, **constants}}))
     return str(folder)
 
 
@@ -46,33 +53,54 @@ def two_runs(tmp_path):
     second = make_run(tmp_path / "b-0", 0, [200, 200], [[], [0, 3], [0, 1, 2, 3]], [
         {"id": "q", "outcomes": [1, 2], "chosen": [0, 1], "copies": [1, 3]}, {"id": "r", "outcomes": [], "copies": []}],
         LR=0.5, EPOCHS=2)
-    probe = "".join(json.dumps({"id": "q", "correct": right}) + "\n" for right in (True, True, False, True, True))
-    (tmp_path / "b-0" / "round_0" / "probe.jsonl").write_text(probe)
+    probe = [{"id": "q", "correct": right} for right in (True, True, False, True, True)]
+    write_lines(tmp_path / "b-0" / "round_0" / "probe.jsonl", probe)
     return first, second
 
 
-def test_what_was_spent_and_reached(two_runs):
-    first, second = map(eval.Past, two_runs)
+def test_what_was_spent_up_to_each_round(two_runs):
+    first = eval.Past(two_runs[0])
     assert [(r["round"], r["generated"], r["drawn"], r["trained"], r["flops"]) for r in first.rounds] == [
         (0, 0, 0, 0, 0), (1, 100, 200, 7, 110), (2, 300, 600, 14, 220)]
     end = first.end
-    assert (end["sampling"], end["rewards"], end["training"], end["scoring"], end["outside"]) == (6, 0, 4, 3, 1.5)
+    kinds = [end[kind] for kind in ("sampling", "rewards", "training", "scoring", "outside")]
+    assert kinds == [6, 0.5, 4, 3, 1.5]
+
+
+def test_answers_between_two_rounds_are_on_the_straight_line(two_runs):
+    second = eval.Past(two_runs[1])
     assert second.at("generated", 300) == {"s/0": 1, "s/1": 0.5, "s/2": 0.5, "s/3": 1}
-    assert second.at("generated", 200) == {"s/0": 1, "s/1": 0, "s/2": 0, "s/3": 1} and not second.at("generated", 401)
+    assert second.at("generated", 200) == {"s/0": 1, "s/1": 0, "s/2": 0, "s/3": 1}
     assert second.at("flops", 55) == {"s/0": 0.5, "s/1": 0, "s/2": 0, "s/3": 0.5}
+    assert second.at("generated", 401) is None
+
+
+def test_draws_right_ones_and_trainings_of_each_problem(two_runs):
+    first, second = map(eval.Past, two_runs)
     assert first.problems == {"p": {1: (4, 2, 2)}, "q": {1: (1, 0, 0)}}
     assert second.problems == {"q": {0: (5, 4, 0), 1: (2, 2, 8)}}  # 4 copies in 2 epochs
     sampled, trained = eval.effort({"a": [first], "b": [second]})["b"]
-    assert (sampled, trained) == ([[], [], [0], [7]], [[], [], [0], [8]])  # p 2 of 4 right and not met by b; q 6 of 8
-    rng, ids = np.random.default_rng(0), ["s/0", "s/1", "s/2", "s/3"]
-    row = eval.differences([second], [first], 300, ids, rng)
+    assert sampled == [[], [], [0], [7]]  # p: 2 of 4 are right, and b never met it; q: 6 of 8
+    assert trained == [[], [], [0], [8]]
+
+
+def test_the_rows_of_the_tables(two_runs):
+    first, second = map(eval.Past, two_runs)
+    rng = np.random.default_rng(0)
+    row = eval.differences([second], [first], 300, IDS, rng)
     assert row["at the end"].startswith("+50.0 [") and row["accuracy at 300 tokens"].startswith("75.0 [")
     assert row["difference there"].startswith("+25.0 [")  # (1 + 0.5 + 0.5 + 1) / 4 - 2 / 4
-    row = eval.accuracies([first], ids, rng)
-    assert row == {"all": "50.0 [6.8, 93.2]", "level 1": "100 [16, 100]", "level 2": "0 [0, 84]"}  # Clopper-Pearson
+    assert eval.accuracies([first], IDS, rng) == {  # Wilson's intervals
+        "all": "50.0 [15.0, 85.0]", "level 1": "100 [34, 100]", "level 2": "0 [0, 66]"}
     spent = eval.costs([first])
-    assert (spent["generated"], spent["all drawn"], spent["problems"], spent["times"]) == ("300", "600", "1",
-                                                                                          "2.0 (0.0)")
+    assert (spent["generated"], spent["all drawn"], spent["problems"]) == ("300", "600", "1")
+    assert spent["times"] == "2.0 (0.0)"
+
+
+@pytest.mark.parametrize("right, n, low, high", [
+    (5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 30, 0.0059, 0.1667)])
+def test_wilson_interval(right, n, low, high):
+    assert common.wilson_interval(right, n) == pytest.approx([low, high], abs=1e-4)
 
 
 def test_seeds_are_one_arm(two_runs, tmp_path):
@@ -91,7 +119,7 @@ def test_an_unfinished_run(two_runs, tmp_path):
     """Its last finished round counts; what adastar.py reported is its end, and what came later does not count there."""
     run = tmp_path / "a-0"
     with open(run / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"round": 3, "phase": "sample", "draws": 1, "tokens": 10, "spent_tokens": 10}) + "\n")
+        file.write(json.dumps({"round": 3, "phase": "probe", "draws": 1, "tokens": 10, "spent_tokens": 10}) + "\n")
     assert eval.Past(run).end["round"] == 2 and eval.Past(run).end["generated"] == 300
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"round": 0, "phase": "reported", "iteration": 1}) + "\n")
@@ -102,9 +130,10 @@ def test_an_unfinished_run(two_runs, tmp_path):
 
 
 def test_intervals_over_seeds_cover_the_truth():
-    """In 90 % and more of 100 studies of three seeds and 200 problems, easy and hard ones, that all seeds share."""
-    rng, covered = np.random.default_rng(0), []
-    for _ in range(100):
+    """In 90 % and more of 50 studies of three seeds and 200 problems, easy and hard ones, that all seeds share."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(50):
         p = rng.beta(0.3, 0.3, size=200)
         seeds, others = (np.array([rng.random(200) < np.clip(p + rng.normal(0, 0.03), 0, 1) for _ in range(3)], float)
                          for _ in range(2))
@@ -125,9 +154,9 @@ def test_compare(finished, copy_of, loss):
     score = json.loads((copy_of / "runs/one/round_1/eval.json").read_text())
     name = "one"
     if loss == "dpo":  # on other problems too
-        launch(copy_of, "dast.py", *SMOKE, "--loss", "dpo", "--run", "dpo", "--held-out", "3", "--n-test", "6")
+        launch(copy_of, "dast.py", *SMOKE, "--loss", "dpo", "--name", "dpo", "--held-out", "3", "--n-test", "6")
         name = "dpo"
-    done = launch(copy_of, "eval.py", "--compare", "runs/one", f"runs/{name}", "--run", "seen")
+    done = launch(copy_of, "eval.py", "--compare", "runs/one", f"runs/{name}", "--name", "seen")
     low, high = score["interval"]
     row = next(line for line in done.stdout.splitlines() if line.startswith("one "))
     if loss == "sft":
@@ -160,6 +189,5 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, folder, words):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "constants.json").write_text("{}")
     (tmp_path / "odd" / "metrics.jsonl").write_text('{"round": 0, "phase": "round"}')
-    done = launch(tmp_path, "eval.py", "--compare", folder, check=False)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert words in done.stderr and folder in done.stderr
+    line = error_of(launch(tmp_path, "eval.py", "--compare", folder, check=False))
+    assert words in line and folder in line
