@@ -285,7 +285,7 @@ def main():
         return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)
 
     def enough(responses):
-        return outcomes_of(responses)[-1] == 1
+        return 1 in outcomes_of(responses)
 
     scores = {}
     validation = {}

@@ -46,6 +46,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import warnings
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
@@ -531,7 +532,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.distributed import get_rank as rank, get_world_size as world_size
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1019,11 +1020,11 @@ def gather(item):
 
 def bar(total, what):
     """A progress bar on rank 0; without a terminal a line a minute."""
-    options = {}
+    options = {"leave": False}
     if not sys.stderr.isatty():
-        options = {"delay": 60, "mininterval": 60, "maxinterval": 60, "ascii": True,
-                   "bar_format": "  {desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go {postfix}\n"}
-    return tqdm(total=total, desc=what, disable=rank() != 0, leave=False, dynamic_ncols=True, **options)
+        options = {"delay": 60, "mininterval": 60, "maxinterval": 60,
+                   "bar_format": "  {desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go\n"}
+    return tqdm(total=total, desc=what, disable=rank() != 0, dynamic_ncols=True, **options)
 
 
 # 4. Problems and prompts ----------------------------------------------------------------------------------------------
@@ -1291,23 +1292,9 @@ def weight_files(model):
     return sorted(folder.glob("*.safetensors"))
 
 
-def check_weights(folder):
-    """End the program unless the safetensors files of a model are all there and whole (by their headers)."""
-    paths = weight_files(folder)
-    if not paths:
-        fail(f"{folder}: no *.safetensors in it (weights in other formats can run code, and are not read)")
-    for path in paths:
-        try:
-            safe_open(path, "pt").__enter__()
-        except (OSError, SafetensorError) as error:
-            fail(f"{path} is damaged or missing ({lines_of(error)[0]}); bring it again, or remove the folder "
-                 "if a run made it, and what was made after it")
-
-
 def load_tokenizer(model, prompt, system=""):
     """The model's tokenizer; ends the program where its files are missing, or it cannot make prompts of this form."""
     folder = local_folder(model)
-    check_weights(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -1415,7 +1402,8 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     """Draw answers with a model and check them: responses in the order of problems, then of draws.
 
     draws: how many per problem (a number, or a list parallel to problems). prompt(problem, draw): the text to continue.
-    enough(responses): whether a problem's responses so far are enough; later draws are dropped, counted as spent.
+    enough(responses): whether a problem's first responses are enough, with which it stays so; then draws go in waves (1,
+    1, 2, 4, ...), and what was drawn behind the first that are enough is dropped, but counted as spent.
     grade(problem, answer) -> (correct, reason), in place of the checker. style: the form of the prompts. sampling:
     temperature (0 is greedy) and where wanted top_p, top_k.
     Each request depends on the seed, the round, the problem and the draw, not on the number of processes."""
@@ -1423,21 +1411,30 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     round, phase = round_and_phase(file)
     limits = [draws] * len(problems) if isinstance(draws, int) else draws
     engine = run.engine
-    engine.prepare(local_folder(model), style, max_new_tokens, sampling)
-    longest = max(problems, key=lambda p: len(p["problem"]))
-    engine.encode(longest, prompt(longest, 0))  # ends the program if it is too long, before anything is loaded
-    loading = engine.load()
-    known = Draws(problems, limits, enough)
-    name = f"{file.replace('/', '-').removesuffix('.jsonl')}@"
-    for answer in torn_lines(run.unfinished, f"{name}*"):
-        known.put(answer)
-    barrier()  # everybody has read before anybody writes on
-    run.unfinished.mkdir(parents=True, exist_ok=True)
+    loading = engine.use(local_folder(model), style, max_new_tokens, sampling)
+    place = {problem["id"]: i for i, problem in enumerate(problems)}
+    answers = [{} for _ in problems]  # of each problem {draw: answer}
+    asked = [0] * len(problems)  # how many draws of each problem were asked for
+    queue = deque()  # draws to ask for: (place, draw)
+    pending = deque()  # answers whose verdicts are awaited
+    mine = []  # answers that the other processes do not know yet
     # A batch of transformers' is part of the result, so all processes follow all problems; vLLM's have some each.
     own = range(rank(), len(problems), world_size()) if engine.streams else range(len(problems))
-    queue = deque()
-    pending = deque()  # answers whose verdicts are awaited
-    mine = []
+
+    def put(some):
+        for answer in some:
+            answers[place[answer["id"]]].setdefault(answer["draw"], answer)
+
+    def next_wave(i):
+        """Queue the next draws of a problem, if the last ones are all there and not enough."""
+        start = asked[i]
+        first = [answers[i].get(draw) for draw in range(start)]
+        if None in first or (first and enough and enough(first)):
+            return
+        asked[i] = limits[i]
+        if enough:
+            asked[i] = min(limits[i], max(1, 2 * start))
+        queue.extend((i, draw) for draw in range(start, asked[i]))
 
     def next_request():
         if not queue:
@@ -1445,83 +1442,49 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
         i, draw = queue.popleft()
         ids = engine.encode(problems[i], prompt(problems[i], draw))
         seed = seed_of(run.seed, round, phase, problems[i]["id"], draw)
-        return Request(i, draw, ids, seed, (i, draw) in known.answers)
+        return Request(i, draw, ids, seed, draw in answers[i])
 
+    name = f"{file.replace('/', '-').removesuffix('.jsonl')}@"
+    put(torn_lines(run.unfinished, f"{name}*"))
+    barrier()  # everybody has read before anybody writes on
+    run.unfinished.mkdir(parents=True, exist_ok=True)
     with open(run.unfinished / f"{name}{rank()}.jsonl", "a") as file, bar(sum(limits), f"round {round} {phase}") as shown:
-        shown.update(len(known.answers))
-
         def record_verdicts(wait):
             while pending and (wait or pending[0][1].done()):
                 answer, verdict = pending.popleft()
                 answer["correct"], answer["reason"] = verdict.result()
                 write_line(file, answer)
                 mine.append(answer)
-                i = known.put(answer)
+                put([answer])
                 if engine.streams:
-                    queue.extend(known.next_wave(i))
+                    next_wave(place[answer["id"]])
                 shown.update(world_size())  # the others are about as far
 
         while True:
             for i in own:
-                queue.extend(known.next_wave(i))
+                next_wave(i)
             if not queue:
                 break
             for request, tokens, text, finish in engine.answers(next_request):
                 problem = problems[request.place]
                 answer = {"id": problem["id"], "draw": request.draw, "text": text, "tokens": tokens, "finish": finish,
                           "prompt_tokens": len(request.ids)}
-                verdict = run.checker.submit(problem, text) if grade is None else given(grade(problem, answer))
+                verdict = given(grade(problem, answer)) if grade else run.checker.submit(problem, text)
                 pending.append((answer, verdict))
                 record_verdicts(wait=False)
             record_verdicts(wait=True)
             if not engine.streams:
-                known.share(mine)
-    known.share(mine)
-    responses = list(itertools.chain(*known.counted))
-    report_sampling(run, round, phase, responses, list(known.answers.values()), loading, began)
+                put(itertools.chain(*gather(mine)))
+                mine.clear()
+    put(itertools.chain(*gather(mine)))
+    responses = []
+    for i, limit in enumerate(limits):
+        counted = []
+        while len(counted) < limit and not (counted and enough and enough(counted)):
+            counted.append(answers[i][len(counted)])
+        responses += counted
+    report_sampling(run, round, phase, responses, [a for of in answers for a in of.values()], loading, began)
     return responses
-
-
-class Draws:
-    """The draws of a phase: what to ask for next, what is answered, and what counts.
-
-    With `enough`, a problem's draws come in waves (1, 1, 2, 4, ...), since most are not needed; else all at once."""
-
-    def __init__(self, problems, limits, enough):
-        self.place = {problem["id"]: i for i, problem in enumerate(problems)}
-        self.limits = limits
-        self.enough = enough
-        self.asked = [0] * len(problems)  # draws of each problem that were asked for
-        self.answers = {}  # {(place, draw): answer}
-        self.counted = [[] for _ in problems]  # of each problem the answers that count, in the order of the draws
-        self.done = [limit == 0 for limit in limits]
-
-    def put(self, answer):
-        """Take in a checked answer; returns its problem's place. Those that count end where they are enough."""
-        i = self.place[answer["id"]]
-        self.answers.setdefault((i, answer["draw"]), answer)
-        counted = self.counted[i]
-        while not self.done[i] and (i, len(counted)) in self.answers:
-            counted.append(self.answers[i, len(counted)])
-            enough = self.enough and self.enough(counted)
-            self.done[i] = enough or len(counted) == self.limits[i]
-        return i
-
-    def next_wave(self, i):
-        """The draws [(i, draw)] to ask for next; none if the last ones are not all there, or were enough."""
-        start = self.asked[i]
-        counted = len(self.counted[i])
-        if counted < start or (counted == start and self.done[i]):
-            return []
-        self.asked[i] = min(self.limits[i], max(1, 2 * start)) if self.enough else self.limits[i]
-        return [(i, draw) for draw in range(start, self.asked[i])]
-
-    def share(self, mine):
-        """Have every process know every process' answers; empties `mine`."""
-        for part in gather(mine):
-            for answer in part:
-                self.put(answer)
-        mine.clear()
 
 
 def report_sampling(run, round, phase, responses, drawn, loading, began):
@@ -1570,41 +1533,39 @@ class TransformersEngine:
         self.gpu_memory = run.constants["GPU_MEMORY"]
         self.folder = None  # of the model that is to answer
         self.loaded = None  # of the model that is loaded
-        self.room = math.inf  # tokens of a request that the engine can take, if fewer than the model can
 
-    def prepare(self, folder, style, max_new_tokens, sampling):
-        """Set what the next requests are answered by: model, and settings as `sample` has them."""
-        if folder != self.folder:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-            self.ends = end_ids(self.tokenizer, folder)
-            self.context = context_of(folder)
-            self.folder = folder
+    def use(self, folder, style, max_new_tokens, sampling):
+        """Answer with this model and these settings from now on; the seconds it took, for the metrics."""
         self.stops = [] if style == "chat" else [STOP]
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
-        self.ids = functools.lru_cache(256)(functools.partial(encode, self.tokenizer))  # draws share their prompt
+        if folder != self.folder:
+            self.folder = folder
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+            self.ends = end_ids(self.tokenizer, folder)
+            self.room = context_of(folder)
+            self.ids = functools.lru_cache(256)(functools.partial(encode, self.tokenizer))  # draws share their prompt
+        if folder == self.loaded:
+            return {}
+        began = time.time()
+        give_memory_back()  # what training had
+        costs = self.load()
+        self.loaded = folder
+        return costs | {"load_seconds": time.time() - began}
 
     def encode(self, problem, text):
         """Token ids of a prompt; ends the program if they and an answer do not fit into the context."""
         ids = self.ids(text)
-        check_length(problem, ids, self.max_new_tokens, min(self.context, self.room))
+        check_length(problem, ids, self.max_new_tokens, self.room)
         return ids
 
     def load(self):
-        """Load the model, if another one is loaded; the seconds it took, for the metrics."""
-        if self.loaded == self.folder:
-            return {}
-        began = time.time()
-        give_memory_back()  # what training had
+        """Load the model; numbers for the metrics."""
         self.model = load_network(AutoModelForCausalLM, self.folder, dtype=compute_dtype()).to(device()).eval()
-        for name, tensor in self.model.named_parameters():
-            if not tensor.isfinite().all():
-                fail(f"{self.folder}: {name} is not finite")
         self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.loaded = self.folder
-        return {"load_seconds": time.time() - began}
+        self.parameters = self.model.num_parameters()
+        return {}
 
     def sleep(self):
         """Give the model's memory back, to make room for training; numbers for the metrics."""
@@ -1639,15 +1600,11 @@ class TransformersEngine:
                                       pad_token_id=self.tokenizer.pad_token_id, logits_processor=noise)
         answers = []
         for row in out[:, batch["input_ids"].shape[1]:].tolist():
-            size = 0
-            while size < len(row) and row[size] not in self.ends and row[size] != self.tokenizer.pad_token_id:
-                size += 1
+            ends = [place for place, token in enumerate(row) if token in (*self.ends, self.tokenizer.pad_token_id)]
+            size = ends[0] if ends else len(row)
             text, stop, _ = self.tokenizer.decode(row[:size], skip_special_tokens=True).partition(STOP)
-            finish = "length"
-            if stop:  # behind a stop string there is only padding
-                finish = "stop"
-            elif size < len(row):  # an end token
-                finish = "stop"
+            finish = "stop" if stop or ends else "length"
+            if ends and not stop:  # the end token counts; behind a stop string there is only padding
                 size += 1
             answers.append((size, text.strip(), finish))
         return answers
@@ -1682,25 +1639,20 @@ class VllmEngine(TransformersEngine):
     llm = None
 
     def load(self):
-        if self.loaded == self.folder:
-            return {}
-        began = time.time()
-        what = "load_seconds"
         if self.llm is None:
-            what = "start_seconds"
             self.build()
         else:
             self.send_weights()
-        loaded = time.time()
-        tested = self.self_test()
-        self.loaded = self.folder
-        return {what: loaded - began, "test_seconds": time.time() - loaded} | tested
+        self.room = self.llm.llm_engine.model_config.max_model_len
+        return self.self_test()
 
     def build(self):
         """Build the engine, in the dtype that the model's config.json names: vLLM casts as it loads."""
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
-        for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        if "RANK" not in os.environ:
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        warnings.simplefilter("ignore", FutureWarning)  # of its own use of torch
         threads = torch.get_num_threads()
         set_num_threads = torch.set_num_threads  # vLLM makes it do nothing, and the trainer needs it
         from vllm import LLM
@@ -1713,7 +1665,7 @@ class VllmEngine(TransformersEngine):
             machine = dict(enforce_eager=self.eager, enable_sleep_mode=True, max_model_len=-1,
                            gpu_memory_utilization=self.gpu_memory)
         elif current_platform.is_cpu():  # a prompt in two pieces and a seed of its own would break the CPU's engine
-            tokens = min(self.context, 8192)
+            tokens = min(self.room, 8192)
             machine = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=tokens,
                            max_model_len=tokens, kv_cache_memory_bytes=2**30)
         else:
@@ -1722,7 +1674,6 @@ class VllmEngine(TransformersEngine):
         self.llm = LLM(self.folder, dtype=dtype, distributed_executor_backend="external_launcher",
                        generation_config="vllm", use_tqdm_on_load=False, **machine)
         self.shape = shape_of(config)
-        self.room = self.llm.llm_engine.model_config.max_model_len
         self.parameters = count_parameters(self.folder)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
@@ -1773,9 +1724,7 @@ class VllmEngine(TransformersEngine):
         self.loaded = None
         self.llm.sleep(2)  # frees the weights too: the next load sends new ones
         free, total = torch.cuda.mem_get_info()
-        taken = (total - free) / 2**30
-        say(f"  vLLM sleeps; {taken:.1f} of {total / 2**30:.0f} GiB of the GPU are still taken")
-        return {"asleep_gib": taken}
+        return {"asleep_gib": (total - free) / 2**30}
 
     def answers(self, next_request):
         """Yield (request, tokens generated, text, "stop" or "length") as they end; next_request is asked again as soon
@@ -2051,7 +2000,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
             if sums["save"]:
                 save_progress(run, round, policy, optimizer, history)
                 saved = time.time()
-            shown.set_postfix_str(f"loss {values['loss']:.3f}, norm {norm:.2f}", refresh=False)
+            shown.set_description(f"round {round} train, loss {values['loss']:.3f}", refresh=False)
             shown.update()
     trained = time.time()
     row = row_logprobs(policy, max((sequence for example in tokenized for sequence in example), key=len_of))
@@ -2318,17 +2267,14 @@ def show_answers(problems, responses):
 
 
 def end_round(run, t, keep=()):
-    """Log the FLOPs of sampling, rewards and training (not of scoring) of round t and of all so far; delete models by
+    """Log the FLOPs of sampling, rewards and training (not of scoring) up to the end of round t; delete models by
     KEEP_MODELS, but not those in `keep`."""
     costs = {}
     for name in ("flops", "padded_flops", "spent_flops"):
-        costs[name] = 0
         costs[f"total_{name}"] = 0
         for (round, phase), values in run.metrics.items():
             if round <= t and phase != "round" and not phase.startswith("eval"):
                 costs[f"total_{name}"] += values.get(name, 0)
-                if round == t:
-                    costs[name] += values.get(name, 0)
     run.log(t, "round", **costs)
     for older in range(t - run.constants["KEEP_MODELS"] + 1):
         model = run.folder / f"round_{older}" / "model"
@@ -2370,13 +2316,13 @@ def print_row(name, score, width, cells=""):
 def final_table(run, scores):
     """Print the table of a run's rounds, and what they cost in FLOPs (without scoring)."""
     print_table(scores, "model")
-    say(f"\n{'FLOPs':<13}{'of it':>10}{'so far':>10}{'padded':>10}{'all drawn':>11}")
+    say("\nFLOPs so far       counted    padded  all drawn")
     for m in run.metrics.values():
         if m["phase"] == "round":
-            say(f"round {m['round']:<7}{m['flops']:>10.2e}{m['total_flops']:>10.2e}{m['total_padded_flops']:>10.2e}"
+            say(f"round {m['round']:<10}{m['total_flops']:>10.2e}{m['total_padded_flops']:>10.2e}"
                 f"{m['total_spent_flops']:>11.2e}")
-    say("(sampling, rewards and training; the first two of the draws that count; padded and all drawn: so far)\n"
-        f"{run.folder}/metrics.jsonl")
+    say("(sampling, rewards and training; counted: of the draws that count; padded: the same, with prompts as long as "
+        f"the longest)\n{run.folder}/metrics.jsonl")
 
 
 # Worked examples of our own, for prompts where the problems bring no solutions: by family, in the form that answers
