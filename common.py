@@ -637,7 +637,8 @@ def override_from_cli(g):
     given = vars(parser.parse_args())
     if given.pop("toy", False):
         g.update(g["TOY"])
-    g.update(given)
+    for name, value in given.items():
+        g[name] = tuple(value) if isinstance(value, list) else value
     for name in constants_of(g):
         legal = g["LEGAL"].get(name, 0)
         if isinstance(legal, tuple) and g[name] not in legal:
@@ -1542,7 +1543,7 @@ def costs_of(answers, parameters):
 
 def count_only(run, round, phase, responses):
     """Have the metrics of a phase count only these of its responses; what the others cost was spent all the same."""
-    values = run.metrics[round, phase]
+    values = run.metrics.get((round, phase), {"parameters": 0})
     values.update(costs_of(responses, values["parameters"]))
 
 
@@ -2248,8 +2249,7 @@ def evaluate(run, file, model, problems, prompt, **settings):
     What there is of each problem stays in the file: many rounds of many problems would fill the memory."""
     responses = sample(run, file.replace(".json", ".jsonl"), model, problems, 1, prompt, temperature=0.0, **settings)
     found = run.once(file, score, problems, responses)
-    key = round_and_phase(file)
-    run.metrics[key]["accuracy"] = found["accuracy"]
+    run.metrics.get(round_and_phase(file), {}).update(accuracy=found["accuracy"])
     return {what: values for what, values in found.items() if what not in ("correct", "level")}
 
 
