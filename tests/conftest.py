@@ -48,7 +48,7 @@ def fork_server():
 
 
 class Started:
-    """A script at work, in a session of its own: `pid` leads it, `wait()` gives what a finished process is.
+    """A script at work, in a process group of its own: `pid` leads it, `wait()` gives what a finished process is.
 
     In a fork of a process that has the libraries (see fork_server.py), or by torchrun, which takes ten seconds longer.
     """
