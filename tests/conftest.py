@@ -48,7 +48,7 @@ def fork_server():
 
 
 class Started:
-    """A script at work, in a session of its own: `pid` leads it, `wait()` gives what a finished process is.
+    """A script at work, in a process group of its own: `pid` leads it, `wait()` gives what a finished process is.
 
     In a fork of a process that has the libraries (see fork_server.py), or by torchrun, which takes ten seconds longer.
     """
@@ -108,10 +108,10 @@ def run_of(folder, script, flags):
     return folder / "runs" / name
 
 
-def killed_when(folder, script, flags, there, processes=0, one=False, **options):
-    """Start a script, and SIGKILL all its processes as soon as there(run folder) is true; the finished process.
+def killed_when(folder, script, flags, there, processes=0, one=False, how=signal.SIGKILL, **options):
+    """Start a script, and kill all its processes as soon as there(run folder) is true; the finished process.
 
-    one: only rank 0 is killed, and the others have to end by themselves.
+    one: only rank 0 is killed, and the others have to end by themselves. how: another signal.
     """
     run = run_of(folder, script, flags)
     started = Started(folder, script, *flags, processes=processes, **options)
@@ -122,9 +122,9 @@ def killed_when(folder, script, flags, there, processes=0, one=False, **options)
             raise AssertionError(f"it ended before the kill: {done.stdout[-3000:]}{done.stderr[-3000:]}")
         time.sleep(0.002)
     if one:
-        os.kill(int((run / "lock").read_text().split()[1]), signal.SIGKILL)
+        os.kill(int((run / "lock").read_text().split()[1]), how)
     else:
-        os.killpg(started.pid, signal.SIGKILL)
+        os.killpg(started.pid, how)
     done = started.wait()
     assert done.returncode != 0, done.stdout[-3000:]
     return done
