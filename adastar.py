@@ -30,9 +30,9 @@ from common import (GROUP, by_problem, count_only, end_round, evaluate, fail, fi
 
 # What to run
 MODEL = "Qwen/Qwen2.5-3B"  # the base: a Hub name or a folder (paper: for gsm8k; Llama-3.2-3B for the others)
-START = "previous"  # "previous" | "base": what each iteration trains from; "base" is STaR's and ReST-EM's way (paper)
-TRAIN_DATA = "gsm8k"  # names of sets, .jsonl or .json files, owner/name of the Hub; comma-separated (paper)
-TEST_DATA = "gsm8k"  # scored after each iteration, greedily; may be empty with HELD_OUT (paper)
+START = "previous"  # "base" | "previous": what each round trains from; "base" is STaR's and ReST-EM's way (paper)
+TRAIN_DATA = "gsm8k"  # sets by name, file or owner/name on the Hub, comma-separated (paper)
+TEST_DATA = "gsm8k"  # scored each round (paper)
 N_TRAIN = 0  # problems of each training set; 0 is all (paper)
 N_TEST = 0  # problems of each test set; 0 is all (paper)
 HELD_OUT = 200  # training problems put aside, which choose the iteration to report; 0 reports the last (ours)
@@ -53,19 +53,19 @@ CURRICULUM_POWER = 2  # f(alpha) = alpha^2; 0 keeps all statistics: AdaD without
 FILL_STEPS = True  # where the problems give fewer than beta_t, repeat them to as many; off: train once on each (code)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws, and the base's score; no examples else (paper)
-SHOTS = 8  # worked examples before a problem, of our own: 8 for mathematics, 6 for other families; 0 is none (code)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else without examples (paper)
+SHOTS = 8  # worked examples before a problem; 0 is none (code; of our own there are 6 for other than mathematics)
 EXAMPLES_FROM = ""  # a set whose solutions are shown instead; empty is our own (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 TEMPERATURE = 1.0  # of all draws (paper)
 TOP_P = 1.0  # 1: off (paper; 0.9 in the code)
 TOP_K = 0  # 0: off (paper; 50 in the code, a default of its library)
-MAX_NEW_TOKENS = 512  # an answer is cut there, and then counts as wrong (ours)
+MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (ours)
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
 
 # Training
 LR = 1e-5  # constant after the warm-up (paper; constant: code)
-WARMUP = 100.0  # steps; below 1 their share; 0 is none (paper; anew in each iteration, and none for gsm8k: code)
+WARMUP = 100.0  # share of the steps, or from 1 on their number; 0 is none (paper; code: none for gsm8k)
 BATCH_SIZE = 8  # answers per optimizer step, over all GPUs (paper)
 WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (paper; not applied in the code)
 CLIP = 1.0  # largest gradient norm (ours)

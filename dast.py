@@ -29,11 +29,11 @@ import torch.nn.functional as F  # behind common, which keeps torch's threads fr
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
 START = "base"  # "base" | "previous": what each round trains from; with DPO, "base" is M_1 of round 0 (code: base)
-TRAIN_DATA = "gsm8k,math"  # names of sets, .jsonl or .json files, owner/name of the Hub; comma-separated (paper)
-TEST_DATA = "gsm8k,math"  # scored after each round, greedily; may be empty with HELD_OUT (paper)
+TRAIN_DATA = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-separated (paper)
+TEST_DATA = "gsm8k,math"  # scored each round (paper)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (ours)
-HELD_OUT = 0  # training problems put aside, and scored like a test set; 0 is none (ours)
+HELD_OUT = 0  # training problems put aside, scored like a test set (TEST_DATA may then be empty); 0 is none (ours)
 ROUNDS = 3  # after round 0 (paper)
 SEED = 0  # of everything random (ours)
 
@@ -51,7 +51,7 @@ DRAWS_LIKE = ""  # a run folder: as many draws in each round as it made, spread 
 SIZE_LIKE = ""  # a run folder: as many answers (pairs) trained on each round, by leaving out or repeating some (ours)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of M_0's and the draws'; else no examples are shown (code)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else without examples (code)
 SHOTS = 8  # worked examples before a problem; 0 is none (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
@@ -62,7 +62,7 @@ GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place 
 
 # Training
 LR = 2e-5  # of SFT, its peak; cosine to 0 (code)
-LR_DPO = 1e-6  # of DPO, its peak (ours; the code's 2e-4 is for LoRA)
+LR_DPO = 1e-6  # of DPO, its peak; cosine to 0 (ours; the code's 2e-4 is for LoRA)
 WARMUP = 0.05  # share of the steps, or from 1 on their number; 0 is none (code)
 EPOCHS = 1  # passes over D_u (code)
 BATCH_SIZE = 32  # answers (pairs) per optimizer step, over all GPUs (code)

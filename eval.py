@@ -29,7 +29,7 @@ from common import (MAY_DIFFER, YES_NO, Checker, accuracy, bar, by_problem, fail
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
-SETS = "gsm8k,math"  # names of sets, .jsonl or .json files, owner/name of the Hub; comma-separated
+SETS = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-separated
 SPLIT = "test"  # "test" | "train": of the sets known by name
 N_TEST = 0  # problems of each set, drawn at random once and for all; 0 is all
 HELD_OUT = 0  # score what a method put aside: its HELD_OUT, SEED, TRAIN_DATA (SETS), N_TRAIN (N_TEST); 0 scores all
@@ -51,7 +51,7 @@ GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place 
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is made from the names of models and sets
-DATA = "data"  # folder of the known problem sets, as data/gsm8k/test.jsonl
+DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl
 ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower
 SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time

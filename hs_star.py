@@ -43,14 +43,14 @@ from transformers import AttentionInterface, AutoConfig, AutoModel
 
 # What to run
 MODEL = "Qwen/Qwen2.5-7B"  # M_0, or the base that is trained on STEP_SET first: a Hub name or a folder (code)
-START = "previous"  # "previous" | "base": what each round trains from, and its reference; "base" is M_0 (code)
+START = "previous"  # "base" | "previous": what each round trains from, and its reference; "base" is M_0 (code)
 PRM = "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B"  # Hub name or folder; empty is none: for arms without rewards (code)
 STEP_SET = ""  # solutions in steps, to train M_0 on first; empty: MODEL is M_0 (ours; code: MATH's, rewritten)
-TRAIN_DATA = "gsm8k,math"  # names of sets, .jsonl or .json files, owner/name of the Hub (ours; code: NuminaMath-1.5)
-TEST_DATA = "gsm8k,math500,minerva_math,olympiadbench,college_math"  # scored greedily; may be empty (code)
+TRAIN_DATA = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-separated (ours; code: NuminaMath-1.5)
+TEST_DATA = "gsm8k,math500,minerva_math,olympiadbench,college_math"  # scored each round (code)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (code)
-HELD_OUT = 0  # training problems put aside, and scored like a test set; 0 is none (ours)
+HELD_OUT = 0  # training problems put aside, scored like a test set (TEST_DATA may then be empty); 0 is none (ours)
 SLICE = 4900  # N: problems of a round, no round's the same while they last (ours; 7,500 in the code)
 ROUNDS = 3  # after round 0 (code)
 SEED = 0  # of everything random (ours)
@@ -67,18 +67,18 @@ BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts fro
 NLL_WEIGHT = 0.0  # of the chosen answers' own log-likelihood in the loss; 0 is plain DPO (ours)
 
 # Sampling
-PROMPT = "zero_shot"  # "zero_shot" | "few_shot" | "chat": one form for drawing, training and scoring (code)
+PROMPT = "zero_shot"  # "few_shot" | "zero_shot" | "chat": one form for drawing, training and scoring (code)
 SHOTS = 4  # worked examples of our own before a problem, with few_shot (ours)
 SYSTEM = "Reason in steps divided by blank lines, and put the final answer within \\boxed{}."  # before all (ours)
 TEMPERATURE = 0.7  # of all draws (code)
 TOP_P = 0.95  # 1: off (code)
 TOP_K = 0  # 0: off (code)
-MAX_NEW_TOKENS = 2048  # an answer is cut there (code)
+MAX_NEW_TOKENS = 2048  # an answer is cut there, and then not trained on (code)
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
 
 # Training
 LR = 1e-6  # of SFT on STEP_SET, its peak; cosine to 0 (code)
-LR_DPO = 5e-7  # of DPO, its peak (code)
+LR_DPO = 5e-7  # of DPO, its peak; cosine to 0 (code)
 WARMUP = 0.03  # share of the steps, or from 1 on their number; 0 is none (code)
 EPOCHS = 1  # passes over the pairs, and over STEP_SET (code)
 BATCH_SIZE = 256  # pairs (answers) per optimizer step, over all GPUs (code)

@@ -41,13 +41,13 @@ from transformers import AutoModel
 
 # What to run
 MODEL = "Qwen/Qwen2.5-Math-7B"  # pi_0: a Hub name or a folder (paper)
-START = "previous"  # "previous" | "base": what each round trains from, and its reference; "base" is pi_0 (proxy)
-TRAIN_DATA = "zwhe99/DeepMath-103K"  # names of sets, .jsonl or .json files, owner/name of the Hub (ours; not known)
-TEST_DATA = "gsm8k,math,minerva_math,gaokao2023en,olympiadbench,college_math,aime24,amc23"  # may be empty (proxy)
+START = "previous"  # "base" | "previous": what each round trains from, and its reference; "base" is pi_0 (proxy)
+TRAIN_DATA = "zwhe99/DeepMath-103K"  # sets by name, file or owner/name on the Hub, comma-separated (ours; not known)
+TEST_DATA = "gsm8k,math,minerva_math,gaokao2023en,olympiadbench,college_math,aime24,amc23"  # scored each round (proxy)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (ours)
-HELD_OUT = 0  # training problems put aside, and scored like a test set; 0 is none (ours)
-ROUNDS = 5  # after round 0, which scores pi_0 (ours)
+HELD_OUT = 0  # training problems put aside, scored like a test set (TEST_DATA may then be empty); 0 is none (ours)
+ROUNDS = 5  # after round 0 (ours)
 SEED = 0  # of everything random (ours)
 
 # Knowledge points
@@ -76,7 +76,7 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 TEMPERATURE = 1.0  # of all draws (proxy)
 TOP_P = 1.0  # 1: off (proxy)
 TOP_K = 0  # 0: off (proxy)
-MAX_NEW_TOKENS = 3072  # an answer is cut there (ours; the proxy's 4096 leave Qwen2.5-Math no room for a prompt)
+MAX_NEW_TOKENS = 3072  # an answer is cut there, and then not trained on (ours; 4096, the proxy's, leave a prompt no room)
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
 
 # Training
