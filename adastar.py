@@ -53,7 +53,7 @@ CURRICULUM_POWER = 2  # f(alpha) = alpha^2; 0 keeps all statistics: AdaD without
 FILL_STEPS = True  # where the problems give fewer than beta_t, repeat them to as many; off: train once on each (code)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else without examples (paper)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else no examples (paper)
 SHOTS = 8  # worked examples before a problem; 0 is none (code; of our own there are 6 for other than mathematics)
 EXAMPLES_FROM = ""  # a set whose solutions are shown instead; empty is our own (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)

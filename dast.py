@@ -51,7 +51,7 @@ DRAWS_LIKE = ""  # a run folder: as many draws in each round as it made, spread 
 SIZE_LIKE = ""  # a run folder: as many answers (pairs) trained on each round, by leaving out or repeating some (ours)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else without examples (code)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else no examples (code)
 SHOTS = 8  # worked examples before a problem; 0 is none (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)

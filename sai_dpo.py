@@ -76,7 +76,7 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 TEMPERATURE = 1.0  # of all draws (proxy)
 TOP_P = 1.0  # 1: off (proxy)
 TOP_K = 0  # 0: off (proxy)
-MAX_NEW_TOKENS = 3072  # an answer is cut there, and then not trained on (ours; 4096, the proxy's, leave a prompt no room)
+MAX_NEW_TOKENS = 3072  # an answer is cut there, and then not trained on (ours; 4096, the proxy's, leave no room)
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
 
 # Training
