@@ -213,10 +213,6 @@ def test_what_a_terminal_must_not_see_is_escaped(alone, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--model", "no/such/folder"], ["no/such/folder"]),
     (["--test-data", "gsm9k"], ["unknown problem set 'gsm9k'"]),
-    (["--draws-like", "runs/one"], ["--draws-like", "without P"]),
-    (["--variant", "", "--draws-like", "runs/none"], ["runs/none/round_1/selection.jsonl: no such file"]),
-    (["--prompt", "zero_shot"], ["L can do nothing"]),
-    (["--cuts", "0.4", "0.7"], ["--cuts", "the higher one"]),
     (["--held-out", "18"], ["--held-out 18 leaves nothing of the 18 problems"]),
     (["--grader", "none.py:grade"], ["a checking worker does not start", "none.py"]),
     (["--model", "short"], ["the prompt of toy/train/", "exceeds the context of 200", "--shots"]),
