@@ -1714,6 +1714,7 @@ class VllmEngine(TransformersEngine):
             if dtype == torch.float32:
                 dtype = torch.bfloat16
             machine = dict(enforce_eager=self.eager, enable_sleep_mode=True, max_model_len=-1,
+                           max_num_seqs=512,  # as many as its CUDA graphs cover
                            gpu_memory_utilization=self.gpu_memory)
         elif current_platform.is_cpu():  # a prompt in two pieces and a seed of its own would break the CPU's engine
             tokens = min(self.room, 8192)
