@@ -569,6 +569,7 @@ def launch(main, g):
     except SystemExit as stop:  # of fail, or of --help
         status = stop.code
     except KeyboardInterrupt:
+        status = 130
         print_error("stopped; finished phases are kept, and the same command resumes")
     except Exception as error:
         log = Run.folder / "error.log"
@@ -684,9 +685,9 @@ def start_run(g, *problem_sets, models=()):
     MAY_DIFFER names the constants that may change; --keep accepts changed code (comments are not code)."""
     script = Path(g["__file__"])
     constants = constants_of(g)
-    contents = [sorted(problem.items()) for problem in itertools.chain(*problem_sets)]
+    contents = [seed_of(sorted(problem.items())) for problem in itertools.chain(*problem_sets)]
     for model in (*constants["MODEL"].split(","), *models):
-        contents += [(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
+        contents += [seed_of(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
     grader = Path(constants["GRADER"].rpartition(":")[0])
     if grader.is_file():
         contents.append(grader.read_text())
