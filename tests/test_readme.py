@@ -53,6 +53,8 @@ def explained(phase):
 def test_every_key_of_the_metrics_is_explained(run):
     for metrics in lines(run / "metrics.jsonl"):
         phase = re.sub(r"_\d+$", "", metrics["phase"])  # responses_0 is a block of responses
+        if "verdicts" in metrics:
+            metrics["verdicts"] = {}  # its keys are reasons, a grader's own ones too
         assert keys_of(metrics) <= explained(phase), phase
 
 
@@ -64,7 +66,7 @@ def test_every_key_of_the_records_is_explained(run, name):
 
 def test_every_file_of_a_run_is_explained(run):
     for path in run.rglob("*"):
-        if path.is_file() and path.parent.name != "model":
+        if path.is_file() and path.parent.name != "model" and path.suffix != ".py":  # copies of the code
             assert path.name in EXPLAINED, path
 
 
@@ -92,7 +94,7 @@ def test_there_are_edits_of_a_rule_a_set_and_a_loss():
 
 def test_the_edit_of_a_rule_works(tmp_path, project):
     """Problems that are solved half of the time come before those that were never solved."""
-    run = small(tmp_path, project / "adastar.py", "--rounds", "2")
+    run = small(tmp_path, project / "adastar.py", "--rounds", "2", "--n-train", "20", "--steps", "1")
     keys = [(s["last"], abs(s["w"] - 0.5)) for s in lines(run / "round_2" / "selection.jsonl")]
     assert keys == sorted(keys) and any(last for last, _ in keys)
 
