@@ -38,7 +38,7 @@ def make_run(folder, seed, tokens, right, selection, **constants):
                         {"round": t, "phase": "train", "tokens": 7, "flops": 100, "seconds": 2}]
         metrics += [{"round": t, "phase": "eval", "draws": 4, "tokens": 5000, "spent_tokens": 5000, "flops": 1e9,
                      "seconds": 1, "accuracy": len(numbers) / 4},
-                    {"round": t, "phase": "round", "flops": 1, "outside_seconds": 0.5}]
+                    {"round": t, "phase": "round", "flops": 1}]
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "round_1" / "selection.jsonl", selection)
     (folder / "constants.json").write_text(json.dumps({"constants": {"SEED": seed, "NAME": folder.name, **constants}}))
@@ -63,8 +63,8 @@ def test_what_was_spent_up_to_each_round(two_runs):
     assert [(r["round"], r["generated"], r["drawn"], r["trained"], r["flops"]) for r in first.rounds] == [
         (0, 0, 0, 0, 0), (1, 100, 200, 7, 110), (2, 300, 600, 14, 220)]
     end = first.end
-    kinds = [end[kind] for kind in ("sampling", "rewards", "training", "scoring", "outside")]
-    assert kinds == [6, 0.5, 4, 3, 1.5]
+    kinds = [end[kind] for kind in ("sampling", "rewards", "training", "scoring")]
+    assert kinds == [6, 0.5, 4, 3]
 
 
 def test_answers_between_two_rounds_are_on_the_straight_line(two_runs):
