@@ -11,15 +11,36 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from test_runs import counts, files  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 SMALL = {  # two rounds in 10 to 25 s, saved after each training step
     "dast.py": ["--n-train", 40, "--n-test", 12, "--k-probe", 3, "--rounds", 2],
     "adastar.py": ["--n-train", 170, "--held-out", 10, "--n-test", 10, "--steps", 5, "--rounds", 2],
     "hs_star.py": ["--n-train", 40, "--slice", 20, "--n-test", 10, "--rounds", 2],
     "sai_dpo.py": ["--n-train", 150, "--samples-per-round", 16, "--pairs-per-round", 5, "--n-test", 8, "--rounds", 2]}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+MACHINE = ("constants.json", "lock", "error.log")  # not the same after a kill: where and how a run was started
+
+
+def lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def without_times(records):
+    return [{name: value for name, value in record.items() if not name.endswith("seconds")} for record in records]
+
+
+def files(run):
+    """{name: content} of what a run leaves, times and machine aside."""
+    found = {}
+    for path in sorted(run.rglob("*")):
+        name = str(path.relative_to(run))
+        if path.name in ("metrics.jsonl", "steps.jsonl"):
+            found[name] = without_times(lines(path))
+        elif path.is_file() and path.name not in MACHINE:
+            found[name] = path.read_bytes()
+    return found
 
 
 class Results:
@@ -38,13 +59,17 @@ class Results:
         return self.found[what]
 
 
+def command_of(script, name, processes, *flags):
+    """A run as a user starts it: on one process without torchrun."""
+    program = [sys.executable] if processes == 1 else [*TORCHRUN, processes]
+    return list(map(str, [*program, ROOT / script, "--toy", *flags, "--name", name]))
+
+
 def start(script, name, processes):
-    """Start a small run, its output in runs/<name>.out; on one process without torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
-    command = [*(torchrun if processes > 1 else [sys.executable]), script, "--toy", *SMALL[script], "--save-minutes", 0,
-               "--run", name]
+    """Start a small run, its output in runs/<name>.out."""
+    command = command_of(script, name, processes, *SMALL[script], "--save-minutes", 0)
     with open(ROOT / "runs" / f"{name}.out", "w") as out:
-        return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
 
 
 def output(name):
@@ -52,7 +77,7 @@ def output(name):
 
 
 def finish(script, name, processes):
-    """The folder of a run that is run to its end."""
+    """Run to the end; the run's folder."""
     assert start(script, name, processes).wait() == 0, output(name)
     return ROOT / "runs" / name
 
@@ -85,89 +110,116 @@ def products(folder):
     return sorted((path.stat().st_ctime, str(path.relative_to(folder))) for path in made)
 
 
-def wait_for(running, name, before):
-    """Wait until a run is at work and has made all of `before`; whether it still runs then."""
+def begin(folder):
+    """When a run began: the end of its checks."""
+    return (folder / "constants.json").stat().st_ctime
+
+
+def wait_for(running, folder, before):
+    """Wait until a run has made all of `before` and is at work; whether it still runs then."""
+    started = time.time()
     while running.poll() is None:
-        if "  data " in output(name) and all((ROOT / "runs" / name / path).exists() for path in before):
+        at_work = (folder / "constants.json").exists() and begin(folder) >= started
+        if at_work and all((folder / path).exists() for path in before):
             return True
         time.sleep(0.002)
     return False
 
 
-def killed_in_each_phase(script, processes, whole):
-    """Kill a run with all its processes at a random moment of each phase of the uninterrupted run `whole`, go on each
-    time, and compare: [the phases in which it died], whether all files and counts are the same."""
-    name, rng, died = f"kills-{script[:-3]}-{processes}", random.Random(f"{script} {processes}"), []
-    folder, made = ROOT / "runs" / name, products(whole)
-    shutil.rmtree(folder, ignore_errors=True)
-    began = (whole / "constants.json").stat().st_ctime
-    for number, (ended, phase) in enumerate(made):
-        seconds, began = ended - began, ended
-        running = start(script, name, processes)
-        if wait_for(running, name, [path for _, path in made[:number]]):
-            time.sleep(rng.uniform(0, seconds))
+def killed_in(script, name, processes, whole, number, rng):
+    """Start a run, and kill all its processes at a random moment of the time in which the uninterrupted run `whole`
+    made its product `number`. What it was at, or None if it had ended."""
+    folder = ROOT / "runs" / name
+    made = products(whole)
+    before = made[number - 1][0] if number else begin(whole)
+    running = start(script, name, processes)
+    at = None
+    if wait_for(running, folder, [path for _, path in made[:number]]):
+        time.sleep(rng.uniform(0, made[number][0] - before))
+        if running.poll() is None:
             kill(*family(running.pid))
             there = {path for _, path in products(folder)}
-            died.append(next((path for _, path in made if path not in there), "end"))
-        running.wait()
-    finish(script, name, processes)
-    return {"kills": died, "same": files(folder) == files(whole) and counts(folder) == counts(whole)}
+            at = next((path for _, path in made if path not in there), "end")
+    running.wait()
+    return at
+
+
+def killed_in_each_phase(script, processes, whole):
+    """Kill a run in each phase, resume each time, and compare: [the phases in which it died], whether all is the same."""
+    name = f"kills-{script[:-3]}-{processes}"
+    rng = random.Random(f"{script} {processes}")
+    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+    died = []
+    for number in range(len(products(whole))):
+        at = killed_in(script, name, processes, whole, number, rng)
+        if at is not None:
+            died.append(at)
+    return {"kills": died, "same": files(finish(script, name, processes)) == files(whole)}
 
 
 def one_of_two_killed(script, whole):
-    """Kill one process of two at a random moment: seconds until the run ends, what it says, whether a rerun is as if
-    nothing had been."""
-    name, rng = f"kills-{script[:-3]}-one-of-two", random.Random(script)
-    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    made, running = products(whole), start(script, name, 2)
-    wait_for(running, name, [path for _, path in made[:rng.randrange(len(made) - 1)]])
+    """Kill one process of two at a random moment: seconds until the run ends, whether torchrun names the signal, whether
+    a rerun is as if nothing had been."""
+    name = f"kills-{script[:-3]}-one-of-two"
+    rng = random.Random(script)
+    folder = ROOT / "runs" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    made = products(whole)
+    running = start(script, name, 2)
+    assert wait_for(running, folder, [path for _, path in made[:rng.randrange(len(made) // 2)]])
     time.sleep(rng.uniform(0, 1))
     assert running.poll() is None
     workers = [pid for pid in family(running.pid) if b"--save-minutes" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    victim, began = rng.choice([1, 2]), time.time()  # after torchrun itself
+    victim = rng.choice([1, 2])  # after torchrun itself
+    began = time.time()
     kill(workers[victim])
-    status, seconds = running.wait(), time.time() - began
-    lines = output(name)
-    said = [word for word in ("stopped by SIGTERM", "Signal 9 (SIGKILL) received") if word in lines]
-    folder = finish(script, name, 2)
-    return {"rank": victim - 1, "status": status, "seconds": round(seconds, 1), "said": said,
-            "same": files(folder) == files(whole) and counts(folder) == counts(whole)}
+    status = running.wait()
+    seconds = time.time() - began
+    named = "Signal 9 (SIGKILL) received" in output(name)
+    same = files(finish(script, name, 2)) == files(whole)
+    return {"rank": victim - 1, "status": status, "seconds": round(seconds, 1), "named": named, "same": same}
 
 
 def other_numbers_of_processes(script, whole):
-    """Killed once in each phase of the first round, and gone on with 2, 3, 1, ... processes: whether all up to the
-    first model is the same, and by how much its weights differ at most."""
+    """Killed once in each phase of the first round, and resumed with 2, 3, 2, ..., at last 1 process: whether all up to
+    the first model is the same, and by how much its weights differ at most."""
     import torch
     from safetensors.torch import load_file
-    name, rng = f"kills-{script[:-3]}-other", random.Random(script)
-    folder, made = ROOT / "runs" / name, products(whole)
-    shutil.rmtree(folder, ignore_errors=True)
-    model = next(i for i, (_, path) in enumerate(made) if path.endswith("model"))
-    for turn in range(model + 3):  # three times in training
-        number, running = min(turn, model), start(script, name, 2 + turn % 2)
-        wait_for(running, name, [path for _, path in made[:number]])
-        seconds = made[number][0] - (made[number - 1][0] if number else (whole / "constants.json").stat().st_ctime)
-        time.sleep(rng.uniform(0, seconds))
-        kill(*family(running.pid))
-        running.wait()
-    finish(script, name, 1)
-    theirs, mine = (load_file(run / made[model][1] / "model.safetensors") for run in (whole, folder))
-    off = max(float(((mine[n] - theirs[n]).abs() / theirs[n].abs().clamp(min=1e-1)).max()) for n in theirs)
-    assert all(torch.isfinite(t).all() for t in mine.values())
-    return {"same": all((folder / path).read_bytes() == (whole / path).read_bytes() for _, path in made[:model]),
-            "weights differ by": off}
+    name = f"kills-{script[:-3]}-other"
+    rng = random.Random(script)
+    shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+    made = [path for _, path in products(whole)]
+    model = next(i for i, path in enumerate(made) if path.endswith("model"))
+    kills = 0
+    for turn in range(model + 3):  # three times in training, which ends with steps.jsonl and the model
+        number = min(turn, model - 1)
+        kills += killed_in(script, name, 2 + turn % 2, whole, number, rng) is not None
+    folder = finish(script, name, 1)
+    same = all((folder / path).read_bytes() == (whole / path).read_bytes() for path in made[:model - 1])
+    theirs, mine = (load_file(run / made[model] / "model.safetensors") for run in (whole, folder))
+    off = 0.0
+    for tensor, values in theirs.items():
+        assert torch.isfinite(mine[tensor]).all()
+        relative = (mine[tensor] - values).abs() / values.abs().clamp(min=1e-1)
+        off = max(off, float(relative.max()))
+    return {"kills": kills, "same": same, "weights differ by": off}
 
 
 def kills():
     """All of it, and the sums."""
     results = Results("kills")
-    whole = {(script, n): finish(script, f"kills-{script[:-3]}-{n}-whole", n) for script in SMALL for n in (1, 2)}
-    found = [results.of(f"{script}, {n} processes", killed_in_each_phase, script, n, run)
-             for (script, n), run in whole.items()]
+    whole = {}
+    for script, processes in itertools.product(SMALL, (1, 2)):
+        whole[script, processes] = finish(script, f"kills-{script[:-3]}-{processes}-whole", processes)
+    found = []
+    for (script, processes), run in whole.items():
+        found.append(results.of(f"{script}, {processes} processes", killed_in_each_phase, script, processes, run))
     one = [results.of(f"{script}, one of two", one_of_two_killed, script, whole[script, 2]) for script in SMALL]
     for script in SMALL:
         results.of(f"{script}, 2, 3 and 1 processes", other_numbers_of_processes, script, whole[script, 1])
-    phases = [phase.split("/")[-1] for of in found for phase in of["kills"]]
+    phases = []
+    for of_run in found:
+        phases += [phase.split("/")[-1] for phase in of_run["kills"]]
     print(f"\n{len(phases)} kills, all files the same afterwards: {all(of['same'] for of in found)}; died in",
           ", ".join(f"{phase} {phases.count(phase)}" for phase in dict.fromkeys(phases)))
     print(f"one of two processes killed {len(one)} times: ended within {max(of['seconds'] for of in one)} s, all files "
@@ -177,7 +229,10 @@ def kills():
 def fuzz():
     """Hypothesis' texts, in ten parts."""
     from fuzz import fuzz as check
-    results, total, slowest, wrong = Results("fuzz"), 0, {}, []
+    results = Results("fuzz")
+    total = 0
+    slowest = {}
+    wrong = []
     for part in range(10):
         found = results.of(f"part {part}", check, 100)
         total += found["executions"]
@@ -189,7 +244,7 @@ def fuzz():
         print(f"  {gold!r:<40} {text!r}"[:160])
 
 
-SOAK = ["--toy", "--n-train", 80, "--held-out", 0, "--n-test", 4, "--steps", 1, "--growth", 1, "--max-new-tokens", 64]
+SOAK = ["--n-train", 80, "--held-out", 0, "--n-test", 4, "--steps", 1, "--growth", 1, "--max-new-tokens", 64]
 
 
 def held(pid):
@@ -200,42 +255,52 @@ def held(pid):
             "threads": len(os.listdir(f"/proc/{pid}/task"))}
 
 
+def growth(least, rounds):
+    """MB more in 100 iterations: the median of the slopes between any two of {iteration: MB}, taken each 25."""
+    least = {t: min(mb for u, mb in least.items() if t <= u < t + 25) for t in least if t % 25 == 0 and t < rounds - 1}
+    slopes = [(mb - before) / (t - u) for (u, before), (t, mb) in itertools.combinations(least.items(), 2)]
+    return {"MB in 100": round(100 * statistics.median(slopes), 2), "MB": [round(mb, 1) for mb in least.values()]}
+
+
 def soaked(rounds, processes, *flags):
     """One run of adastar.py of so many short iterations, looked at all the time: how much each of its processes has
-    grown in 100 iterations after the first 50 (of the least of 25 each, since what has leaked is never given back, the
-    median of the slopes between any two), and what numbers of files, threads and temporary files were seen."""
-    name, temporary = f"soak-{processes}{''.join(flags)}", ROOT / "runs" / "soak-tmp"
+    grown in 100 iterations after the first 50 (of the least of 25 each, since what has leaked is never given back), and
+    what numbers of files, threads and temporary files were seen."""
+    name = f"soak-{processes}{''.join(flags)}"
+    temporary = ROOT / "runs" / "soak-tmp"
     for folder in (ROOT / "runs" / name, temporary):
         shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir(parents=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
-    command = [*(torchrun if processes > 1 else [sys.executable]), "adastar.py", *SOAK, "--rounds", rounds, *flags,
-               "--run", name]
+    command = command_of("adastar.py", name, processes, *SOAK, "--rounds", rounds, *flags)
     with open(ROOT / "runs" / f"{name}.out", "w") as out:
-        running = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=out, stderr=out,
+        running = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out,
                                    env=os.environ | {"TMPDIR": str(temporary)})
-    seen, temporaries, t = {}, set(), 0
+    seen = {}  # {process: {iteration: the least of what it held}}
+    temporaries = set()
+    t = 0
     while running.poll() is None:
         time.sleep(0.02)
-        t += (ROOT / "runs" / name / f"round_{t + 1}" / "eval.json").exists()
-        for pid in family(running.pid) if 50 <= t < rounds - 1 else ():
+        if (ROOT / "runs" / name / f"round_{t + 1}" / "eval.json").exists():
+            t += 1
+        temporaries.add(sum(len(names) for _, _, names in os.walk(temporary)))
+        if not 50 <= t < rounds - 1:
+            continue
+        for pid in family(running.pid):
             try:
                 program = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1].split("/")[-1]
                 now = held(pid)
             except (OSError, IndexError):  # a worker that is being replaced
                 continue
-            least = seen.setdefault(f"{program} {pid}", {}).setdefault(t, now)
-            seen[f"{program} {pid}"][t] = {what: min(n, least[what]) for what, n in now.items()}
-        temporaries.add(sum(len(files) for _, _, files in os.walk(temporary)))
+            of_process = seen.setdefault(f"{program} {pid}", {})
+            least = of_process.setdefault(t, now)
+            of_process[t] = {what: min(n, least[what]) for what, n in now.items()}
     assert running.returncode == 0, output(name)
     found = {"iterations": rounds, "temporary files": sorted(temporaries)}
-    for process, of in seen.items():
-        if len(of) > rounds / 4:  # looked at more often than by chance
-            least = {t: min(of[u]["MB"] for u in of if t <= u < t + 25) for t in of if t % 25 == 0 and t < rounds - 1}
-            slopes = [(mb - before) / (t - u) for (u, before), (t, mb) in itertools.combinations(least.items(), 2)]
-            found[process] = {"MB in 100": round(100 * statistics.median(slopes), 2),
-                              "MB": [round(mb, 1) for mb in least.values()],
-                              **{what: sorted({h[what] for h in of.values()}) for what in ("files", "threads")}}
+    for process, of_process in seen.items():
+        if len(of_process) > rounds / 4:  # looked at more often than by chance
+            found[process] = growth({t: now["MB"] for t, now in of_process.items()}, rounds)
+            for what in ("files", "threads"):
+                found[process][what] = sorted({now[what] for now in of_process.values()})
     return found
 
 
@@ -244,15 +309,15 @@ def soak():
     results = Results("soak")
     kinds = {"one process": (250, 1), "two processes": (200, 2), "vLLM": (200, 1, "--engine", "vllm")}
     for what, arguments in kinds.items():
-        for process, of in results.of(what, soaked, *arguments).items():
-            print(f"  {process}: {of}")
+        for process, of_process in results.of(what, soaked, *arguments).items():
+            print(f"  {process}: {of_process}")
 
 
 def full_disk(script, kilobytes, whole):
     """A small run on a disk of so many kB (a tmpfs; it takes root), and again when there is room: how it ended, the one
     line that it left, what it was at, and whether all files are as they should be."""
-    disk, command = ROOT / "runs" / "disk", [sys.executable, str(ROOT / script), "--toy", *map(str, SMALL[script]),
-                                             "--save-minutes", "0", "--run", "full"]
+    disk = ROOT / "runs" / "disk"
+    command = command_of(script, "full", 1, *SMALL[script], "--save-minutes", 0)
     disk.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", disk], check=True)
     try:
@@ -270,7 +335,8 @@ def full_disk(script, kilobytes, whole):
 
 def disk():
     """Disks of many sizes, and the sums."""
-    results, found = Results("disk"), []
+    results = Results("disk")
+    found = []
     for script in SMALL:
         whole = finish(script, f"kills-{script[:-3]}-1-whole", 1)
         for kilobytes in (120, 800, 2500, 6000):
@@ -280,24 +346,16 @@ def disk():
           f"{sum(of['same'] for of in found)} of {len(found)} had the same files after a rerun")
 
 
-def bad():
-    """Pytest says how many cases there were."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--durations", "5", "tests/test_bad_input.py"]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"EVERY_SCRIPT": "1"}, check=True)
-
-
 def exact():
-    """Design, section 4 (e): how many of vLLM's answers differ from run to run, on as many processes and on two."""
+    """How many of vLLM's answers differ from run to run, on as many processes and on two."""
     drawn = {}
-    for name, processes in ("exact-1", 1), ("exact-1-again", 1), ("exact-2", 2):
-        folder = ROOT / "runs" / name
-        if not (folder / "round_0" / "eval.json").exists():
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            flags = ["--toy", "--rounds", "0", "--engine", "vllm", "--run", name]
-            subprocess.run([*torchrun, str(processes), "--", "dast.py", *flags], cwd=ROOT, check=True)
-        probe = [json.loads(line) for line in open(folder / "round_0" / "probe.jsonl")]
+    for name, processes in (("exact-1", 1), ("exact-1-again", 1), ("exact-2", 2)):
+        command = command_of("dast.py", name, processes, "--rounds", 0, "--engine", "vllm")
+        subprocess.run(command, cwd=ROOT, check=True)
+        probe = lines(ROOT / "runs" / name / "round_0" / "probe.jsonl")
         drawn[name] = {(r["id"], r["draw"]): r for r in probe}
     first = drawn["exact-1"]
-    for name, of in drawn.items():
-        texts, verdicts = (sum(of[key][what] != first[key][what] for key in first) for what in ("text", "correct"))
-        print(f"{name:<16}{len(of):,} answers drawn; against exact-1 {texts} differ, {verdicts} in their verdict")
+    for name, answers in drawn.items():
+        texts = sum(answers[key]["text"] != first[key]["text"] for key in first)
+        verdicts = sum(answers[key]["correct"] != first[key]["correct"] for key in first)
+        print(f"{name:<16}{len(answers):,} answers drawn; against exact-1 {texts} differ, {verdicts} in their verdict")
