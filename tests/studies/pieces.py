@@ -1,0 +1,59 @@
+"""What several studies are made of: models of random weights in real shapes, and runs opened without a script."""
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = ROOT / "tests" / "toy"
+sys.path.insert(0, str(ROOT))
+
+SHAPES = {  # of Qwen2: hidden size, intermediate size, layers, heads, key-value heads, vocabulary, tied embeddings
+    "0.04b": (896, 2432, 4, 14, 2, 4096, True),
+    "0.1b": (768, 3072, 12, 12, 4, 512, True),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),  # Qwen2.5-1.5B
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),  # Qwen2.5-7B
+}
+
+
+def model_of(shape):
+    """A folder with a model of random weights in one of SHAPES, in bfloat16 from 1.5b on, with the toy's tokenizer; or
+    the toy. Made once."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    if shape == "toy":
+        return TOY / "model"
+    folder = Path(tempfile.gettempdir()) / f"random-{shape}"
+    if folder.exists():
+        return folder
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    torch.manual_seed(0)
+    config = Qwen2Config(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                         num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
+                         tie_word_embeddings=tied, max_position_embeddings=32768)
+    if vocabulary > 10**5:
+        torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen2ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    half = folder.with_suffix(f".{os.getpid()}")
+    model.save_pretrained(half)
+    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(half)
+    half.rename(folder)
+    return folder
+
+
+def quiet():
+    """A context without what the product prints."""
+    return contextlib.redirect_stdout(io.StringIO())
+
+
+def open_run(model, **constants):
+    """A run folder as dast.py opens it, in a temporary folder, silent; one in a process."""
+    import common
+    import dast
+    os.chdir(tempfile.mkdtemp())
+    with quiet():
+        return common.start_run({**vars(dast), "MODEL": str(model), "NAME": "study", **constants})
