@@ -1,17 +1,22 @@
-"""Everything that needs a GPU to be checked, in two commands of under ten minutes on a machine with one GPU:
+"""Everything that needs a GPU to be checked, in three commands of under ten minutes on a machine with one GPU:
 
-  python tests/gpu_check.py                             where requirements.txt is installed
-  python tests/gpu_check.py --bundle vllm.tar.xz        where there is no network: an archive of packages to unpack and
-                                                        put on the path first (vLLM 0.26.0 and what it needs)
-  python tests/gpu_check.py --only train_1.5b,switch_1.5b,train_7b,switch_7b   speed and memory: another ten minutes
-  python tests/gpu_check.py --only attention,step       some of the checks
-  python tests/gpu_check.py --cpu --only step,updates   how far the checks themselves go without a GPU
+  python tests/studies/gpu_check.py --only machine,attention,step,rewards,updates
+  python tests/studies/gpu_check.py --only toy_dast,toy_adastar,toy_hs_star,toy_sai_dpo
+  python tests/studies/gpu_check.py --only train_1.5b,switch_1.5b,smollm2
+
+and on a GPU of 141 GB also --only train_7b,switch_7b. More flags:
+
+  --bundle vllm.tar.xz   where there is no network: an archive of packages to unpack and put on the path first
+  --smollm2 FOLDER       what tests/studies/real_model.py has made (for smollm2, which is left out without it)
+  --cpu                  how far the checks themselves go without a GPU (by vLLM's CPU build where it is installed)
 
 Each check is a process of its own with a time limit, so that one that fails does not hide the others. Prints a line and
-writes gpu_check/report.json after each ($OUT/report.json where $OUT is set). Status 0 if all passed.
+writes gpu_check/report.json after each ($OUT/report.json where $OUT is set); what passed checks said goes to passed.log,
+what others said to a file of their own. Status 0 if all passed.
 """
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,13 +26,21 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TOY = ROOT / "tests" / "toy"
-sys.path.insert(0, str(ROOT))
-LIMITS = {"machine": 40, "attention": 35, "step": 65, "updates": 95, "rewards": 30, "toy_dpo": 75, "toy_adastar": 75,
-          "toy_hs_star": 75, "toy_sai_dpo": 105, "train_1.5b": 90, "switch_1.5b": 120, "train_7b": 180,
-          "switch_7b": 200}  # seconds
-SPEED = ("train_1.5b", "switch_1.5b", "train_7b", "switch_7b")  # not done unless asked for
+from pieces import ROOT, TOY, model_of, open_run
+
+LIMITS = {"machine": 40, "attention": 40, "step": 80, "rewards": 80, "updates": 240,
+          "toy_dast": 140, "toy_adastar": 120, "toy_hs_star": 130, "toy_sai_dpo": 130,
+          "train_1.5b": 170, "switch_1.5b": 170, "smollm2": 200, "train_7b": 260, "switch_7b": 280}  # seconds
+COMMAND_SECONDS = 540  # all limits of one command together
+
+
+def read_lines(path):
+    return [json.loads(line) for line in open(path)]
+
+
+def on_gpu():
+    import common
+    return common.device().type == "cuda"
 
 
 def machine():
@@ -36,29 +49,35 @@ def machine():
 
     import torch
     import transformers
-    found = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__,
-             "transformers": transformers.__version__, "python": sys.version.split()[0], "cuda": torch.version.cuda}
     import common  # noqa: F401  on a CPU: vLLM cannot be imported before it has seen to torchvision
+    found = {"gpu": None, "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
+             "transformers": transformers.__version__, "math-verify": version("math-verify")}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gib"] = round(torch.cuda.mem_get_info()[1] / 2**30)
     try:
         import vllm
-        found["vllm"] = vllm.__version__
     except Exception as error:
-        found["vllm"] = f"{type(error).__name__}: {str(error)[:300]}"
-    return found | {"passed": not found["vllm"].count(":"), "math-verify": version("math-verify")}
+        return found | {"passed": False, "vllm": f"{type(error).__name__}: {str(error)[:300]}"}
+    return found | {"passed": True, "vllm": vllm.__version__}
 
 
 def attention():
     """packed_attention and its gradients, bfloat16 on GPU, against float64 on CPU, sequence by sequence."""
     import common
     import torch
-    lengths, heads, kv_heads, size = [1, 7, 130, 64, 513], 14, 2, 64
-    total, rng = sum(lengths), torch.Generator().manual_seed(0)
-    q, k, v, up = (torch.randn(1, h, total, size, generator=rng, dtype=torch.float64)
-                   for h in (heads, kv_heads, kv_heads, heads))
-    reference, parts = [x.clone().requires_grad_() for x in (q, k, v)], []
-    for start, length in zip([sum(lengths[:i]) for i in range(len(lengths))], lengths):
-        mine = [x[:, :, start:start + length] for x in reference]
+    lengths = [1, 7, 130, 64, 513]
+    heads, kv_heads, size = 14, 2, 64
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(1, h, sum(lengths), size) for h in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, up = (torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in shapes)
+    exact = [x.clone().requires_grad_() for x in (q, k, v)]
+    parts = []
+    start = 0
+    for length in lengths:
+        mine = [x[:, :, start:start + length] for x in exact]
         parts.append(torch.nn.functional.scaled_dot_product_attention(*mine, is_causal=True, enable_gqa=True))
+        start += length
     expected = torch.cat(parts, 2).transpose(1, 2)
     expected.backward(up.transpose(1, 2))
     dtype = common.compute_dtype()
@@ -66,41 +85,28 @@ def attention():
     starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=common.device())
     out, _ = common.packed_attention(None, *ours, None, cu_seq_lens_q=starts, max_length_q=max(lengths))
     out.backward(up.transpose(1, 2).to(common.device(), dtype))
-    errors = {name: float((mine.detach().cpu().double() - theirs).norm() / theirs.norm()) for name, mine, theirs in [
-        ("out", out, expected.detach()), *((f"d{n}", a.grad, b.grad) for n, a, b in zip("qkv", ours, reference))]}
-    return {"relative_error": errors, "passed": max(errors.values()) < (1e-2 if dtype == torch.bfloat16 else 1e-5)}
+    pairs = {"out": (out, expected)}
+    for name, mine, theirs in zip(("dq", "dk", "dv"), ours, exact):
+        pairs[name] = (mine.grad, theirs.grad)
+    errors = {}
+    for name, (mine, theirs) in pairs.items():
+        errors[name] = float((mine.detach().cpu().double() - theirs.detach()).norm() / theirs.detach().norm())
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    return {"relative_error": errors, "passed": max(errors.values()) < bound}
 
 
-SHAPES = {  # of Qwen2: hidden size, intermediate size, layers, heads, key-value heads, vocabulary, tied embeddings
-    "tagger": (896, 2432, 4, 14, 2, 512, True),  # the toy tokenizer's vocabulary, and another shape
-    "0.04b": (896, 2432, 4, 14, 2, 4096, True),
-    "0.1b": (768, 3072, 12, 12, 4, 512, True),
-    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),  # Qwen2.5-1.5B
-    "7b": (3584, 18944, 28, 28, 4, 152064, False),  # Qwen2.5-7B
-}
-
-
-def model_of(shape):
-    """A folder with a model of random weights in one of SHAPES, in bfloat16 from 1.5b on, with the toy's tokenizer; or
-    the toy. Made once."""
+def random_pairs(rng):
+    """Tokenized pairs of completions of random tokens, short and long."""
     import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-    folder = TOY / "model" if shape == "toy" else Path(tempfile.gettempdir()) / f"random-{shape}"
-    if not folder.exists():
-        hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
-        torch.manual_seed(0)
-        config = Qwen2Config(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                             num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=vocabulary,
-                             tie_word_embeddings=tied, max_position_embeddings=32768)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            torch.set_default_dtype(torch.bfloat16 if vocabulary > 10**5 else torch.float32)
-            model = Qwen2ForCausalLM(config)
-            torch.set_default_dtype(torch.float32)
-        half = folder.with_suffix(f".{os.getpid()}")
-        model.save_pretrained(half)
-        AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(half)
-        half.rename(folder)
-    return folder
+
+    def tokens(n):
+        return torch.randint(4096, (n,), generator=rng).tolist()
+
+    pairs = []
+    for prompt_size, chosen, rejected in ((90, 200, 60), (1, 5, 300), (400, 40, 41), (30, 1, 128)):
+        prompt = tokens(prompt_size)
+        pairs.append([(prompt, tokens(chosen)), (prompt, tokens(rejected))])
+    return pairs
 
 
 def step():
@@ -109,73 +115,84 @@ def step():
     import dast
     import torch
     from transformers import AutoModelForCausalLM
-    common.setup()
     folder = model_of("0.04b")
-    rng = torch.Generator().manual_seed(1)
-    draw = lambda n: torch.randint(4096, (n,), generator=rng).tolist()  # noqa: E731
-    pairs = [[(prompt, draw(c)), (prompt, draw(d))] for prompt, c, d in
-             [(draw(p), c, d) for p, c, d in [(90, 200, 60), (1, 5, 300), (400, 40, 41), (30, 1, 128)]]]
+    run = open_run(folder, ENGINE="transformers")
+    pairs = random_pairs(torch.Generator().manual_seed(1))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    rows = [(p, c, plain(torch.tensor([p + c])).logits[0].log_softmax(1)) for pair in pairs for p, c in pair]
-    exact = torch.cat([x[range(len(p) - 1, len(p + c) - 1), c] for p, c, x in rows])
+    rows = []
+    for pair in pairs:
+        for prompt, completion in pair:
+            logprobs = plain(torch.tensor([prompt + completion])).logits[0].log_softmax(1)
+            places = range(len(prompt) - 1, len(prompt + completion) - 1)
+            rows.append(logprobs[places, completion])
+    exact = torch.cat(rows)
+    bfloat16 = common.compute_dtype() == torch.bfloat16
+    loss_bound, gradient_bound = (1e-2, 5e-2) if bfloat16 else (1e-5, 1e-4)
     found = {}
-    for name, loss in ("sft", dast.sft_loss), ("dpo", dast.dpo_loss):
-        network, policy, _ = common.load_for_training(folder)
+    passed = True
+    for name, loss in (("sft", dast.sft_loss), ("dpo", dast.dpo_loss)):
+        network, policy = common.load_for_training(run, str(folder))
         batch = common.pack(pairs)
         with torch.no_grad():
             reference = common.sequence_logprobs(policy(batch), batch)
-        first = float(loss(policy(batch), batch | {"reference": reference})[0]) / (4 if name == "dpo" else 1)
+        first, weight, _ = loss(policy(batch), batch | {"reference": reference})
         offset = torch.linspace(-20, 20, 8)  # some reference that is not the policy
         total, weight, _ = loss(policy(batch), batch | {"reference": reference + offset.to(reference)})
         (total / weight).backward()
-        whole = {"counts": batch["counts"], "example": batch["example"], "targets": batch["targets"]}
+        theirs = common.sequence_logprobs(exact, batch).detach() + offset.double()
+        expected, weight, _ = loss(exact, batch | {"reference": theirs})
         plain.zero_grad()
-        theirs = common.sequence_logprobs(exact, whole).detach() + offset.double()
-        expected, weight, _ = loss(exact, whole | {"reference": theirs})
         (expected / weight).backward(retain_graph=True)
-        gradients = {n: p.grad for n, p in plain.named_parameters()}
         mine = {n: p.grad.full_tensor().cpu().double() for n, p in network.named_parameters()}
-        distance = sum((mine[n] - g).square().sum() for n, g in gradients.items()).sqrt()
-        norm = sum(g.square().sum() for g in gradients.values()).sqrt()
+        distance = 0.0
+        norm = 0.0
+        for parameter, tensor in plain.named_parameters():
+            distance += float((mine[parameter] - tensor.grad).square().sum())
+            norm += float(tensor.grad.square().sum())
         found[name] = {"loss": float(total.detach()) / weight, "float64": float(expected.detach()) / weight,
-                       "gradient_error": float(distance / norm)}
-        if name == "dpo":
-            found["dpo"]["first_loss"] = first  # ln 2 = 0.6931472
-    errors = [abs(f["loss"] / f["float64"] - 1) for f in found.values()]
-    bounds = (1e-2, 5e-2) if common.compute_dtype() == torch.bfloat16 else (1e-5, 1e-4)
-    return found | {"passed": max(errors) < bounds[0] and abs(found["dpo"]["first_loss"] - 0.69314718) < 1e-6
-                    and max(f["gradient_error"] for f in found.values()) < bounds[1]}
+                       "first_loss": float(first.detach()) / weight, "gradient_error": math.sqrt(distance / norm)}
+        error = abs(found[name]["loss"] / found[name]["float64"] - 1)
+        passed = passed and error < loss_bound and found[name]["gradient_error"] < gradient_bound
+    return found | {"passed": passed and abs(found["dpo"]["first_loss"] - math.log(2)) < 1e-6}
 
 
 def rewards():
     """The toy's reward model, packed in the GPU's precision, and embeddings (of the toy model), padded in float32,
     against float64 on CPU, answer by answer and text by text."""
     import common
+    import hs_star
+    import sai_dpo
     import torch
+    from transformers import AutoModel
     common.setup()
-    problems = [json.loads(line) for line in open(TOY / "test.jsonl")][:200]
-    prm, found, exact = common.RewardModel(TOY / "prm"), [], []
-    rows = [prm.encode(p, p["solution"]) for p in problems]
+    problems = [{"id": str(i), **p} for i, p in enumerate(read_lines(TOY / "test.jsonl")[:200])]
+    by_id = {p["id"]: p for p in problems}
+    answers = [{"id": p["id"], "text": p["solution"]} for p in problems]
+    prm = hs_star.RewardModel(str(TOY / "prm"))
     prm.load()
-    with torch.inference_mode():
-        for at in range(0, len(rows), 50):
-            found += prm.logits(rows[at:at + 50]).sigmoid().tolist()
-        body = common.AutoModel.from_pretrained(TOY / "prm", dtype=torch.float64, attn_implementation="eager").eval()
-        head = prm.head.cpu().double()
-        for ids, places in rows:
-            exact += head["summary"](body(torch.tensor([ids])).last_hidden_state[0, places])[:, 0].sigmoid().tolist()
-    errors = [abs(a - b) for a, b in zip(found, exact, strict=True)]
-    texts, encoder = [p["problem"] for p in problems], common.AutoModel.from_pretrained(
-        TOY / "model", dtype=torch.float64, attn_implementation="eager").eval()
-    vectors, far = torch.from_numpy(common.embed(str(TOY / "model"), texts)).double(), []
-    with torch.inference_mode():
-        for text, vector in zip(texts, vectors):
-            ids = torch.tensor([prm.tokenizer(text)["input_ids"]])
-            far.append(float((torch.nn.functional.normalize(encoder(ids).last_hidden_state.mean(1)) - vector).norm()))
-    return {"steps": len(exact), "mean_error": sum(errors) / len(errors), "max_error": max(errors),
-            "embedding_error": max(far), "passed": max(far) < 1e-4
-            and max(errors) < (0.2 if common.compute_dtype() == torch.bfloat16 else 1e-5)
-            and sum(errors) / len(errors) < (5e-3 if common.compute_dtype() == torch.bfloat16 else 1e-6)}
+    found = []
+    for at in range(0, len(answers), 50):
+        found += [steps for _, steps in prm.read(by_id, answers[at:at + 50])]
+    body = AutoModel.from_pretrained(TOY / "prm", dtype=torch.float64, attn_implementation="eager").eval()
+    head = prm.head.cpu().double()
+    errors = []
+    for problem, steps in zip(problems, found, strict=True):
+        ids, places = prm.encode(problem, problem["solution"])
+        with torch.inference_mode():
+            exact = head(body(torch.tensor([ids])).last_hidden_state[0, places])[:, -1].tolist()
+        errors += [abs(a - b) for a, b in zip(steps, exact, strict=True)]
+    encoder = AutoModel.from_pretrained(TOY / "model", dtype=torch.float64, attn_implementation="eager").eval()
+    tokenizer = common.load_tokenizer(str(TOY / "model"), "")
+    vectors = torch.from_numpy(sai_dpo.embed(str(TOY / "model"), [p["problem"] for p in problems])).double()
+    far = 0.0
+    for problem, vector in zip(problems, vectors):
+        with torch.inference_mode():
+            hidden = encoder(torch.tensor([tokenizer(problem["problem"])["input_ids"]])).last_hidden_state
+        far = max(far, float((torch.nn.functional.normalize(hidden.mean(1)) - vector).norm()))
+    mean = sum(errors) / len(errors)
+    most, average = (0.2, 5e-3) if on_gpu() else (1e-5, 1e-6)
+    return {"steps": len(errors), "mean_error": mean, "max_error": max(errors), "embedding_error": far,
+            "passed": far < 1e-4 and max(errors) < most and mean < average}
 
 
 def run_script(folder, *command):
@@ -184,108 +201,215 @@ def run_script(folder, *command):
     (folder / "tests").symlink_to(ROOT / "tests")
     done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
     print(done.stdout, done.stderr, file=sys.stderr)
-    logs = "".join(f.read_text()[-1500:] for f in folder.glob("runs/*/vllm-*.log")) if done.returncode else ""
-    return done.returncode, done.stdout + done.stderr + logs, time.time() - began
+    said = done.stdout + done.stderr
+    if done.returncode:
+        for log in (*folder.glob("runs/*/error.log"), *folder.glob("error.log")):
+            said += log.read_text()[-2000:]
+    return done.returncode, said, time.time() - began
+
+
+def engine_figures(metrics):
+    """What the engine and its self-test say in the metrics of the phases that loaded a model."""
+    figures = []
+    for m in metrics:
+        if "test_seconds" in m or "load_seconds" in m:
+            figures.append({"phase": m["phase"], **{name: m[name] for name in m if name in (
+                "start_seconds", "load_seconds", "test_seconds", "tensors_equal") or name.startswith("logprob")}})
+    return figures
 
 
 def updates():
     """The toy through real vLLM: sleep, new weights, the self-test, and three forgotten updates that must be caught."""
     folder = Path(tempfile.mkdtemp())
-    status, said, seconds = run_script(folder, ROOT / "tests" / "updates.py", TOY / "model")
-    result = next((json.loads(line[7:]) for line in said.splitlines() if line.startswith("RESULT ")), None)
-    if result is None:
+    status, said, seconds = run_script(folder, ROOT / "tests" / "studies" / "updates.py", TOY / "model")
+    results = [line[7:] for line in said.splitlines() if line.startswith("RESULT ")]
+    if not results:
         return {"passed": False, "status": status, "said": said[-3000:]}
-    metrics = [json.loads(line) for line in open(folder / "runs/updates/metrics.jsonl")]
+    result = json.loads(results[0])
+    metrics = read_lines(folder / "runs/updates/metrics.jsonl")
     asleep = [m["asleep_gib"] for m in metrics if "asleep_gib" in m]
-    passed = result["caught"] == [1, 1, 1] and result["same"] and result["only_nine"] and max(asleep + [0]) < 8
-    return {"passed": passed, "asleep_gib": asleep, "seconds": seconds,
-            **{key: result[key] for key in ("caught", "same", "stopped", "only_nine")},
-            "engine": [{k: m[k] for k in m if k.endswith("_seconds") or k in ("tensors_equal", "logprob_error")}
-                       for m in metrics if m["phase"] in ("before", "after")]}
+    alike = result["same_as_transformers"] == 1 or on_gpu()  # in bfloat16 a token may differ
+    passed = result["caught"] == [1, 1, 1] and result["only_nine"] and alike and max(asleep, default=0) < 8
+    return {"passed": passed, **result, "asleep_gib": asleep, "seconds": seconds, "engine": engine_figures(metrics)}
 
 
 def toy(script, *flags):
-    """A script's `--toy` whole: on a GPU by vLLM in bfloat16, with sleep and new weights in each round. (Dast's round 0
-    is SFT, so its DPO tells of both.)"""
+    """A script's `--toy` whole: on a GPU by vLLM in bfloat16, with sleep and new weights in each round."""
     folder = Path(tempfile.mkdtemp())
-    status, said, seconds = run_script(folder, ROOT / f"{script}.py", "--toy", *flags)
+    status, said, seconds = run_script(folder, ROOT / f"{script}.py", "--toy", "--name", "toy", *flags)
     if status:
         return {"passed": False, "status": status, "said": said[-3000:]}
-    run = folder / "runs" / f"{script}-0"
-    scores = {path.parent.name: json.loads(path.read_text())["accuracy"] for path in sorted(run.glob("*/eval.json"))}
-    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    return {"passed": max(scores) > "round_0" and scores[max(scores)] > scores["round_0"], "accuracy": scores,
-            "seconds": seconds,
-            "starts": sum("start_seconds" in m for m in metrics),
-            "phases": [{k: v for k, v in m.items() if k.endswith("seconds") or k in (
-                "round", "phase", "mfu", "tokens", "spent_tokens", "logprob_error", "tensors_equal", "asleep_gib")}
-                for m in metrics]}
+    run = folder / "runs" / "toy"
+    scores = {}
+    for path in sorted(run.glob("*/eval.json")):
+        scores[path.parent.name] = json.loads(path.read_text())["accuracy"]
+    metrics = read_lines(run / "metrics.jsonl")
+    phases = []
+    for m in metrics:
+        phases.append({name: m[name] for name in m if name.endswith("seconds") or name in (
+            "round", "phase", "mfu", "peak_gib", "tokens", "spent_tokens", "asleep_gib")})
+    return {"passed": scores[max(scores)] > scores[min(scores)], "accuracy": scores, "seconds": seconds,
+            "engine": engine_figures(metrics), "phases": phases}
 
 
-def toy_with_a_tagger():
-    """sai_dpo.py's `--toy` with a tagger of another shape (and no sense): it starts again for a second engine."""
-    found = toy("sai_dpo", "--no-own-tags", "--tagger", model_of("tagger"), "--tag-tokens", "8")
-    return found | {"passed": found["passed"] and found.get("starts") == 2}
+def too_small(shape):
+    """Whether this GPU cannot hold the training of a shape: 16 bytes for each of 7.6 billion parameters."""
+    import torch
+    return shape == "7b" and on_gpu() and torch.cuda.mem_get_info()[1] < 135 * 2**30
 
 
-def train_shape(shape, losses=("sft", "dpo")):
-    """Three steps of training by common.train at a shape: tokens per second, MFU, peak memory, recomputed blocks. On
-    answers (pairs) of 200 to 1,000 random tokens, in micro-batches of 16,384 tokens, all states in float32."""
+def train_shape(shape, cases):
+    """Three steps of training by common.train at a shape: tokens per second, MFU, peak memory. On answers (pairs) of 200
+    to 1,000 random tokens, all states in float32. cases: (loss, tokens of a micro-batch, RECOMPUTE)."""
     import common
     import dast
     import numpy as np
     import torch
-    from bench import open_run
-    if shape == "7b" and torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 135 * 2**30:
-        return {"passed": True, "left_out": "16 bytes for each of 7.6 billion parameters do not fit into this GPU"}
-    folder, rng, found = model_of(shape), np.random.default_rng(0), {}
-    run, words = open_run(folder, ENGINE="transformers"), list("abcdefghijklmnopqrstuvwxyz ")
-    text = lambda: "".join(rng.choice(words, rng.integers(200, 1000)))  # noqa: E731  about a token a letter
-    for number, name in enumerate(losses):
-        examples = [{"id": str(i), "prompt": "Question: ", "end": "<|endoftext|>",
-                     "completions": [text() for _ in range(2 if name == "dpo" else 1)]} for i in range(96)]
-        to = Path(tempfile.mkdtemp())
-        common.train(run, str(folder), examples, vars(dast)[f"{name}_loss"], to, round=number, lr=1e-5, warmup=0,
-                     epochs=1, batch_size=32, max_tokens=16384, weight_decay=0.0, clip=1.0, reference=name == "dpo")
-        shutil.rmtree(to)
-        shutil.rmtree(run.unfinished, ignore_errors=True)
+    if too_small(shape):
+        return {"passed": True, "left_out": "this GPU is too small"}
+    folder = model_of(shape)
+    rng = np.random.default_rng(0)
+    run = open_run(folder, ENGINE="transformers")
+    letters = list("abcdefghijklmnopqrstuvwxyz ")  # about a token each
+    found = {}
+    for number, (loss, max_tokens, recompute) in enumerate(cases):
+        examples = []
+        for i in range(96):
+            sizes = rng.integers(200, 1000, 2 if loss == "dpo" else 1)
+            completions = ["".join(rng.choice(letters, size)) for size in sizes]
+            examples.append({"id": str(i), "prompt": "Question: ", "end": "<|endoftext|>", "completions": completions})
+        run.constants |= {"MAX_TOKENS": max_tokens, "RECOMPUTE": recompute}
+        (run.folder / "max_tokens_1.json").unlink(missing_ok=True)
+        if on_gpu():
+            torch.cuda.reset_peak_memory_stats()
+        common.train(run, f"round_{number}/model", str(folder), examples, vars(dast)[f"{loss}_loss"], lr=1e-5, warmup=0,
+                     epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, reference=loss == "dpo")
+        steps = read_lines(run.folder / f"round_{number}" / "steps.jsonl")
+        shutil.rmtree(run.folder / f"round_{number}")
         log = run.metrics[number, "train"]
-        found[name] = {"tokens_per_second": log["tokens"] / (log["seconds"] - log["save_seconds"]), **{
-            key: log[key] for key in ("mfu", "peak_gib", "recomputed", "save_seconds", "first_loss", "loss")
-            if key in log}}
-    return found | {"passed": all(np.isfinite(f["loss"]) for f in found.values())}
+        of_case = {name: log[name] for name in ("mfu", "peak_gib", "seconds", "save_seconds", "first_loss", "loss")
+                   if name in log}
+        of_case["tokens_per_second"] = log["tokens"] / sum(s["seconds"] for s in steps)
+        of_case["step_seconds"] = [s["seconds"] for s in steps]
+        found[f"{loss}, {max_tokens} tokens{', recomputed' if recompute else ''}"] = of_case
+        print(json.dumps(found), file=sys.stderr)
+    return found | {"passed": all(np.isfinite(of_case["loss"]) for of_case in found.values())}
 
 
 def switch_shape(shape):
     """`bench.py P6`: seconds from the last optimizer step to the first new token, the engine's weights proven."""
-    import torch
-    if shape == "7b" and torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 135 * 2**30:
-        return {"passed": True, "left_out": "this GPU is too small to train 7.6 billion parameters"}
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), "P6", "--shape", shape],
-                          capture_output=True, text=True)
+    if too_small(shape):
+        return {"passed": True, "left_out": "this GPU is too small"}
+    bench = ROOT / "tests" / "studies" / "bench.py"
+    done = subprocess.run([sys.executable, str(bench), "P6", "--shape", shape], capture_output=True, text=True)
     print(done.stdout, done.stderr, file=sys.stderr)
-    return {"passed": done.returncode == 0, "row": done.stdout.splitlines()[-1:]}
+    return {"passed": done.returncode == 0 and "open" not in done.stdout, "row": done.stdout.splitlines()[-1:]}
 
 
-CHECKS = {"machine": machine, "attention": attention, "step": step, "updates": updates,
-          "rewards": rewards, "toy_dpo": lambda: toy("dast", "--loss", "dpo"), "toy_adastar": lambda: toy("adastar"),
-          "toy_hs_star": lambda: toy("hs_star"), "toy_sai_dpo": toy_with_a_tagger,
-          "train_1.5b": lambda: train_shape("1.5b"), "train_7b": lambda: train_shape("7b", ["sft"]),
+def kept_in_bfloat16(before, after):
+    """The share of an update's norm that is left if both models are rounded to bfloat16."""
+    import torch
+    from safetensors.torch import load_file
+    start = load_file(Path(before) / "model.safetensors")
+    end = load_file(Path(after) / "model.safetensors")
+    whole = 0.0
+    kept = 0.0
+    for name, tensor in end.items():
+        old = start[name].float()
+        whole += float((tensor.float() - old).square().sum())
+        kept += float((tensor.bfloat16().float() - old.bfloat16().float()).square().sum())
+    return {"update": math.sqrt(whole), "kept_in_bfloat16": math.sqrt(kept / whole), "dtype": str(tensor.dtype)}
+
+
+def smollm2():
+    """A real model of 135M parameters in bfloat16: the self-test's figures after a training, and what of an update at the
+    learning rate of DPO would be lost if models were saved in bfloat16."""
+    import common
+    import dast
+    folder = Path(os.environ["SMOLLM2"])
+    if not (folder / "bfloat16").exists():
+        return {"passed": True, "left_out": f"no {folder}/bfloat16 (tests/studies/real_model.py, --smollm2)"}
+    base = str(folder / "bfloat16")
+    run = open_run(base, ENGINE="vllm", EAGER=True, GPU_MEMORY=0.5, MAX_TOKENS=8192)
+    problems = common.load_problems(str(folder / "train.jsonl"), "train", "")[:32]
+    tokenizer = common.load_tokenizer(base, "chat")
+    examples = [common.make_example(tokenizer, "chat", p, p["solution"]) for p in problems]
+
+    def prompt(problem, draw):
+        return common.make_prompt(tokenizer, "chat", problem)
+
+    def correct(name, model):
+        responses = common.sample(run, f"round_0/{name}.jsonl", model, problems, 1, prompt, style="chat",
+                                  temperature=0.0, max_new_tokens=64)
+        return sum(r["correct"] for r in responses)
+
+    found = {"base": {"correct": correct("base", base)}}
+    for lr in (5e-7, 1e-5):
+        model = common.train(run, f"round_0/{lr}", base, examples, dast.sft_loss, lr=lr, warmup=0, epochs=1,
+                             batch_size=8, weight_decay=0.0, clip=1.0)
+        found[str(lr)] = {"correct": correct(f"after_{lr}", model), **kept_in_bfloat16(base, model)}
+    figures = engine_figures(run.metrics.values())
+    return found | {"problems": len(problems), "engine": figures, "passed": len(figures) == 3}
+
+
+def train_1_5b():
+    cases = [("sft", 8192, False), ("sft", 16384, True), ("dpo", 8192, False)]
+    return train_shape("1.5b", cases)
+
+
+def train_7b():
+    return train_shape("7b", [("sft", 8192, True)])
+
+
+CHECKS = {"machine": machine, "attention": attention, "step": step, "rewards": rewards, "updates": updates,
+          "toy_dast": lambda: toy("dast", "--loss", "dpo"),  # its round 0 is SFT, so it tells of both
+          "toy_adastar": lambda: toy("adastar"), "toy_hs_star": lambda: toy("hs_star"),
+          "toy_sai_dpo": lambda: toy("sai_dpo"), "train_1.5b": train_1_5b, "train_7b": train_7b, "smollm2": smollm2,
           "switch_1.5b": lambda: switch_shape("1.5b"), "switch_7b": lambda: switch_shape("7b")}
+
+
+def one_check(name, limit, environment, folder):
+    """Run a check in a process of its own; what it found. Its log goes to passed.log, or to a file of its own."""
+    log = folder / f"{name}.log"
+    with open(log, "w") as errors:
+        check = subprocess.Popen([sys.executable, __file__, "--check", name], cwd=ROOT, stdout=subprocess.PIPE,
+                                 stderr=errors, text=True, env=environment, start_new_session=True)
+        try:
+            said, _ = check.communicate(timeout=limit)
+            found = json.loads(said.splitlines()[-1]) if check.returncode == 0 else {"passed": False}
+        except subprocess.TimeoutExpired:
+            os.killpg(check.pid, signal.SIGKILL)  # and what it has started, which may hold the GPU
+            found = {"passed": False, "late": limit}
+    text = log.read_text(errors="replace")
+    if not found["passed"]:
+        return found | {"status": check.poll(), "log": text[-3000:]}
+    with open(folder / "passed.log", "a") as passed:
+        passed.write(f"== {name}\n{text}\n")
+    log.unlink()
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="names of checks, comma-separated")
     parser.add_argument("--bundle", help="an archive of packages, unpacked and put on the path")
-    usual = ",".join(name for name in CHECKS if name not in SPEED)
-    parser.add_argument("--only", default=usual, help="names of checks, comma-separated")
-    parser.add_argument("--cpu", action="store_true", help="without a GPU, which is not what this is for")
-    parser.add_argument("--check", choices=CHECKS, help="one check in this process; its result is the last line")
+    parser.add_argument("--smollm2", default=str(ROOT.parent / "smollm2"))
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)  # one check in this process
     arguments = parser.parse_args()
     if arguments.check:
-        print(json.dumps(CHECKS[arguments.check]()))
-        return
-    environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # what libraries print is no result
+        print(json.dumps(CHECKS[arguments.check]()), file=out, flush=True)
+        os._exit(0)  # an engine's finalizers may abort
+    names = (arguments.only or "").split(",")
+    for name in names:
+        if name not in CHECKS:
+            parser.error(f"--only {name}: the checks are {', '.join(CHECKS)}")
+    seconds = sum(LIMITS[name] for name in names)
+    if seconds > COMMAND_SECONDS and not arguments.cpu:
+        parser.error(f"these may take {seconds} s, and a command has {COMMAND_SECONDS}; take two")
+    environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "SMOLLM2": arguments.smollm2}
     if arguments.bundle:
         site = tempfile.mkdtemp()
         shutil.unpack_archive(arguments.bundle, site)
@@ -293,26 +417,14 @@ def main():
     folder = Path(os.environ.get("OUT", ROOT / "gpu_check"))
     folder.mkdir(exist_ok=True)
     report = {}
-    for name in arguments.only.split(","):
-        if name not in CHECKS:
-            parser.error(f"--only {name}: the checks are {', '.join(CHECKS)}")
-        began, log = time.time(), folder / f"{name}.log"
-        with open(log, "w") as errors:
-            check = subprocess.Popen([sys.executable, __file__, "--check", name], cwd=ROOT, stdout=subprocess.PIPE,
-                                     stderr=errors, text=True, env=environment, start_new_session=True)
-            try:
-                said, _ = check.communicate(timeout=LIMITS[name] * (10 if arguments.cpu else 1))
-                report[name] = json.loads(said.splitlines()[-1]) if check.returncode == 0 else {"passed": False}
-            except subprocess.TimeoutExpired as late:
-                os.killpg(check.pid, signal.SIGKILL)  # and what it has started, which may hold the GPU
-                report[name] = {"passed": False, "late": late.timeout}
-        if not report[name]["passed"]:
-            report[name] |= {"status": check.poll(), "log": log.read_text()[-3000:]}
-        if name == "machine" and "gpu" in report[name] and not report[name]["gpu"] and not arguments.cpu:
-            sys.exit("no GPU here")
+    for name in names:
+        began = time.time()
+        report[name] = one_check(name, LIMITS[name] * (10 if arguments.cpu else 1), environment, folder)
         report[name]["wall"] = round(time.time() - began, 1)
-        print(f"{'passed' if report[name]['passed'] else 'FAILED'}  {name:<10} {json.dumps(report[name])}", flush=True)
+        print(f"{'passed' if report[name]['passed'] else 'FAILED'}  {name:<12} {json.dumps(report[name])}", flush=True)
         (folder / "report.json").write_text(json.dumps(report, indent=1))
+        if name == "machine" and not report[name].get("gpu") and not arguments.cpu:
+            sys.exit("no GPU here (--cpu runs the checks without one)")
     sys.exit(not all(check["passed"] for check in report.values()))
 
 
