@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import eval  # noqa: E402
@@ -45,10 +45,23 @@ CASES = st.lists(st.tuples(TEXTS, TEXTS, st.sampled_from(["math", "math", "math"
                  min_size=20, max_size=20)  # so many are checked side by side
 
 
+def children_of(pid):
+    """The processes that a process has started and that still run; each of its threads lists its own."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += path.read_text().split()
+    return found
+
+
 def fuzz(examples, derandomize=False):
     """Check 20 pairs of texts `examples` times: {executions, verdicts by reason, the slowest of what the main process
     does itself, in seconds, files and processes left over, and those called right that are not the same text}."""
-    checker, reasons, slowest, right, here = common.Checker(2), Counter(), Counter(), set(), os.getcwd()
+    others = set(children_of(os.getpid()))
+    checker = common.Checker(2)
+    reasons = Counter()
+    slowest = Counter()
+    right = set()
+    here = os.getcwd()
 
     def timed(what, function, *arguments):
         seconds = []
@@ -68,12 +81,9 @@ def fuzz(examples, derandomize=False):
             problem = {"id": "f/1", "problem": gold, "answer": gold, "kind": kind}
             if kind == "label":
                 problem["choices"] = ["entailment", "neutral", gold]
-            timed("judge", common.judge, problem, text)
-            waiting.append((gold, text, kind, checker.submit(problem, text)))
-            if kind == "math":  # past all that `judge` sees by itself
-                waiting.append((gold, text, "pair", checker.threads.submit(checker._compare, (gold, text))))
+            waiting.append((gold, text, kind, timed("judge", checker.submit, problem, text)))
             timed("vote", eval.vote_of, problem, {"text": text, "correct": False})
-            timed("tags", common.last_list, text)
+            timed("tags", sai_dpo.last_list, text)
             timed("steps", sai_dpo.steps_of, text)
             timed("shown", common.printable, text).encode()
         for gold, text, kind, verdict in waiting:
@@ -91,13 +101,11 @@ def fuzz(examples, derandomize=False):
         left = os.listdir(empty)
         os.chdir(here)
     alive = checker.submit({"answer": "4"}, "\\boxed{2+2}").result() == (True, "equal")
-    workers = []
-    while not checker.idle.empty():
-        workers.append(checker.idle.get())
-    children = [Path(f"/proc/{w.pid}/task/{w.pid}/children").read_text() for w in workers if w]
+    started = []
+    for worker in set(children_of(os.getpid())) - others:
+        started += children_of(worker)
     return {"executions": sum(reasons.values()), "reasons": dict(reasons), "slowest": dict(slowest), "alive": alive,
-            "files": left, "processes": "".join(children).split(),
-            "right": sorted(right, key=lambda pair: len(pair[0] + pair[1]))}
+            "files": left, "processes": started, "right": sorted(right, key=lambda pair: len(pair[0] + pair[1]))}
 
 
 if __name__ == "__main__":
