@@ -126,23 +126,21 @@ def choose(outcomes):
 def walk(order, beta, rate, draw):
     """AdaD (Algorithm 1, lines 5-12): visit problems in `order` until beta_t correct answers are there.
 
-    draw(block, problems) -> {problem: responses}, for a block of problems at once, which keeps the sampler busy. What
-    a block has behind the end is dropped: the result does not depend on the size of the blocks. rate: answers to
-    train on that a problem gives, as the last iteration saw it. Returns {problem: responses} of the visited, in order.
+    draw(block) -> {problem: responses}, for a block of problems at once, which keeps the sampler busy. What a block has
+    behind the end is dropped: the result does not depend on the size of the blocks. rate: answers to train on that a
+    problem gives, as the last iteration saw it. Returns {problem: responses} of the visited, in order.
     """
     visited = {}
     collected = 0  # |D+|
-    block = 0
     while len(visited) < len(order):
         size = block_size(beta - collected, rate)
-        drawn = draw(block, order[len(visited):len(visited) + size])
-        for i, responses in drawn.items():  # the stalest and hardest first
+        block = order[len(visited):len(visited) + size]
+        for i, responses in draw(block).items():  # the stalest and hardest first
             visited[i] = responses
             collected += len(choose(outcomes_of(responses)))
             if STOP_AT_BETA and collected >= beta:
                 return visited
         rate = collected / len(visited)
-        block += 1
     return visited
 
 
@@ -287,7 +285,7 @@ def main():
         return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)
 
     def enough(responses):
-        return outcomes_of(responses)[-1] == 1
+        return 1 in outcomes_of(responses)
 
     scores = {}
     validation = {}
@@ -308,14 +306,19 @@ def main():
     models = {}
     for t in range(1, ROUNDS + 1):
         # 1. AdaD (Alg. 1, lines 5-12): walk from the stalest and hardest until beta_t correct answers are there
-        def draw(block, places):
-            responses = sample(run, f"round_{t}/responses_{block}.jsonl", model, [problems[i] for i in places],
+        blocks = []
+
+        def draw(block):
+            responses = sample(run, f"round_{t}/responses_{len(blocks)}.jsonl", model, [problems[i] for i in block],
                                K_SAMPLES, few_shot, enough=enough if RETRY else None, **drawn)
+            blocks.append(responses)
             return {place[i]: own for i, own in by_problem(responses).items()}
 
         beta = beta_of(t)
         visited = walk(walk_order(last, w, run.rng(t, "order")), beta, alpha, draw)
-        responses = count_only(run, t, "responses", visited.values())
+        responses = [r for block in blocks for r in block if place[r["id"]] in visited]
+        counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is dropped
+        count_only(run, t, f"responses_{len(blocks) - 1}", counted)
         selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
         report_selection(run, t, selection, beta, len(problems))
         show_answers(problems, responses)
