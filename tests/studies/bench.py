@@ -41,8 +41,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pieces import ROOT, TOY, model_of, open_run, quiet
-from withstand import family, lines
+from pieces import ROOT, TOY, family, lines, model_of, open_run, quiet
 
 SHARED = Path(os.environ.get("SHARED", ROOT.parent / "shared"))  # real problems, and graders' cases
 

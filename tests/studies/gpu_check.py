@@ -26,16 +26,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from pieces import ROOT, TOY, model_of, open_run
+from pieces import ROOT, TOY, lines, model_of, open_run
 
 LIMITS = {"machine": 40, "attention": 40, "step": 80, "rewards": 80, "updates": 240,
           "toy_dast": 140, "toy_adastar": 120, "toy_hs_star": 130, "toy_sai_dpo": 130,
           "train_1.5b": 170, "switch_1.5b": 170, "smollm2": 200, "train_7b": 260, "switch_7b": 280}  # seconds
 COMMAND_SECONDS = 540  # all limits of one command together
-
-
-def read_lines(path):
-    return [json.loads(line) for line in open(path)]
 
 
 def on_gpu():
@@ -165,7 +161,7 @@ def rewards():
     import torch
     from transformers import AutoModel
     common.setup()
-    problems = [{"id": str(i), **p} for i, p in enumerate(read_lines(TOY / "test.jsonl")[:200])]
+    problems = [{"id": str(i), **p} for i, p in enumerate(lines(TOY / "test.jsonl")[:200])]
     by_id = {p["id"]: p for p in problems}
     answers = [{"id": p["id"], "text": p["solution"]} for p in problems]
     prm = hs_star.RewardModel(str(TOY / "prm"))
@@ -226,7 +222,7 @@ def updates():
     if not results:
         return {"passed": False, "status": status, "said": said[-3000:]}
     result = json.loads(results[0])
-    metrics = read_lines(folder / "runs/updates/metrics.jsonl")
+    metrics = lines(folder / "runs/updates/metrics.jsonl")
     asleep = [m["asleep_gib"] for m in metrics if "asleep_gib" in m]
     alike = result["same_as_transformers"] == 1 or on_gpu()  # in bfloat16 a token may differ
     passed = result["caught"] == [1, 1, 1] and result["only_nine"] and alike and max(asleep, default=0) < 8
@@ -243,7 +239,7 @@ def toy(script, *flags):
     scores = {}
     for path in sorted(run.glob("*/eval.json")):
         scores[path.parent.name] = json.loads(path.read_text())["accuracy"]
-    metrics = read_lines(run / "metrics.jsonl")
+    metrics = lines(run / "metrics.jsonl")
     phases = []
     for m in metrics:
         phases.append({name: m[name] for name in m if name.endswith("seconds") or name in (
@@ -284,7 +280,7 @@ def train_shape(shape, cases):
             torch.cuda.reset_peak_memory_stats()
         common.train(run, f"round_{number}/model", str(folder), examples, vars(dast)[f"{loss}_loss"], lr=1e-5, warmup=0,
                      epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, reference=loss == "dpo")
-        steps = read_lines(run.folder / f"round_{number}" / "steps.jsonl")
+        steps = lines(run.folder / f"round_{number}" / "steps.jsonl")
         shutil.rmtree(run.folder / f"round_{number}")
         log = run.metrics[number, "train"]
         of_case = {name: log[name] for name in ("mfu", "peak_gib", "seconds", "save_seconds", "first_loss", "loss")

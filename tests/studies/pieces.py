@@ -1,6 +1,8 @@
-"""What several studies are made of: models of random weights in real shapes, and runs opened without a script."""
+"""What several studies are made of: models of random weights in real shapes, runs opened without a
+script, processes and files."""
 import contextlib
 import io
+import json
 import os
 import sys
 import tempfile
@@ -43,6 +45,23 @@ def model_of(shape):
     AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(half)
     half.rename(folder)
     return folder
+
+
+def lines(path):
+    """The records of a .jsonl file."""
+    return [json.loads(line) for line in open(path)]
+
+
+def family(pid):
+    """A process and all that descend from it, from /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
 
 
 def quiet():

@@ -58,8 +58,8 @@ def adastar(n):
             own.append(record(k, 1, second[k]))
         responses.append(own)
 
-    def draw(block, places):
-        return {k: responses[k] for k in places}
+    def draw(block):
+        return {k: responses[k] for k in block}
 
     def decide():
         order = adastar.walk_order(last, w, rng)

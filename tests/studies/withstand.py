@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from pieces import ROOT, family, lines
+
+sys.path.insert(0, str(ROOT / "tests"))
+from conftest import counts, files  # noqa: E402  and no GPU: what is exact is exact on CPU
 
 SMALL = {  # two rounds in 10 to 25 s, saved after each training step
     "dast.py": ["--n-train", 40, "--n-test", 12, "--k-probe", 3, "--rounds", 2],
@@ -20,27 +22,6 @@ SMALL = {  # two rounds in 10 to 25 s, saved after each training step
     "hs_star.py": ["--n-train", 40, "--slice", 20, "--n-test", 10, "--rounds", 2],
     "sai_dpo.py": ["--n-train", 150, "--samples-per-round", 16, "--pairs-per-round", 5, "--n-test", 8, "--rounds", 2]}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-MACHINE = ("constants.json", "lock", "error.log")  # not the same after a kill: where and how a run was started
-
-
-def lines(path):
-    return [json.loads(line) for line in open(path)]
-
-
-def without_times(records):
-    return [{name: value for name, value in record.items() if not name.endswith("seconds")} for record in records]
-
-
-def files(run):
-    """{name: content} of what a run leaves, times and machine aside."""
-    found = {}
-    for path in sorted(run.rglob("*")):
-        name = str(path.relative_to(run))
-        if path.name in ("metrics.jsonl", "steps.jsonl"):
-            found[name] = without_times(lines(path))
-        elif path.is_file() and path.name not in MACHINE:
-            found[name] = path.read_bytes()
-    return found
 
 
 class Results:
@@ -82,18 +63,9 @@ def finish(script, name, processes):
     return ROOT / "runs" / name
 
 
-def family(pid):
-    """A process and all that descend from it, from /proc."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has just ended
-            continue
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
+def same(run, other):
+    """Whether two runs left the same files, and counted the same."""
+    return files(run) == files(other) and counts(run) == counts(other)
 
 
 def kill(*pids):
@@ -154,7 +126,7 @@ def killed_in_each_phase(script, processes, whole):
         at = killed_in(script, name, processes, whole, number, rng)
         if at is not None:
             died.append(at)
-    return {"kills": died, "same": files(finish(script, name, processes)) == files(whole)}
+    return {"kills": died, "same": same(finish(script, name, processes), whole)}
 
 
 def one_of_two_killed(script, whole):
@@ -176,8 +148,8 @@ def one_of_two_killed(script, whole):
     status = running.wait()
     seconds = time.time() - began
     named = "Signal 9 (SIGKILL) received" in output(name)
-    same = files(finish(script, name, 2)) == files(whole)
-    return {"rank": victim - 1, "status": status, "seconds": round(seconds, 1), "named": named, "same": same}
+    return {"rank": victim - 1, "status": status, "seconds": round(seconds, 1), "named": named,
+            "same": same(finish(script, name, 2), whole)}
 
 
 def other_numbers_of_processes(script, whole):
@@ -195,14 +167,14 @@ def other_numbers_of_processes(script, whole):
         number = min(turn, model - 1)
         kills += killed_in(script, name, 2 + turn % 2, whole, number, rng) is not None
     folder = finish(script, name, 1)
-    same = all((folder / path).read_bytes() == (whole / path).read_bytes() for path in made[:model - 1])
+    before = {path: (folder / path).read_bytes() == (whole / path).read_bytes() for path in made[:model - 1]}
     theirs, mine = (load_file(run / made[model] / "model.safetensors") for run in (whole, folder))
     off = 0.0
     for tensor, values in theirs.items():
         assert torch.isfinite(mine[tensor]).all()
         relative = (mine[tensor] - values).abs() / values.abs().clamp(min=1e-1)
         off = max(off, float(relative.max()))
-    return {"kills": kills, "same": same, "weights differ by": off}
+    return {"kills": kills, "same": all(before.values()), "weights differ by": off}
 
 
 def kills():
@@ -327,10 +299,10 @@ def full_disk(script, kilobytes, whole):
         at = next((path for _, path in products(whole) if path not in there), "end")
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
         again = subprocess.run(command, cwd=disk, capture_output=True, text=True)
-        same = again.returncode == 0 and files(disk / "runs" / "full") == files(whole)
+        alike = again.returncode == 0 and same(disk / "runs" / "full", whole)
     finally:
         subprocess.run(["umount", disk], check=True)
-    return {"status": done.returncode, "lines": done.stderr.strip().splitlines()[-3:], "at": at, "same": same}
+    return {"status": done.returncode, "lines": done.stderr.strip().splitlines()[-3:], "at": at, "same": alike}
 
 
 def disk():
