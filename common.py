@@ -637,7 +637,8 @@ def override_from_cli(g):
     given = vars(parser.parse_args())
     if given.pop("toy", False):
         g.update(g["TOY"])
-    g.update(given)
+    for name, value in given.items():
+        g[name] = tuple(value) if isinstance(value, list) else value
     for name in constants_of(g):
         legal = g["LEGAL"].get(name, 0)
         if isinstance(legal, tuple) and g[name] not in legal:
@@ -1409,32 +1410,18 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     Each request depends on the seed, the round, the problem and the draw, not on the number of processes."""
     began = time.time()
     round, phase = round_and_phase(file)
-    limits = [draws] * len(problems) if isinstance(draws, int) else draws
     engine = run.engine
     loading = engine.use(local_folder(model), style, max_new_tokens, sampling)
-    place = {problem["id"]: i for i, problem in enumerate(problems)}
-    answers = [{} for _ in problems]  # of each problem {draw: answer}
-    asked = [0] * len(problems)  # how many draws of each problem were asked for
-    queue = deque()  # draws to ask for: (place, draw)
+    known = Draws(problems, draws, enough)
+    name = f"{file.replace('/', '-').removesuffix('.jsonl')}@"
+    known.put(torn_lines(run.unfinished, f"{name}*"))
+    barrier()  # everybody has read before anybody writes on
+    run.unfinished.mkdir(parents=True, exist_ok=True)
+    # A batch of transformers' is part of the result, so all processes follow all problems; vLLM's have some each
+    own = range(rank(), len(problems), world_size()) if engine.streams else range(len(problems))
+    queue = deque()  # draws to ask for: (place of the problem, draw)
     pending = deque()  # answers whose verdicts are awaited
     mine = []  # answers that the other processes do not know yet
-    # A batch of transformers' is part of the result, so all processes follow all problems; vLLM's have some each.
-    own = range(rank(), len(problems), world_size()) if engine.streams else range(len(problems))
-
-    def put(some):
-        for answer in some:
-            answers[place[answer["id"]]].setdefault(answer["draw"], answer)
-
-    def next_wave(i):
-        """Queue the next draws of a problem, if the last ones are all there and not enough."""
-        start = asked[i]
-        first = [answers[i].get(draw) for draw in range(start)]
-        if None in first or (first and enough and enough(first)):
-            return
-        asked[i] = limits[i]
-        if enough:
-            asked[i] = min(limits[i], max(1, 2 * start))
-        queue.extend((i, draw) for draw in range(start, asked[i]))
 
     def next_request():
         if not queue:
@@ -1442,27 +1429,24 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
         i, draw = queue.popleft()
         ids = engine.encode(problems[i], prompt(problems[i], draw))
         seed = seed_of(run.seed, round, phase, problems[i]["id"], draw)
-        return Request(i, draw, ids, seed, draw in answers[i])
+        return Request(i, draw, ids, seed, draw in known.answers[i])
 
-    name = f"{file.replace('/', '-').removesuffix('.jsonl')}@"
-    put(torn_lines(run.unfinished, f"{name}*"))
-    barrier()  # everybody has read before anybody writes on
-    run.unfinished.mkdir(parents=True, exist_ok=True)
-    with open(run.unfinished / f"{name}{rank()}.jsonl", "a") as file, bar(sum(limits), f"round {round} {phase}") as shown:
-        def record_verdicts(wait):
-            while pending and (wait or pending[0][1].done()):
-                answer, verdict = pending.popleft()
-                answer["correct"], answer["reason"] = verdict.result()
-                write_line(file, answer)
-                mine.append(answer)
-                put([answer])
-                if engine.streams:
-                    next_wave(place[answer["id"]])
-                shown.update(world_size())  # the others are about as far
+    def record_verdicts(wait):
+        while pending and (wait or pending[0][1].done()):
+            answer, verdict = pending.popleft()
+            answer["correct"], answer["reason"] = verdict.result()
+            write_line(file, answer)
+            mine.append(answer)
+            known.put([answer])
+            if engine.streams:
+                queue.extend(known.next_wave(known.place[answer["id"]]))
+            shown.update(world_size())  # the others are about as far
 
+    with (open(run.unfinished / f"{name}{rank()}.jsonl", "a") as file,
+          bar(sum(known.limits), f"round {round} {phase}") as shown):
         while True:
             for i in own:
-                next_wave(i)
+                queue.extend(known.next_wave(i))
             if not queue:
                 break
             for request, tokens, text, finish in engine.answers(next_request):
@@ -1474,22 +1458,65 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
                 record_verdicts(wait=False)
             record_verdicts(wait=True)
             if not engine.streams:
-                put(itertools.chain(*gather(mine)))
-                mine.clear()
-    put(itertools.chain(*gather(mine)))
-    responses = []
-    for i, limit in enumerate(limits):
-        counted = []
-        while len(counted) < limit and not (counted and enough and enough(counted)):
-            counted.append(answers[i][len(counted)])
-        responses += counted
-    report_sampling(run, round, phase, responses, [a for of in answers for a in of.values()], loading, began)
-    return responses
+                share(known, mine)
+    share(known, mine)
+    report_sampling(run, round, phase, known, loading, began)
+    return known.counted()
 
 
-def report_sampling(run, round, phase, responses, drawn, loading, began):
+class Draws:
+    """The draws of a phase: what to ask for next, what was answered, and what counts."""
+
+    def __init__(self, problems, draws, enough):
+        self.place = {problem["id"]: i for i, problem in enumerate(problems)}
+        self.limits = [draws] * len(problems) if isinstance(draws, int) else draws
+        self.enough = enough
+        self.asked = [0] * len(problems)  # how many draws of each problem were asked for
+        self.answers = [{} for _ in problems]  # of each problem {draw: answer}
+
+    def put(self, answers):
+        """Take in checked answers."""
+        for answer in answers:
+            self.answers[self.place[answer["id"]]].setdefault(answer["draw"], answer)
+
+    def is_enough(self, responses):
+        """Whether a problem's first responses make later ones needless."""
+        return bool(self.enough and responses and self.enough(responses))
+
+    def next_wave(self, i):
+        """The draws [(i, draw)] to ask for next; none if the last ones are not all there, or were enough."""
+        start = self.asked[i]
+        first = [self.answers[i].get(draw) for draw in range(start)]
+        if None in first or self.is_enough(first):
+            return []
+        self.asked[i] = self.limits[i]
+        if self.enough:
+            self.asked[i] = min(self.limits[i], max(1, 2 * start))
+        return [(i, draw) for draw in range(start, self.asked[i])]
+
+    def counted(self):
+        """The responses that count: of each problem up to those that are enough."""
+        responses = []
+        for limit, answers in zip(self.limits, self.answers):
+            first = []
+            while len(first) < limit and not self.is_enough(first):
+                first.append(answers[len(first)])
+            responses += first
+        return responses
+
+
+def share(known, mine):
+    """Have every process know every process' answers; empties `mine`."""
+    for answers in gather(mine):
+        known.put(answers)
+    mine.clear()
+
+
+def report_sampling(run, round, phase, known, loading, began):
     """Log and print what a sampling phase gave, and what it spent on all that was drawn."""
     seconds = time.time() - began
+    responses = known.counted()
+    drawn = [answer for answers in known.answers for answer in answers.values()]
     costs = costs_of(responses, run.engine.parameters)
     spent = costs_of(drawn, run.engine.parameters)
     for name in ("draws", "tokens", "prompt_tokens", "flops"):
@@ -1516,7 +1543,7 @@ def costs_of(answers, parameters):
 
 def count_only(run, round, phase, responses):
     """Have the metrics of a phase count only these of its responses; what the others cost was spent all the same."""
-    values = run.metrics[round, phase]
+    values = run.metrics.get((round, phase), {"parameters": 0})
     values.update(costs_of(responses, values["parameters"]))
 
 
@@ -1965,39 +1992,22 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run, network)
     plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    references = None
     if reference:
-        first_epoch = plan[:math.ceil(len(examples) / batch_size)]
-        references = reference_logprobs(policy, tokenized, first_epoch)
+        references = reference_logprobs(policy, tokenized, plan[:math.ceil(len(examples) / batch_size)])
     history = load_progress(run, round, policy, optimizer)
     saved = time.time()
     with bar(len(plan), f"round {round} train") as shown:
         shown.update(len(history))
         for step in range(len(history), len(plan)):
-            step_began = time.time()
-            sums = Counter()
-            for micro_batch in plan[step][rank()::world_size()]:
-                batch = pack([tokenized[e] for e in micro_batch])
-                if reference:
-                    batch["reference"] = torch.tensor(sum([references[e] for e in micro_batch], []), device=device())
-                total, weight, metrics = loss(policy(batch), batch)
-                total.backward()
-                sums.update({"loss": total.detach(), "weight": weight, **metrics})
-            sums["save"] = int(rank() == 0 and time.time() - saved >= 60 * run.constants["SAVE_MINUTES"])
-            sums = sum_over_processes(sums)
-            for parameter in policy.parameters():
-                if parameter.grad is not None:  # FSDP has averaged over processes what is a sum over them
-                    parameter.grad.mul_(world_size() / sums["weight"])
-            norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), clip or math.inf).full_tensor())
-            if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
-                stop_training(round, plan, step, examples, f"loss {sums['loss']}, gradient norm {norm}")
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate_factor(step, len(plan), warmup, decay)
-            optimizer.step()
-            optimizer.zero_grad()
-            values = {name: sums[name] / sums["weight"] for name in sums if name not in ("weight", "save")}
-            history.append({"step": step + 1, **values, "norm": norm, "lr": group["lr"],
-                            "seconds": time.time() - step_began})
-            if sums["save"]:
+            micro_batches = plan[step][rank()::world_size()]
+            values = optimizer_step(policy, optimizer, loss, tokenized, references, micro_batches, clip)
+            history.append({"step": step + 1, **values})
+            if not math.isfinite(values["loss"]) or not math.isfinite(values["norm"]):
+                stop_training(examples, plan[step], f"round {round}, training step {step + 1} of {len(plan)}: {values}")
+            if gather(time.time() - saved >= 60 * run.constants["SAVE_MINUTES"])[0]:
                 save_progress(run, round, policy, optimizer, history)
                 saved = time.time()
             shown.set_description(f"round {round} train, loss {values['loss']:.3f}", refresh=False)
@@ -2005,7 +2015,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     trained = time.time()
     row = row_logprobs(policy, max((sequence for example in tokenized for sequence in example), key=len_of))
     if not all(map(math.isfinite, row["logprobs"])):
-        stop_training(round, plan, len(plan) - 1, examples, "after it the model gives no numbers")
+        stop_training(examples, plan[-1], f"round {round}: after the last training step the model gives no numbers")
     save_model(network, tokenizer, run.folder / f"{file}.part", row)
     if rank() == 0:
         write(run.folder / f"round_{round}" / "steps.jsonl", history)
@@ -2015,16 +2025,39 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
                                                        "seconds": time.time() - began})
 
 
+def optimizer_step(policy, optimizer, loss, examples, references, micro_batches, clip):
+    """Forward, backward, scale, clip, step. Returns {loss, norm, lr, seconds, ...}, means over the whole step."""
+    began = time.time()
+    sums = Counter()
+    for micro_batch in micro_batches:
+        batch = pack([examples[e] for e in micro_batch])
+        if references:
+            batch["reference"] = torch.tensor([logprob for e in micro_batch for logprob in references[e]],
+                                              device=device())
+        total, weight, metrics = loss(policy(batch), batch)
+        total.backward()
+        sums.update({"loss": total.detach(), "weight": weight, **metrics})
+    sums = sum_over_processes(sums)
+    weight = sums.pop("weight")
+    for parameter in policy.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(world_size() / weight)  # FSDP has averaged over processes what is a sum over them
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip or math.inf).full_tensor()
+    optimizer.step()
+    optimizer.zero_grad()
+    values = {name: total / weight for name, total in sums.items()}
+    return values | {"norm": float(norm), "lr": optimizer.param_groups[0]["lr"], "seconds": time.time() - began}
+
+
 def len_of(sequence):
     """Tokens of a tokenized sequence (prompt, completion)."""
     return len(sequence[0]) + len(sequence[1])
 
 
-def stop_training(round, plan, step, examples, why):
+def stop_training(examples, micro_batches, why):
     """End the program because numbers are not finite any more, and say where to look."""
-    ids = ", ".join(examples[e]["id"] for micro_batch in plan[step] for e in micro_batch)
-    fail(f"round {round}, training step {step + 1} of {len(plan)}: {why}; the last good model stays. The step's "
-         f"examples: {ids}")
+    ids = ", ".join(examples[e]["id"] for micro_batch in micro_batches for e in micro_batch)
+    fail(f"{why}; the last good model stays. The step's examples: {ids}")
 
 
 def load_for_training(run, model):
@@ -2216,8 +2249,7 @@ def evaluate(run, file, model, problems, prompt, **settings):
     What there is of each problem stays in the file: many rounds of many problems would fill the memory."""
     responses = sample(run, file.replace(".json", ".jsonl"), model, problems, 1, prompt, temperature=0.0, **settings)
     found = run.once(file, score, problems, responses)
-    key = round_and_phase(file)
-    run.metrics[key]["accuracy"] = found["accuracy"]
+    run.metrics.get(round_and_phase(file), {}).update(accuracy=found["accuracy"])
     return {what: values for what, values in found.items() if what not in ("correct", "level")}
 
 
