@@ -41,7 +41,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pieces import ROOT, TOY, family, lines, model_of, open_run, quiet
+from pieces import ROOT, TOY, family, lines, model_of, open_run, quiet, training_figures
 
 SHARED = Path(os.environ.get("SHARED", ROOT.parent / "shared"))  # real problems, and graders' cases
 
@@ -98,9 +98,10 @@ def ours(what, rows, run, model, turn):
     with quiet():
         common.train(run, f"round_{turn}/model", str(model), examples, vars(dast)[f"{what}_loss"], lr=1e-5, warmup=0,
                      epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, decay=False, reference=what == "dpo")
+    figures = training_figures(run, turn)
+    run.metrics[turn, "train"] |= figures  # for the row
     shutil.rmtree(run.folder / f"round_{turn}")
-    log = run.metrics[turn, "train"]
-    return log["seconds"] - log["save_seconds"]
+    return figures["seconds"] - figures["save_seconds"]
 
 
 def theirs(way, rows, model, turn):

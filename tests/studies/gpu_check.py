@@ -26,7 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pieces import ROOT, TOY, lines, model_of, open_run
+from pieces import ROOT, TOY, lines, model_of, open_run, training_figures
 
 LIMITS = {"machine": 40, "attention": 40, "step": 80, "rewards": 80, "updates": 240,
           "toy_dast": 140, "toy_adastar": 120, "toy_hs_star": 130, "toy_sai_dpo": 130,
@@ -45,8 +45,8 @@ def machine():
 
     import torch
     import transformers
-    import common  # noqa: F401  on a CPU: vLLM cannot be imported before it has seen to torchvision
-    found = {"gpu": None, "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
+    import common  # on a CPU vLLM cannot be imported before it has seen to torchvision
+    found = {"gpu": None, "processor": common.processor(), "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
              "transformers": transformers.__version__, "math-verify": version("math-verify")}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -280,14 +280,8 @@ def train_shape(shape, cases):
             torch.cuda.reset_peak_memory_stats()
         common.train(run, f"round_{number}/model", str(folder), examples, vars(dast)[f"{loss}_loss"], lr=1e-5, warmup=0,
                      epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, reference=loss == "dpo")
-        steps = lines(run.folder / f"round_{number}" / "steps.jsonl")
+        found[f"{loss}, {max_tokens} tokens{', recomputed' if recompute else ''}"] = training_figures(run, number)
         shutil.rmtree(run.folder / f"round_{number}")
-        log = run.metrics[number, "train"]
-        of_case = {name: log[name] for name in ("mfu", "peak_gib", "seconds", "save_seconds", "first_loss", "loss")
-                   if name in log}
-        of_case["tokens_per_second"] = log["tokens"] / sum(s["seconds"] for s in steps)
-        of_case["step_seconds"] = [s["seconds"] for s in steps]
-        found[f"{loss}, {max_tokens} tokens{', recomputed' if recompute else ''}"] = of_case
         print(json.dumps(found), file=sys.stderr)
     return found | {"passed": all(np.isfinite(of_case["loss"]) for of_case in found.values())}
 

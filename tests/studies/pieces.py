@@ -20,6 +20,26 @@ SHAPES = {  # of Qwen2: hidden size, intermediate size, layers, heads, key-value
 }
 
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bfloat16
+
+
+def training_figures(run, round):
+    """What a training of this process gave: tokens a second, share of the GPU's FLOPs (6 a parameter and token) and its
+    peak memory. The first step, a warm-up, counts only where there is no other."""
+    import common
+    log = run.metrics[round, "train"]
+    seconds = [s["seconds"] for s in lines(run.folder / f"round_{round}" / "steps.jsonl")]
+    later = seconds[1:] or seconds
+    rate = log["tokens"] / len(seconds) / (sum(later) / len(later))
+    figures = {"tokens_per_second": rate, "step_seconds": seconds, "seconds": log["seconds"],
+               "save_seconds": log["save_seconds"], "first_loss": log["first_loss"], "loss": log["loss"]}
+    parameters = log["flops"] / (6 * log["tokens"] + 2 * log["reference_tokens"])
+    for name, peak in PEAK_FLOPS.items():
+        if name in common.processor():
+            figures |= {"mfu": 6 * parameters * rate / peak, "peak_gib": log["peak_gib"]}
+    return figures
+
+
 def model_of(shape):
     """A folder with a model of random weights in one of SHAPES, in bfloat16 from 1.5b on, with the toy's tokenizer; or
     the toy. Made once."""

@@ -1,49 +1,53 @@
 """Long runs whose results stand in README: seeds and arms, resumable (each run is), outside CI.
 
-  python tests/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
-  python tests/study.py dast-dpo       the same with --loss dpo
-  python tests/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
-  python tests/study.py hs_star        HS-STaR, uniform DPO and the ablations at the same budget, 3 seeds
-  python tests/study.py sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs, 3 seeds
-  python tests/study.py head_to_head   base, controls, the four methods and their ablations at the same tokens, 3 seeds
-  python tests/study.py dast --seeds 0   with one seed
-  python tests/study.py kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
-  python tests/study.py fuzz           texts made at random through all of checking
-  python tests/study.py soak           hundreds of short iterations: memory, open files, threads, temporary files
-  python tests/study.py disk           disks that run full at many moments (root only: it mounts them)
-  python tests/study.py bad            the cases of tests/test_bad_input.py with each of the five scripts
-  python tests/study.py exact          how often vLLM's answers differ from run to run
+  python tests/studies/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
+  python tests/studies/study.py dast-dpo       the same with --loss dpo
+  python tests/studies/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
+  python tests/studies/study.py hs_star        HS-STaR, uniform DPO and the ablations at the same budget, 3 seeds
+  python tests/studies/study.py sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs, 3 seeds
+  python tests/studies/study.py head_to_head   base, controls, the four methods and their ablations at the same tokens, 3 seeds
+  python tests/studies/study.py dast --seeds 0   with one seed
+  python tests/studies/study.py kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
+  python tests/studies/study.py fuzz           texts made at random through all of checking
+  python tests/studies/study.py soak           hundreds of short iterations: memory, open files, threads, temporary files
+  python tests/studies/study.py disk           disks that run full at many moments (root only: it mounts them)
+  python tests/studies/study.py exact          how often vLLM's answers differ from run to run
 """
 import argparse
 import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
 import withstand
 
-ROOT = Path(__file__).resolve().parent.parent
+from pieces import ROOT, lines
+
 sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
 
 
 def run(script, name, *flags):
     """One real run, as a user starts it, if the same command has not been to its end yet. The run folder."""
-    # "--" because torchrun would take --run for the beginning of its own --run-path
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--", script, "--toy", "--run", name]
-    command, folder = [*command, *map(str, flags)], ROOT / "runs" / name
+    command = [sys.executable, script, "--toy", "--name", name, *map(str, flags)]
+    folder = ROOT / "runs" / name
     ended = folder / "study.txt"  # the command that ended well
-    if not ended.exists() or ended.read_text() != " ".join(command[5:]):
+    if not ended.exists() or ended.read_text() != " ".join(command[1:]):
         print(f"== {name}", flush=True)
         subprocess.run(command, cwd=ROOT, check=True)
-        ended.write_text(" ".join(command[5:]))
-    elif changed := [source for source in (script, "common.py") if (folder / source).read_bytes() != (
-            ROOT / source).read_bytes()]:
-        print(f"== {name}: as it was made, by another {' and '.join(changed)}", flush=True)
+        ended.write_text(" ".join(command[1:]))
+        return folder
+    for source in (script, "common.py"):
+        if (folder / source).read_bytes() != (ROOT / source).read_bytes():
+            print(f"== {name}: as it was made, by another {source}", flush=True)
     return folder
+
+
+def name_of(arm):
+    """An arm's name as part of a folder's."""
+    return re.sub("[^a-z]+", "-", arm.lower()).strip("-")
 
 
 def correct(folder, path):
@@ -62,27 +66,22 @@ def difference(scores, others, rng):
 
 def dast(seeds, loss):
     """Base and round 0, DAST (PL), vanilla at DAST's draws, and vanilla at its number of examples (pairs) too."""
-    study, loss = "study" if loss == "sft" else f"study-{loss}", ("--loss", loss)
+    study = "study" if loss == "sft" else f"study-{loss}"
     arms = {arm: [] for arm in ("base, examples in prompt", "round 0", "DAST", "vanilla, same draws",
                                 "vanilla, same draws and size")}
     for seed in seeds:
-        one = run("dast.py", f"{study}-dast-{seed}", "--seed", seed, *loss)
-        like = f"runs/{one.name}"
-        vanilla = run("dast.py", f"{study}-vanilla-{seed}", "--seed", seed, *loss, "--variant", "", "--draws-like",
-                      like)
-        sized = run("dast.py", f"{study}-sized-{seed}", "--seed", seed, *loss, "--variant", "", "--draws-like", like,
-                    "--size-like", like)
+        flags = ["--seed", seed, "--loss", loss]
+        one = run("dast.py", f"{study}-dast-{seed}", *flags)
+        flags += ["--variant", "", "--draws-like", f"runs/{one.name}"]
+        vanilla = run("dast.py", f"{study}-vanilla-{seed}", *flags)
+        sized = run("dast.py", f"{study}-sized-{seed}", *flags, "--size-like", f"runs/{one.name}")
         arms["base, examples in prompt"].append(correct(one, "round_0/eval_base.json"))
         arms["round 0"].append(correct(one, "round_0/eval.json"))
-        for arm, folder in zip(list(arms)[2:], (one, vanilla, sized)):
-            arms[arm].append(correct(folder, "round_3/eval.json"))
-    rng = np.random.default_rng(0)
-    print(f"\n{'arm':<30}{'accuracy by seed':<26}{'mean':<8}{'against round 0':<26}against vanilla, same draws")
-    for arm, scores in arms.items():
-        accuracies = [np.mean(list(s.values())) for s in scores]
-        print(f"{arm:<30}{' '.join(f'{a:.1%}' for a in accuracies):<26}{np.mean(accuracies):<8.1%}"
-              f"{difference(scores, arms['round 0'], rng):<26}"
-              f"{difference(scores, arms['vanilla, same draws'], rng)}")
+        arms["DAST"].append(correct(one, "round_3/eval.json"))
+        arms["vanilla, same draws"].append(correct(vanilla, "round_3/eval.json"))
+        arms["vanilla, same draws and size"].append(correct(sized, "round_3/eval.json"))
+    for reference in ("round 0", "vanilla, same draws"):
+        print_arms("after three rounds", arms, reference)
 
 
 ADASTAR = {  # arm: (iterations, flags); of each as many as spend about as much
@@ -105,8 +104,7 @@ ADASTAR = {  # arm: (iterations, flags); of each as many as spend about as much
 def adastar_arm(arm, seed):
     """One arm with one seed: its run folder."""
     rounds, flags = ADASTAR[arm]
-    name = re.sub(r"[^a-z]+", "-", arm.lower()).strip("-")
-    return run("adastar.py", f"study-adastar-{name}-{seed}", "--seed", seed, "--rounds", rounds, *flags)
+    return run("adastar.py", f"study-adastar-{name_of(arm)}-{seed}", "--seed", seed, "--rounds", rounds, *flags)
 
 
 def at(past, flops):
@@ -127,18 +125,22 @@ def print_arms(title, arms, reference):
     rng = np.random.default_rng(0)
     print(f"\n{title:<32}{'accuracy by seed':<26}{'mean':<8}against {reference}")
     for arm, scores in arms.items():
-        if all(scores):
-            accuracies = [np.mean(list(s.values())) for s in scores]
-            print(f"{arm:<32}{' '.join(f'{a:.1%}' for a in accuracies):<26}{np.mean(accuracies):<8.1%}"
-                  + difference(scores, arms[reference], rng) * (arm != reference))
+        if not all(scores):
+            continue
+        accuracies = [np.mean(list(s.values())) for s in scores]
+        by_seed = " ".join(f"{accuracy:.1%}" for accuracy in accuracies)
+        print(f"{arm:<32}{by_seed:<26}{np.mean(accuracies):<8.1%}{difference(scores, arms[reference], rng)}")
 
 
 def adastar(seeds):
     """The toy run against its first iteration and the control; then all arms at the FLOPs that all have reached, and
     at half of them (a seed's prompts show other examples, of other lengths: so each seed has its own amount)."""
     control = "random order, stop at beta"
-    runs = {arm: [evaluation.Past(adastar_arm(arm, s)) for s in seeds] for arm in ADASTAR}
-    mine, ends = runs["AdaSTaR"], [past.rounds[6]["flops"] for past in runs["AdaSTaR"]]  # --toy has six iterations
+    runs = {}
+    for arm in ADASTAR:
+        runs[arm] = [evaluation.Past(adastar_arm(arm, seed)) for seed in seeds]
+    mine = runs["AdaSTaR"]
+    ends = [past.rounds[6]["flops"] for past in mine]  # --toy has six iterations
     toy = {"first iteration": [past.rounds[1]["right"] for past in mine],
            "AdaSTaR": [past.rounds[6]["right"] for past in mine],
            "AdaSTaR, chosen": [chosen(past, end) for past, end in zip(mine, ends)],
@@ -147,18 +149,25 @@ def adastar(seeds):
     print_arms("--toy", toy, control)
     most = [min(of_arm[s].rounds[-1]["flops"] for of_arm in runs.values()) for s in range(len(seeds))]
     print("\nall arms:", " ".join(f"{flops:.3g}" for flops in most), "FLOPs by seed")
-    for title, part in ("half of that", 0.5), ("all of that", 1.0):
-        print_arms(title, {arm: [at(past, part * flops) for past, flops in zip(of_arm, most)]
-                           for arm, of_arm in runs.items()}, control)
-    print_arms("the iteration chosen within it", {arm: [chosen(past, flops) for past, flops in zip(of_arm, most)]
-                                                  for arm, of_arm in runs.items()}, control)
+    for title, part in (("half of that", 0.5), ("all of that", 1.0)):
+        reached = {}
+        for arm, of_arm in runs.items():
+            reached[arm] = [at(past, part * flops) for past, flops in zip(of_arm, most)]
+        print_arms(title, reached, control)
+    best = {}
+    for arm, of_arm in runs.items():
+        best[arm] = [chosen(past, flops) for past, flops in zip(of_arm, most)]
+    print_arms("the iteration chosen within it", best, control)
     print("\nproblems visited, by iteration; the first in which one is met again although it was committed")
-    for place, seed in enumerate(seeds):
-        folder = ROOT / "runs" / f"study-adastar-adastar-{seed}"
-        rounds = range(1, len(mine[place].rounds))
-        walks = [[json.loads(line) for line in open(folder / f"round_{t}" / "selection.jsonl")] for t in rounds]
-        again = next((t for t, walk in zip(rounds, walks) if any(s["last"] for s in walk)), None)
-        print(f"seed {seed}:", *(len(walk) for walk in walks), f"; iteration {again}")
+    for past, seed in zip(mine, seeds):
+        sizes = []
+        again = None
+        for t in range(1, len(past.rounds)):
+            walk = lines(past.folder / f"round_{t}" / "selection.jsonl")
+            sizes.append(len(walk))
+            if again is None and any(s["last"] for s in walk):
+                again = t
+        print(f"seed {seed}:", *sizes, f"; iteration {again}")
 
 
 HS_STAR = {"HS-STaR": [], "uniform": ["--pre-samples", 8], "accuracy only": ["--difficulty", "accuracy"],
@@ -166,23 +175,40 @@ HS_STAR = {"HS-STaR": [], "uniform": ["--pre-samples", 8], "accuracy only": ["--
            "uniform, random pairs": ["--pre-samples", 8, "--pairing", "random"]}
 
 
+def runs_of(script, arms, seeds):
+    """{arm: its run folders, by seed}."""
+    folders = {}
+    for arm, flags in arms.items():
+        name = f"study-{script.removesuffix('.py')}-{name_of(arm)}"
+        folders[arm] = [run(script, f"{name}-{seed}", "--seed", seed, *flags) for seed in seeds]
+    return folders
+
+
+def scores_of(folders, first, base):
+    """{arm: accuracies after round 3, a {problem id: 0 or 1} per seed}, and before them those of round 0."""
+    arms = {base: [correct(folder, "round_0/eval.json") for folder in folders[first]]}
+    for arm, of_arm in folders.items():
+        arms[arm] = [correct(folder, "round_3/eval.json") for folder in of_arm]
+    return arms
+
+
 def hs_star(seeds):
     """M_0, and all arms after the toy run's three rounds, with as many answers drawn by each."""
-    folders = {arm: [run("hs_star.py", f"study-hs_star-{re.sub('[^a-z]+', '-', arm.lower())}-{seed}", "--seed", seed,
-                         *flags) for seed in seeds] for arm, flags in HS_STAR.items()}
-    rounds = range(1, 4)
-    arms = {"M_0": [correct(folder, "round_0/eval.json") for folder in folders["HS-STaR"]]}
-    arms |= {arm: [correct(folder, "round_3/eval.json") for folder in of_arm] for arm, of_arm in folders.items()}
+    folders = runs_of("hs_star.py", HS_STAR, seeds)
+    arms = scores_of(folders, "HS-STaR", "M_0")
     for reference in ("M_0", "uniform", "uniform, random pairs"):
         print_arms("after three rounds", arms, reference)
     print(f"\n{'by seed':<24}{'answers':<22}{'pairs':<20}boundary problems, by round")
     for arm, of_arm in folders.items():
-        lines = [[[json.loads(line) for line in open(folder / f"round_{t}" / f"{name}.jsonl")] for t in rounds]
-                 for name in ("responses", "selection") for folder in of_arm]
-        drawn, chosen = lines[:len(seeds)], lines[len(seeds):]
-        print(f"{arm:<24}{' '.join(str(sum(map(len, r))) for r in drawn):<22}"
-              f"{' '.join(str(sum(len(s['pairs']) for of in r for s in of)) for r in chosen):<20}"
-              + "; ".join(" ".join(str(sum(s["class"] == "boundary" for s in of)) for of in r) for r in chosen))
+        answers = []
+        pairs = []
+        boundary = []
+        for folder in of_arm:
+            rounds = [lines(folder / f"round_{t}" / "selection.jsonl") for t in (1, 2, 3)]
+            answers.append(sum(len(s["outcomes"]) for selection in rounds for s in selection))
+            pairs.append(sum(len(s["pairs"]) for selection in rounds for s in selection))
+            boundary.append([sum(s["class"] == "boundary" for s in selection) for selection in rounds])
+        print(f"{arm:<24}{str(answers)[1:-1]:<22}{str(pairs)[1:-1]:<20}{str(boundary)[1:-1]}")
 
 
 SAI_DPO = {"SAI-DPO": [], "knowledge only": ["--select", "knowledge"], "difficulty only": ["--select", "difficulty"],
@@ -192,33 +218,35 @@ SAI_DPO = {"SAI-DPO": [], "knowledge only": ["--select", "knowledge"], "difficul
 
 def sai_dpo(seeds):
     """pi_0, and all arms after the toy run's three rounds; what each drew of the skill that was planted weak."""
-    folders = {arm: [run("sai_dpo.py", f"study-sai_dpo-{re.sub('[^a-z]+', '-', arm.lower())}-{seed}", "--seed", seed,
-                         *flags) for seed in seeds] for arm, flags in SAI_DPO.items()}
-    arms = {"pi_0": [correct(folder, "round_0/eval.json") for folder in folders["SAI-DPO"]]}
-    arms |= {arm: [correct(folder, "round_3/eval.json") for folder in of_arm] for arm, of_arm in folders.items()}
+    folders = runs_of("sai_dpo.py", SAI_DPO, seeds)
+    arms = scores_of(folders, "SAI-DPO", "pi_0")
     for reference in ("pi_0", "random", "static"):
         print_arms("after three rounds", arms, reference)
     costs = set()  # answers and pairs of a run: of all the same
     print(f"\n{'by seed':<20}{'answers':<22}{'pairs':<16}of 'remainders', by round: error in the probe, drawn")
     for arm, of_arm in folders.items():
-        metrics = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in of_arm]
-        answers = [sum(m["draws"] for m in of if m["phase"] in ("probe", "rollout")) for of in metrics]
-        clusters = [[m["clusters"] for m in of if m["phase"] == "select"] for of in metrics]
-        kept = [[sum(c["kept"] for c in of) for of in rounds] for rounds in clusters]
-        costs.update((n, *of) for n, of in zip(answers, kept))
+        answers = []
+        pairs = []
+        weak = []
+        for folder in of_arm:
+            metrics = lines(folder / "metrics.jsonl")
+            rounds = [m["clusters"] for m in metrics if m["phase"] == "select"]
+            answers.append(sum(m["draws"] for m in metrics if m["phase"] in ("probe", "responses")))
+            pairs.append(sum(c["kept"] for clusters in rounds for c in clusters))
+            found = [c for clusters in rounds for c in clusters if c["tags"] == ["remainders"]]
+            weak.append(" ".join(f"{c['error']:.0%} {c['drawn']}" for c in found))
+        costs.update(zip(answers, pairs))
         assert len(costs) == 1, f"the arms are not at equal cost: {costs}"
-        weak = [[next(c for c in of if c["tags"] == ["remainders"]) for of in rounds] for rounds in clusters]
-        print(f"{arm:<20}{' '.join(map(str, answers)):<22}"
-              f"{' '.join(str(sum(of)) for of in kept):<16}"
-              + "; ".join(" ".join(f"{c['error']:.0%} {c['drawn']}" for c in rounds) for rounds in weak))
+        print(f"{arm:<20}{str(answers)[1:-1]:<22}{str(pairs)[1:-1]:<16}{'; '.join(weak)}")
 
 
 # All from the same model, on the same 300 training problems, without examples in the prompt (but for L, which is about
 # these), scored on all 600 test problems; in so many rounds that each generates 140,000 tokens or more
 EQUAL = "--n-train 300 --n-test 0 --prompt zero_shot"
-DAST, ADASTAR_EQUAL = f"dast.py {EQUAL} --rounds 3", f"adastar.py {EQUAL} --held-out 0 --rounds 16"
-HS_STAR_EQUAL, SAI_DPO_EQUAL = (f"hs_star.py {EQUAL} --slice 150 --rounds 5",
-                                f"sai_dpo.py {EQUAL} --samples-per-round 150 --rounds 5")
+DAST = f"dast.py {EQUAL} --rounds 3"
+ADASTAR_EQUAL = f"adastar.py {EQUAL} --held-out 0 --rounds 16"
+HS_STAR_EQUAL = f"hs_star.py {EQUAL} --slice 150 --rounds 5"
+SAI_DPO_EQUAL = f"sai_dpo.py {EQUAL} --samples-per-round 150 --rounds 5"
 UNSOLVED = "--rounds 4 --train-data runs/toy/train.jsonl"  # the same without worked solutions
 HEAD_TO_HEAD = {
     "vanilla rejection sampling": f"{DAST} {UNSOLVED} --variant= --k-probe 1 --k-samples 6",
@@ -255,60 +283,88 @@ AGAINST = [  # a method and the control that lacks what sets it apart
 def without_solutions():
     """The toy's training problems with answers only, under the same ids: runs/toy/train.jsonl."""
     file = ROOT / "runs/toy/train.jsonl"
-    problems = [json.loads(line) for line in open(ROOT / "tests/toy/train.jsonl")]
-    text = "".join(json.dumps({k: v for k, v in p.items() if k != "solution"}) + "\n" for p in problems)
+    text = ""
+    for problem in lines(ROOT / "tests/toy/train.jsonl"):
+        problem.pop("solution")
+        text += json.dumps(problem) + "\n"
     if not file.exists() or file.read_text() != text:  # another seed's study may be reading it
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
 
 
+def spent_at(pasts, what, amount):
+    """The mean over runs of what was spent when `amount` tokens were generated, between rounds on a straight line."""
+    spent = []
+    for past in pasts:
+        generated = [r["generated"] for r in past.rounds]
+        spent.append(np.interp(amount, generated, [r[what] for r in past.rounds]))
+    return np.mean(spent)
+
+
 def head_to_head(seeds):
     """All arms at the most generated tokens that all have reached with all seeds; and pictures of the main ones."""
     without_solutions()
-    arms = {arm: [] for arm in HEAD_TO_HEAD}
+    arms = {}
+    for arm in HEAD_TO_HEAD:
+        arms[arm] = []
     for seed in seeds:
-        for arm, (script, *flags) in ((arm, command.split()) for arm, command in HEAD_TO_HEAD.items()):
-            name = f"head-{re.sub('[^a-z]+', '-', arm.lower()).strip('-')}-{seed}"
-            arms[arm].append(evaluation.Past(run(script, name, *flags, "--seed", seed)))
-    amount = min(past.rounds[-1]["generated"] for of in arms.values() for past in of)
-    reached = {"base": [past.rounds[0]["right"] for past in arms["HS-STaR"]]} | {
-        arm: [past.at("generated", amount) for past in of] for arm, of in arms.items()}
+        for arm, command in HEAD_TO_HEAD.items():
+            script, *flags = command.split()
+            arms[arm].append(evaluation.Past(run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed", seed)))
+    amount = min(past.rounds[-1]["generated"] for of_arm in arms.values() for past in of_arm)
+    reached = {"base": [past.rounds[0]["right"] for past in arms["HS-STaR"]]}
+    for arm, of_arm in arms.items():
+        reached[arm] = [past.at("generated", amount) for past in of_arm]
     rng = np.random.default_rng(0)
     print(f"\n{f'at {amount:,} generated tokens':<33}{'accuracy by seed':<39}{'mean':<20}{'trained on':<12}{'FLOPs':<9}"
           "against rejection sampling")
     for arm, scores in reached.items():
-        by_seed = evaluation.table_of(scores, scores[0])
-        mean = evaluation.percent(evaluation.mean_over_seeds(by_seed, rng))
-        trained, flops = (np.mean([np.interp(amount, *([r[n] for r in past.rounds] for n in ("generated", what)))
-                                   for past in arms.get(arm, [])] or [0]) for what in ("trained", "flops"))
-        print(f"{arm:<33}{' '.join(f'{a:.1%}' for a in by_seed.mean(1)):<39}{mean:<20}{trained:<12,.0f}{flops:<9.2g}"
-              + difference(scores, reached[MAIN[0]], rng))
+        table = evaluation.table_of(scores, scores[0])
+        by_seed = " ".join(f"{accuracy:.1%}" for accuracy in table.mean(1))
+        mean = evaluation.percent(evaluation.mean_over_seeds(table, rng))
+        spent = f"{'':<21}"
+        if arm in arms:
+            spent = f"{spent_at(arms[arm], 'trained', amount):<12,.0f}{spent_at(arms[arm], 'flops', amount):<9.2g}"
+        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[MAIN[0]], rng)}")
     print("\ndifferences there")
     for arm, control in AGAINST:
         print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control], rng)}")
-    main, folder = {arm: arms[arm] for arm in MAIN}, ROOT / "runs" / "head_to_head"
+    main = {arm: arms[arm] for arm in MAIN}
     print("\ntimes trained on own answers, at the ends: problems with below 25 %, to 50 %, to 75 %, more right answers")
     for arm, (_, trained) in evaluation.effort(main).items():
         print(f"{arm:<33}" + "  ".join(f"{np.mean(times):.1f}" for times in trained))
-    folder.mkdir(exist_ok=True)
+    draw(main, amount, list(reached["base"][0]))
+
+
+def draw(arms, amount, ids):
+    """Pictures of some arms in runs/head_to_head/."""
     import matplotlib
     matplotlib.use("Agg")
-    evaluation.draw_accuracy(main, amount, list(reached["base"][0]), folder / "accuracy.png")
-    evaluation.draw_problems(main, folder / "problems.png")
-    evaluation.draw_flow(main, folder / "flow.png")
+    folder = ROOT / "runs" / "head_to_head"
+    folder.mkdir(exist_ok=True)
+    evaluation.draw_accuracy(arms, amount, ids, folder / "accuracy.png")
+    evaluation.draw_problems(arms, folder / "problems.png")
+    evaluation.draw_flow(arms, folder / "flow.png")
     print(f"\n{folder}: accuracy.png, problems.png, flow.png")
 
 
-if __name__ == "__main__":
+def main():
+    studies = {"dast": dast, "adastar": adastar, "hs_star": hs_star, "sai_dpo": sai_dpo, "head_to_head": head_to_head}
+    others = {"kills": withstand.kills, "fuzz": withstand.fuzz, "soak": withstand.soak, "disk": withstand.disk,
+              "exact": withstand.exact}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    studies = {"dast": lambda: dast(numbers, "sft"), "dast-dpo": lambda: dast(numbers, "dpo"),
-               "adastar": lambda: adastar(numbers), "hs_star": lambda: hs_star(numbers),
-               "sai_dpo": lambda: sai_dpo(numbers), "head_to_head": lambda: head_to_head(numbers),
-               "kills": withstand.kills, "fuzz": withstand.fuzz,
-               "soak": withstand.soak, "disk": withstand.disk, "bad": withstand.bad, "exact": withstand.exact}
-    parser.add_argument("name", choices=list(studies))
+    parser.add_argument("name", choices=[*studies, "dast-dpo", *others])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated, of the first five [0,1,2]")
     arguments = parser.parse_args()
     (ROOT / "runs").mkdir(exist_ok=True)
-    numbers = list(map(int, arguments.seeds.split(",")))
-    studies[arguments.name]()
+    seeds = list(map(int, arguments.seeds.split(",")))
+    if arguments.name in others:
+        others[arguments.name]()
+    elif arguments.name.startswith("dast"):
+        dast(seeds, "dpo" if arguments.name == "dast-dpo" else "sft")
+    else:
+        studies[arguments.name](seeds)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,13 +14,8 @@ from pathlib import Path
 from pieces import ROOT, family, lines
 
 sys.path.insert(0, str(ROOT / "tests"))
-from conftest import counts, files  # noqa: E402  and no GPU: what is exact is exact on CPU
+from conftest import SMALL, counts, files  # noqa: E402  and no GPU: what is exact is exact on CPU
 
-SMALL = {  # two rounds in 10 to 25 s, saved after each training step
-    "dast.py": ["--n-train", 40, "--n-test", 12, "--k-probe", 3, "--rounds", 2],
-    "adastar.py": ["--n-train", 170, "--held-out", 10, "--n-test", 10, "--steps", 5, "--rounds", 2],
-    "hs_star.py": ["--n-train", 40, "--slice", 20, "--n-test", 10, "--rounds", 2],
-    "sai_dpo.py": ["--n-train", 150, "--samples-per-round", 16, "--pairs-per-round", 5, "--n-test", 8, "--rounds", 2]}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
@@ -43,7 +38,7 @@ class Results:
 def command_of(script, name, processes, *flags):
     """A run as a user starts it: on one process without torchrun."""
     program = [sys.executable] if processes == 1 else [*TORCHRUN, processes]
-    return list(map(str, [*program, ROOT / script, "--toy", *flags, "--name", name]))
+    return list(map(str, [*program, ROOT / script, *flags, "--name", name]))
 
 
 def start(script, name, processes):
@@ -216,7 +211,7 @@ def fuzz():
         print(f"  {gold!r:<40} {text!r}"[:160])
 
 
-SOAK = ["--n-train", 80, "--held-out", 0, "--n-test", 4, "--steps", 1, "--growth", 1, "--max-new-tokens", 64]
+SOAK = ["--toy", "--n-train", 80, "--held-out", 0, "--n-test", 4, "--steps", 1, "--growth", 1, "--max-new-tokens", 64]
 
 
 def held(pid):
@@ -322,7 +317,7 @@ def exact():
     """How many of vLLM's answers differ from run to run, on as many processes and on two."""
     drawn = {}
     for name, processes in (("exact-1", 1), ("exact-1-again", 1), ("exact-2", 2)):
-        command = command_of("dast.py", name, processes, "--rounds", 0, "--engine", "vllm")
+        command = command_of("dast.py", name, processes, "--toy", "--rounds", 0, "--engine", "vllm")
         subprocess.run(command, cwd=ROOT, check=True)
         probe = lines(ROOT / "runs" / name / "round_0" / "probe.jsonl")
         drawn[name] = {(r["id"], r["draw"]): r for r in probe}
