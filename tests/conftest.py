@@ -19,12 +19,12 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
 SCRIPTS = ("dast.py", "adastar.py", "hs_star.py", "sai_dpo.py")
+BRIEF = ["--toy", "--n-test", "4", "--max-new-tokens", "48", "--rounds", "2"]
 SMALL = {  # two rounds in a few seconds
-    "dast.py": ["--toy", "--n-train", "14", "--n-test", "4", "--k-probe", "3", "--rounds", "2"],
-    "adastar.py": ["--toy", "--n-train", "100", "--held-out", "4", "--n-test", "4", "--steps", "2", "--rounds", "2"],
-    "hs_star.py": ["--toy", "--n-train", "32", "--slice", "16", "--n-test", "4", "--rounds", "2"],
-    "sai_dpo.py": ["--toy", "--n-train", "48", "--n-clusters", "3", "--samples-per-round", "16", "--k-samples", "4",
-                   "--n-test", "4", "--rounds", "2"]}
+    "dast.py": [*BRIEF, "--n-train", "14", "--k-probe", "3", "--budgets", "1", "2", "3", "4"],
+    "adastar.py": [*BRIEF, "--n-train", "84", "--held-out", "4", "--steps", "2"],
+    "hs_star.py": [*BRIEF, "--n-train", "32", "--slice", "16"],
+    "sai_dpo.py": [*BRIEF, "--n-train", "48", "--n-clusters", "3", "--samples-per-round", "24", "--k-samples", "4"]}
 SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--rounds", "1"]  # of dast.py: one round
 
 

@@ -15,21 +15,14 @@ from safetensors.torch import load_file, save_file
 import common
 from conftest import ROOT, SCRIPTS, SMALL, TOY, counts, error_of, files, forget, killed_when, launch, lines
 
-SAMPLED = {"dast.py": ["responses"], "adastar.py": ["responses_0"], "hs_star.py": ["presamples", "resamples"],
-           "sai_dpo.py": ["probe", "responses"]}  # phases of a round that draw
-PHASES = {
-    "dast.py": ["responses", "select", "train", "eval", "round"],
-    "adastar.py": ["responses_0", "select", "train", "eval", "eval_held_out", "round"],
-    "hs_star.py": ["presamples", "prerewards", "phi_r", "resamples", "rerewards", "select", "train", "eval", "round"],
-    "sai_dpo.py": ["probe", "responses", "select", "train", "eval", "round"]}
+DRAWN = {"dast.py": ["responses"], "adastar.py": ["responses_0"], "hs_star.py": ["presamples", "resamples"],
+         "sai_dpo.py": ["probe", "responses"]}  # what a round draws
 EVAL = {"eval.json", "eval.jsonl"}
-MADE = {"selection.jsonl", "train.jsonl", "model", "steps.jsonl", *EVAL}
 HELD_OUT = {"eval_held_out.json", "eval_held_out.jsonl"}
+MORE = {"dast.py": set(), "adastar.py": HELD_OUT, "hs_star.py": {"prerewards.jsonl", "rerewards.jsonl"},
+        "sai_dpo.py": set()}
 ROUND_0 = {"dast.py": {"probe.jsonl", "eval_base.json", "eval_base.jsonl", "model", "steps.jsonl", *EVAL},
            "adastar.py": {*EVAL, *HELD_OUT}, "hs_star.py": EVAL, "sai_dpo.py": {"clusters.jsonl", *EVAL}}
-ROUND_1 = {"dast.py": {"responses.jsonl", *MADE}, "adastar.py": {"responses_0.jsonl", *HELD_OUT, *MADE},
-           "hs_star.py": {"presamples.jsonl", "prerewards.jsonl", "resamples.jsonl", "rerewards.jsonl", *MADE},
-           "sai_dpo.py": {"probe.jsonl", "responses.jsonl", *MADE}}
 PARAMETERS = sum(tensor.numel() for tensor in load_file(TOY / "model" / "model.safetensors").values())
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -38,15 +31,14 @@ each_script = pytest.mark.parametrize("script", SCRIPTS)
 def whole(tmp_path_factory):
     """whole(script): the folder of a finished run with SMALL; whole(script, n): its second round by n processes.
 
-    Only for reading. What it printed is in said.txt beside runs/."""
+    Only for reading."""
     @functools.cache
     def run_of(script, processes=0):
         folder = tmp_path_factory.mktemp("whole")
         run = folder / "runs" / "one"
         if processes:
             before_round(run_of(script), run, 2)
-        done = launch(folder, script, *SMALL[script], "--name", "one", processes=processes)
-        (folder / "said.txt").write_text(done.stdout)
+        launch(folder, script, *SMALL[script], "--name", "one", processes=processes)
         return run
     return run_of
 
@@ -83,6 +75,12 @@ def responses_of(run, script, t):
 
 # The loop and what it leaves ------------------------------------------------------------------------------------------
 
+def of_round(script):
+    """The names of what a round leaves."""
+    drawn = {f"{name}.jsonl" for name in DRAWN[script]}
+    return drawn | MORE[script] | {"selection.jsonl", "train.jsonl", "model", "steps.jsonl", *EVAL}
+
+
 @each_script
 def test_loop_leaves_the_documented_files(whole, script):
     run = whole(script)
@@ -91,41 +89,35 @@ def test_loop_leaves_the_documented_files(whole, script):
     assert {path.name for path in run.iterdir()} == expected
     assert {path.name for path in (run / "round_0").iterdir()} == ROUND_0[script]
     for t in (1, 2):
-        assert {path.name for path in (run / f"round_{t}").iterdir()} == ROUND_1[script]
-    about = json.loads((run / "constants.json").read_text())
-    assert about.keys() == {"script", "constants", "code", "engine", "command", "git", "machine", "versions", "processes"}
-    assert about["script"] == script
-    assert about["constants"]["ROUNDS"] == 2
+        assert {path.name for path in (run / f"round_{t}").iterdir()} == of_round(script)
+    assert json.loads((run / "constants.json").read_text()).keys() == {
+        "script", "constants", "code", "engine", "command", "git", "machine", "versions", "processes"}
 
 
 @each_script
 def test_responses_have_the_documented_fields(whole, script):
     fields = {"id", "draw", "text", "tokens", "finish", "prompt_tokens", "correct", "reason"}
-    for name in SAMPLED[script]:
+    for name in DRAWN[script]:
         for r in lines(whole(script) / "round_1" / f"{name}.jsonl"):
-            assert r.keys() == fields
-            assert r["finish"] in ("stop", "length") and 1 <= r["tokens"] <= 96
-            assert "Question:" not in r["text"]
+            assert r.keys() == fields and "Question:" not in r["text"]
+            assert r["finish"] in ("stop", "length") and 1 <= r["tokens"] <= 48
 
 
 @each_script
 def test_metrics_add_up(whole, script):
     metrics = metrics_of(whole(script))
-    assert [phase for t, phase in metrics if t == 1] == PHASES[script]
     flops = 0
-    for name in SAMPLED[script]:
-        m = metrics[1, name]
-        flops += m["flops"]
-        assert m["parameters"] == PARAMETERS
-        assert m["flops"] == 2 * PARAMETERS * (m["prompt_tokens"] + m["tokens"]) <= m["spent_flops"]
-        assert m["draws"] == sum(m["verdicts"].values()) <= m["spent_draws"]
+    for (t, phase), m in metrics.items():
+        if t == 1 and phase in DRAWN[script]:
+            assert m["flops"] == 2 * PARAMETERS * (m["prompt_tokens"] + m["tokens"]) <= m["spent_flops"]
+            assert m["draws"] == sum(m["verdicts"].values()) <= m["spent_draws"]
+        if t == 1 and not phase.startswith(("eval", "round")):
+            flops += m.get("flops", 0)
     train = metrics[1, "train"]
     assert train["flops"] == PARAMETERS * (6 * train["tokens"] + 2 * train["reference_tokens"])
-    rewards = sum(metrics[1, phase]["flops"] for phase in PHASES[script] if phase.endswith("rewards"))
-    whole_round = metrics[1, "round"]
-    assert whole_round["flops"] == flops + rewards + train["flops"]
-    assert whole_round["total_flops"] == whole_round["flops"] + metrics[0, "round"]["flops"]
-    assert whole_round["seconds"] > whole_round["outside_seconds"] > 0
+    assert metrics[1, "round"]["flops"] == flops
+    assert metrics[1, "round"]["total_flops"] == flops + metrics[0, "round"]["flops"]
+    assert metrics[1, "round"]["seconds"] > metrics[1, "round"]["outside_seconds"] > 0
 
 
 @each_script
@@ -134,7 +126,6 @@ def test_answers_to_test_problems_are_kept(whole, script):
         answers = lines(whole(script) / f"round_{t}" / "eval.jsonl")
         score = json.loads((whole(script) / f"round_{t}" / "eval.json").read_text())
         assert score["correct"] == {a["id"]: int(a["correct"]) for a in answers}
-        assert score["n"] == len(answers) == 4
         assert score["accuracy"] == metrics_of(whole(script))[t, "eval"]["accuracy"] == sum(score["correct"].values()) / 4
 
 
@@ -153,14 +144,13 @@ def test_steps_have_loss_norm_rate_and_seconds(whole, script):
 
 @each_script
 def test_finished_run_is_left_alone(whole, tmp_path, script):
-    shutil.copytree(whole(script).parent, tmp_path / "runs")
-    run = tmp_path / "runs" / "one"
+    run = shutil.copytree(whole(script), tmp_path / "runs" / "one")
+    first = launch(tmp_path, script, *SMALL[script], "--name", "one")
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
-    done = launch(tmp_path, script, *SMALL[script], "--name", "one")
+    second = launch(tmp_path, script, *SMALL[script], "--name", "one")
+    assert f"{script} resumes in runs/one" in second.stdout and second.stdout == first.stdout
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"} == kept
-    said = (whole(script).parent.parent / "said.txt").read_text()
-    assert f"{script} resumes in runs/one" in done.stdout
-    assert done.stdout[done.stdout.index("\nmodel "):] == said[said.index("\nmodel "):]  # the tables
+    assert files(run) == files(whole(script)) and counts(run) == counts(whole(script))
 
 
 # Decisions, from the records alone ------------------------------------------------------------------------------------
@@ -241,7 +231,7 @@ def test_hs_star_selection_follows_from_the_records(whole, rules):
     assert {s["class"] for s in selection_of(run, 1) + selection} == {"inlier", "boundary", "outlier"}
 
 
-def test_sai_dpo_selection_follows_from_the_records(whole, rules):
+def test_sai_dpo_selection_follows_from_the_records(whole, rules, alone):
     run = whole("sai_dpo.py")
     sai_dpo, problems = rules("sai_dpo.py", run)
     groups = sai_dpo.group(problems, sai_dpo.tags_of(problems, []), RECORDED)
@@ -254,7 +244,7 @@ def test_sai_dpo_selection_follows_from_the_records(whole, rules):
         masses = sai_dpo.error_masses(rates, np.bincount(clusters[np.setdiff1d(pool, used)], minlength=3))
         shares = sai_dpo.shares_of(masses)
         weights = sai_dpo.weights_of(shares, rates)
-        chosen, used = sai_dpo.draw_round(pool, used, clusters, weights, 16, RECORDED.rng(t, "draw"))
+        chosen, used = sai_dpo.draw_round(pool, used, clusters, weights, 24, RECORDED.rng(t, "draw"))
         facts = [{"cluster": int(j), "mass": masses[j], "share": shares[j], "weight": weights[j]}
                  for j in clusters[chosen]]
         own = [problems[i] for i in chosen]
@@ -287,6 +277,10 @@ def answered(run):
     return any(path.stat().st_size > 100 for path in run.glob("unfinished/round_2-*@*.jsonl"))
 
 
+def rewarded(run):
+    return any(run.glob("unfinished/round_2-rerewards@*.jsonl"))
+
+
 def selected(run):
     return (run / "round_2" / "selection.jsonl").exists()
 
@@ -295,27 +289,21 @@ def stepped(run):
     return (run / "unfinished" / "round_2-step_0000001").exists()
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-@each_script
-def test_killed_in_each_kind_of_phase(whole, tmp_path, script, processes):
-    """While it samples, between two phases, while it trains: the last rerun leaves the same files and counts."""
+@pytest.mark.parametrize("script, processes, places", [
+    ("dast.py", 0, [answered, selected, stepped]), ("dast.py", 2, [answered, stepped]),
+    ("adastar.py", 0, [answered, selected, stepped]), ("adastar.py", 2, [answered, stepped]),
+    ("hs_star.py", 0, [answered, rewarded, selected, stepped]), ("hs_star.py", 2, [rewarded, stepped]),
+    ("sai_dpo.py", 0, [answered, selected, stepped]), ("sai_dpo.py", 2, [answered, stepped])])
+def test_killed_in_each_kind_of_phase(whole, tmp_path, script, processes, places):
+    """While it samples, while it trains, in between: the last rerun leaves the same files and counts."""
     run = before_round(whole(script), tmp_path / "runs" / "one", 2)
     flags = [*SMALL[script], "--name", "one", "--save-minutes", "0"]
-    for there in (answered, selected, stepped):
+    for there in places:
         killed_when(tmp_path, script, flags, there, processes=processes)
         assert not (run / "round_2" / "model").exists()
-    done = launch(tmp_path, script, *flags, processes=processes)
-    assert "training resumes after step 1" in done.stdout
+    assert "training resumes after step 1" in launch(tmp_path, script, *flags, processes=processes).stdout
     assert files(run) == files(whole(script, processes))
     assert counts(run) == counts(whole(script, processes))
-
-
-def test_killed_while_rewards_are_read(whole, tmp_path):
-    run = before_round(whole("hs_star.py"), tmp_path / "runs" / "one", 2)
-    flags = [*SMALL["hs_star.py"], "--name", "one"]
-    killed_when(tmp_path, "hs_star.py", flags, lambda run: [*run.glob("unfinished/round_2-prerewards@*.jsonl")])
-    launch(tmp_path, "hs_star.py", *flags)
-    assert files(run) == files(whole("hs_star.py"))
 
 
 def test_one_of_two_killed_ends_the_other(whole, tmp_path):
@@ -333,7 +321,7 @@ def test_processes_draw_and_decide_the_same_as_one(whole, script, processes):
     """From one and the same model: the same records, and weights to 1e-4."""
     one = whole(script) / "round_2"
     more = whole(script, processes) / "round_2"
-    for name in ROUND_1[script] - {"model", "steps.jsonl", *EVAL, *HELD_OUT}:
+    for name in of_round(script) - {"model", "steps.jsonl", *EVAL, *HELD_OUT}:
         assert (one / name).read_bytes() == (more / name).read_bytes(), name
     first, second = (load_file(folder / "model" / "model.safetensors") for folder in (one, more))
     for name in first:
@@ -345,13 +333,6 @@ def test_ctrl_c_is_one_line(whole, tmp_path):
     flags = [*SMALL["dast.py"], "--name", "one"]
     done = killed_when(tmp_path, "dast.py", flags, answered, how=signal.SIGINT)
     assert "stopped; finished phases are kept, and the same command resumes" in error_of(done, 130)
-
-
-def test_plain_python_and_torchrun_leave_the_same(whole, tmp_path):
-    run = before_round(whole("sai_dpo.py"), tmp_path / "runs" / "one", 2)
-    done = launch(tmp_path, "sai_dpo.py", *SMALL["sai_dpo.py"], "--name", "one", processes=1, torchrun=True)
-    assert done.stdout.count("\nround 2") == 2  # both tables
-    assert files(run) == files(whole("sai_dpo.py"))
 
 
 # What a rerun may change, and what is refused -------------------------------------------------------------------------
@@ -451,14 +432,6 @@ def test_second_program_in_a_folder_is_refused(whole, tmp_path):
     assert "runs/one is in use by process 17 of node; wait for its end, or choose another --name" in line
 
 
-def test_rerun_keeps_the_engine_of_its_folder(whole, tmp_path):
-    run = shutil.copytree(whole("dast.py"), tmp_path / "runs" / "one")
-    about = json.loads((run / "constants.json").read_text())
-    (run / "constants.json").write_text(json.dumps(about | {"engine": "transformers"}))
-    done = launch(tmp_path, "dast.py", *SMALL["dast.py"], "--name", "one")
-    assert "sampler  transformers (as this folder was begun)" in done.stdout
-
-
 # Failures -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, bytes", [("adastar.py", 3_000), ("hs_star.py", 200_000)])
@@ -490,7 +463,6 @@ def test_failed_start_is_no_run(tmp_path):
     shutil.copytree(TOY / "model", tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
     save_file({n: t * math.nan for n, t in weights.items()}, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-    flags = [*SMALL["sai_dpo.py"], "--rounds", "0", "--test-data", ""]
     flags = [*SMALL["hs_star.py"], "--rounds", "0", "--model"]
     assert "is not finite" in error_of(launch(tmp_path, "hs_star.py", *flags, "m", check=False))
     assert "hs_star.py starts in runs/hs_star-0" in launch(tmp_path, "hs_star.py", *flags, TOY / "model").stdout
@@ -537,7 +509,7 @@ def test_models_of_a_bfloat16_base_are_saved_in_float32(tmp_path):
 
 # Arms, prompts and starts ---------------------------------------------------------------------------------------------
 
-LIMITS = {"E": (1, 2), "M": (2, 4), "H": (3, 8), "U": (4, 16)}
+LIMITS = {"E": (1, 2), "M": (2, 4), "H": (3, 6), "U": (4, 8)}
 
 
 def copies_of(selection):
