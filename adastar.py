@@ -25,7 +25,7 @@ iteration to report is chosen on training problems that are held out for it, nev
 import numpy as np
 
 from common import (GROUP, by_problem, count_only, end_round, evaluate, fail, final_table, last_boxed, launch,
-                    load_problems, make_example, make_prompt, prepare, sample, say, show_answers, train,
+                    load_problems, make_example, make_prompt, prepare, report, sample, say, show_answers, train,
                     worked_examples)
 
 # What to run
@@ -214,16 +214,13 @@ def make_examples(tokenizer, selection, by_id, responses):
     return examples
 
 
-def report_selection(run, t, selection, beta, n):
+def report_selection(run, t, selection, beta):
     """How far the walk went and what it gave; where all problems gave less than beta_t, what becomes of that."""
     answers = sum(len(s["chosen"]) for s in selection)
     trained = sum(sum(s["copies"]) for s in selection)
-    values = {"beta": beta, "visited": len(selection), "solved": sum(any(s["outcomes"]) for s in selection),
-              "solved_at_once": sum(s["outcomes"][0] for s in selection), "alpha": selection[0]["alpha"],
-              "committed": sum(s["committed"] for s in selection), "answers": answers, "trained": trained}
-    run.log(t, "select", **values)
-    say("  round {}  select    {visited:>7,} of {:,} visited, {solved:,} solved ({solved_at_once:,} at once), alpha "
-        "{alpha:.2f}, {committed:,} committed; beta {beta:,}, {trained:,} trained on".format(t, n, **values))
+    report(run, t, "select", visited=len(selection), solved=sum(any(s["outcomes"]) for s in selection),
+           solved_at_once=sum(s["outcomes"][0] for s in selection), alpha=selection[0]["alpha"],
+           committed=sum(s["committed"] for s in selection), beta=beta, answers=answers, trained=trained)
     if 0 < answers < beta and not TRAIN_ON_ALL:
         fate = f"repeated to {trained:,}" if trained > answers else "each trained on once"
         say(f"  round {t}  all problems are visited and gave {answers:,} correct answers of {beta:,}: {fate}")
@@ -238,17 +235,15 @@ def best_round(validation, scores):
 
 
 def report_iteration(run, scores, validation):
-    """Print and log the iteration to report."""
+    """Log and print the iteration to report."""
     name = best_round(validation, scores)
     t = int(name.split()[1])
-    values = {"iteration": t, "total_flops": run.metrics[t, "round"]["total_flops"]}
-    text = f"reported: {name}, the {'best on the held-out problems' if validation else 'last'}"
+    values = {"iteration": t, "total_flops": float(run.metrics[t, "round"]["total_flops"])}
     for where, scored in (("held_out", validation), ("test", scores)):
         if scored:
             values[where] = scored[name]["accuracy"]
-            text += f"; {where.replace('_', ' ')} {values[where]:.1%}"
-    run.log(0, "reported", **values)
-    say(f"{text}; {values['total_flops']:.2e} FLOPs")
+    say(f"the {'best on the held-out problems' if validation else 'last'}:")
+    report(run, 0, "reported", **values)
 
 
 def main():
@@ -320,7 +315,7 @@ def main():
         counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is dropped
         count_only(run, t, f"responses_{len(blocks) - 1}", counted)
         selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
-        report_selection(run, t, selection, beta, len(problems))
+        report_selection(run, t, selection, beta)
         show_answers(problems, responses)
 
         # 2. Train(pi_t, D+) (line 14): with a fresh optimizer

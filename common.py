@@ -860,6 +860,30 @@ class Run:
             self.wandb.log({f"{phase}/{name}": value for name, value in values.items()} | {"round": round})
 
 
+def report(run, round, phase, **values):
+    """Log the metrics of a phase and print them, each in a line of its own if they are of several things."""
+    run.log(round, phase, **values)
+    head = f"  round {round}  {phase:<9} "
+    for name, value in values.items():
+        if isinstance(value, dict):
+            say(f"{head}{name:<9} {text_of(value)}")
+    if text_of(values):
+        say(head + text_of(values))
+
+
+def text_of(values):
+    """Numbers and texts with their names, in a line: draws 1,200, correct 0.45."""
+    parts = []
+    for name, value in values.items():
+        if isinstance(value, float):
+            parts.append(f"{name} {value:.3g}")
+        elif isinstance(value, int):
+            parts.append(f"{name} {value:,}")
+        elif isinstance(value, str):
+            parts.append(f"{name} {value}")
+    return ", ".join(parts)
+
+
 def phase(make):
     """Make a function make(run, file, ...) a phase: what is in `file` of the run folder is read, not made again."""
     @functools.wraps(make)
