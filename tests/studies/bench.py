@@ -315,8 +315,8 @@ def switch(shape):
     train = drawing.run.metrics[1, "train"]
     target = "<= 10 s" if common.device().type == "cuda" else "(7B)"
     row("P6", f"{train['save_seconds'] + first:.1f} s", target, f"{shape} on {common.processor()}, from the last step "
-        f"to the first new token: saving {train['save_seconds']:.1f} s, the engine's new weights "
-        f"{log['load_seconds']:.1f} s, its self-test {log['test_seconds']:.1f} s; training {train['seconds']:.1f} s")
+        f"to the first new token: saving {train['save_seconds']:.1f} s, the engine's new weights and their test "
+        f"{log['load_seconds']:.1f} s; training {train['seconds']:.1f} s")
 
 
 # P7: checking ---------------------------------------------------------------------------------------------------------
@@ -675,8 +675,8 @@ def main():
     gpu = common.torch.cuda.is_available()
     shape = arguments.shape or ("1.5b" if gpu else "toy")
     part = 10 if arguments.quick else 1
-    sets = (("math", 512 // part),) if gpu else (("math", 64), ("toy", 640 // part))
-    pairs = (("math", 512 // part),) if gpu else (("math", 32), ("toy", 320 // part))
+    sets = (("math", 512 // part),) if gpu else (("math", 80 // part), ("toy", 640 // part))
+    pairs = (("math", 512 // part),) if gpu else (("math", 40 // part), ("toy", 320 // part))
     other = (arguments.against and arguments.against.resolve(), arguments.flags.split(), arguments.turns)
     needs_gpu = "" if gpu else "a GPU"
     needs_vllm = "" if installed("vllm") else "vLLM"

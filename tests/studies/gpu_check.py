@@ -208,9 +208,9 @@ def engine_figures(metrics):
     """What the engine and its self-test say in the metrics of the phases that loaded a model."""
     figures = []
     for m in metrics:
-        if "test_seconds" in m or "load_seconds" in m:
-            figures.append({"phase": m["phase"], **{name: m[name] for name in m if name in (
-                "start_seconds", "load_seconds", "test_seconds", "tensors_equal") or name.startswith("logprob")}})
+        if "load_seconds" in m:
+            names = [name for name in m if name in ("phase", "load_seconds", "tensors_equal") or "logprob" in name]
+            figures.append({name: m[name] for name in names})
     return figures
 
 
