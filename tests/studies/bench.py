@@ -1,17 +1,17 @@
-"""Speed, by the targets P1 to P10 that this project has set itself: both sides in one run, a warm-up, medians.
+"""Speed, by the targets P1 to P10 that this project has set itself: both sides in one run, medians.
 
-  python tests/studies/bench.py                           every row that this machine can show (half an hour on two cores)
+  python tests/studies/bench.py                           every row that this machine can show (half an hour)
   python tests/studies/bench.py P2 P7                     some rows
-  python tests/studies/bench.py P1 P4 --shape 7b          on a GPU: a random model of Qwen2.5-7B's shape (else 1.5b)
+  python tests/studies/bench.py P1 P4 --shape 7b          on a GPU: a random model of Qwen2.5-7B's shape
   python tests/studies/bench.py profile                   where the seconds of a round of dast.py go
   python tests/studies/bench.py toys walk --against OLD   against another checkout of this project, in turn
 
 The rows print a table, the ratio first (ours against theirs; more is better):
-  P1 P2  SFT in tokens per second against TRL's SFTTrainer and the padded Hugging Face Trainer (on a GPU also MFU)
+  P1 P2  SFT in tokens per second against TRL's SFTTrainer and the padded Hugging Face Trainer (GPU: and MFU)
   P3     DPO in pairs per second against TRL's DPOTrainer, with its reference computed before training
   P4     peak memory of SFT against TRL's (each in a process of its own; a GPU only)
-  P5     answers drawn and checked, in tokens per second, against plain LLM.generate on the same engine (where vLLM is
-         installed), with and without a seed for each, and against transformers.generate in batches of as many
+  P5     answers drawn and checked, in tokens per second, against plain LLM.generate on the same engine (where
+         vLLM is installed), with and without a seed for each, and transformers.generate in batches of as many
   P6     seconds from the last optimizer step to the first new token
   P7     checking, processor seconds, against plain math-verify, on one core and more
   P8     what of a round is neither sampling nor training steps
@@ -85,7 +85,7 @@ def problems_of(data, n):
             for p, q in zip(problems[:n], problems[1:n + 1])]
 
 
-# P1 to P4: training ---------------------------------------------------------------------------------------------------
+# P1 to P4: training -----------------------------------------------------------------------------------------
 
 def ours(what, rows, run, model, turn):
     """Seconds of common.train on rows (prompt, right, wrong), saving left out."""
@@ -96,8 +96,9 @@ def ours(what, rows, run, model, turn):
         completions = [right, wrong] if what == "dpo" else [right]
         examples.append({"id": str(i), "prompt": prompt, "completions": completions, "end": "<|endoftext|>"})
     with quiet():
-        common.train(run, f"round_{turn}/model", str(model), examples, vars(dast)[f"{what}_loss"], lr=1e-5, warmup=0,
-                     epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, decay=False, reference=what == "dpo")
+        common.train(run, f"round_{turn}/model", str(model), examples, vars(dast)[f"{what}_loss"], lr=1e-5,
+                     warmup=0, epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, decay=False,
+                     reference=what == "dpo")
     figures = training_figures(run, turn)
     run.metrics[turn, "train"] |= figures  # for the row
     shutil.rmtree(run.folder / f"round_{turn}")
@@ -105,9 +106,10 @@ def ours(what, rows, run, model, turn):
 
 
 def theirs(way, rows, model, turn):
-    """Seconds of a Trainer on the same rows: "trainer" (padded, SFT), "sft" or "dpo" (TRL's), as they come but for what
-    makes them equal: AdamW, 32 a step, nothing cut, float32 on CPU and bfloat16 compute on a GPU. There TRL packs where
-    flash attention is installed, and saves memory as it does by default; on CPU it keeps its activations."""
+    """Seconds of a Trainer on the same rows: "trainer" (padded, SFT), "sft" or "dpo" (TRL's), as they come
+    but for what makes them equal: AdamW, 32 a step, nothing cut, float32 on CPU and bfloat16 compute on a
+    GPU. There TRL packs where flash attention is installed, and saves memory as it does by default; on CPU it
+    keeps its activations."""
     import datasets
     import torch
     import transformers
@@ -119,9 +121,9 @@ def theirs(way, rows, model, turn):
     network = transformers.AutoModelForCausalLM.from_pretrained(
         model, dtype="float32", attn_implementation="flash_attention_2" if flash else "sdpa")
     plain = dict(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8 if gpu else 32,
-                 gradient_accumulation_steps=4 if gpu else 1, num_train_epochs=1, learning_rate=1e-5, bf16=gpu,
-                 lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0, use_cpu=not gpu,
-                 report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
+                 gradient_accumulation_steps=4 if gpu else 1, num_train_epochs=1, learning_rate=1e-5,
+                 bf16=gpu, lr_scheduler_type="constant", optim="adamw_torch_fused", max_grad_norm=1.0,
+                 use_cpu=not gpu, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
                  gradient_checkpointing=gpu)
     seconds = 0.0
     if way == "trainer":
@@ -145,7 +147,8 @@ def theirs(way, rows, model, turn):
             began = time.time()
             settings = trl.DPOConfig(**plain, max_length=8192, precompute_ref_log_probs=precompute, beta=0.1)
             with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-                trainer = trl.DPOTrainer(network, args=settings, train_dataset=data, processing_class=tokenizer)
+                trainer = trl.DPOTrainer(network, args=settings, train_dataset=data,
+                                         processing_class=tokenizer)
             made.append(time.time() - began)
         seconds = made[1] - made[0]
     began = time.time()
@@ -173,10 +176,12 @@ def training(name, what, others, target, shape, sets):
         log = run.metrics[3, "train"]
         for way in others:
             row(name, f"{medians[way] / medians['ours']:.1f}x", target,
-                f"{shape}, {n} {'pairs' if what == 'dpo' else 'answers'} to {data} problems, {log['tokens']:,} tokens: "
+                f"{shape}, {n} {'pairs' if what == 'dpo' else 'answers'} to {data} problems, "
+                f"{log['tokens']:,} tokens: "
                 f"{NAMES[way]} {medians[way]:.2f} s, ours {medians['ours']:.2f} s")
         if "mfu" in log:
-            row(name, f"{log['mfu']:.0%}", "50-55 %", f"MFU, {log['peak_gib']:.1f} GiB on {common.processor()}")
+            row(name, f"{log['mfu']:.0%}", "50-55 %",
+                f"MFU, {log['peak_gib']:.1f} GiB on {common.processor()}")
 
 
 def peak_of(way, shape):
@@ -194,10 +199,11 @@ def peak_of(way, shape):
 def memory(shape):
     mine = alone(peak_of, "ours", shape)
     other = alone(peak_of, "sft", shape)
-    row("P4", f"{mine / other:.2f}x", "<= 0.7x", f"{shape}: peak memory of SFT {mine:.1f} GiB, TRL {other:.1f} GiB")
+    row("P4", f"{mine / other:.2f}x", "<= 0.7x",
+        f"{shape}: peak memory of SFT {mine:.1f} GiB, TRL {other:.1f} GiB")
 
 
-# P5, P6: sampling -----------------------------------------------------------------------------------------------------
+# P5, P6: sampling -------------------------------------------------------------------------------------------
 
 class Drawing:
     """The same requests to our sampler and to plain generation: 8 answers to each of n toy problems."""
@@ -219,7 +225,8 @@ class Drawing:
         return common.make_prompt(self.tokenizer, self.style, problem, self.shown)
 
     def rate(self, began, tokens):
-        """Seconds for as many tokens as our own first turn drew: answers are random, so their number differs a bit."""
+        """Seconds for as many tokens as our own first turn drew: answers are random, so their number differs
+        a bit."""
         self.tokens = self.tokens or tokens
         return (time.time() - began) * self.tokens / tokens
 
@@ -234,8 +241,9 @@ class Drawing:
         self.run.engine.seeded = seeded
         began = time.time()
         with quiet():
-            answers = common.sample(self.run, f"round_{turn}/seeded_{seeded}.jsonl", self.model, self.problems, 8,
-                                    self.prompt, style=self.style, temperature=0.7, max_new_tokens=96)
+            answers = common.sample(self.run, f"round_{turn}/seeded_{seeded}.jsonl", self.model,
+                                    self.problems, 8, self.prompt, style=self.style, temperature=0.7,
+                                    max_new_tokens=96)
         return self.rate(began, sum(a["tokens"] for a in answers))
 
     def plain_vllm(self, turn, seeded=True):
@@ -292,9 +300,10 @@ def sampling(engine, shots, turns=5):
     for kind, seeds in (("", "with seeds"), ("_unseeded", "without")):
         mine = medians["ours" + kind]
         other = medians["plain" + kind]
-        row("P5", f"{other / mine:.2f}x", ">= 0.97x", f"{what} {seeds}: plain LLM.generate {other:.2f} s, ours "
-            f"{mine:.2f} s")
-    row("", f"{medians['ours_unseeded'] / medians['ours']:.2f}x", "", f"{what}: a seed for each, against none")
+        row("P5", f"{other / mine:.2f}x", ">= 0.97x",
+            f"{what} {seeds}: plain LLM.generate {other:.2f} s, ours {mine:.2f} s")
+    row("", f"{medians['ours_unseeded'] / medians['ours']:.2f}x", "",
+        f"{what}: a seed for each, against none")
 
 
 def switch(shape):
@@ -303,10 +312,11 @@ def switch(shape):
     import dast
     drawing = Drawing("vllm", 0, 8, model_of(shape))
     drawing.ours(0)
-    examples = [common.make_example(drawing.tokenizer, "zero_shot", p, p["solution"]) for p in drawing.problems]
+    examples = [common.make_example(drawing.tokenizer, "zero_shot", p, p["solution"])
+                for p in drawing.problems]
     with quiet():
-        new = common.train(drawing.run, "round_1/model", drawing.model, examples, dast.sft_loss, lr=1e-5, warmup=0,
-                           epochs=1, batch_size=8, weight_decay=0.0, clip=1.0)
+        new = common.train(drawing.run, "round_1/model", drawing.model, examples, dast.sft_loss, lr=1e-5,
+                           warmup=0, epochs=1, batch_size=8, weight_decay=0.0, clip=1.0)
         trained = time.time()
         common.sample(drawing.run, "round_1/first.jsonl", new, drawing.problems[:1], 1, drawing.prompt,
                       style="zero_shot", temperature=0.7, max_new_tokens=1)
@@ -314,12 +324,12 @@ def switch(shape):
     log = drawing.run.metrics[1, "first"]
     train = drawing.run.metrics[1, "train"]
     target = "<= 10 s" if common.device().type == "cuda" else "(7B)"
-    row("P6", f"{train['save_seconds'] + first:.1f} s", target, f"{shape} on {common.processor()}, from the last step "
-        f"to the first new token: saving {train['save_seconds']:.1f} s, the engine's new weights and their test "
-        f"{log['load_seconds']:.1f} s; training {train['seconds']:.1f} s")
+    row("P6", f"{train['save_seconds'] + first:.1f} s", target, f"{shape} on {common.processor()}, from the "
+        f"last step to the first new token: saving {train['save_seconds']:.1f} s, the engine's new weights "
+        f"and their test {log['load_seconds']:.1f} s; training {train['seconds']:.1f} s")
 
 
-# P7: checking ---------------------------------------------------------------------------------------------------------
+# P7: checking -----------------------------------------------------------------------------------------------
 
 def responses(n):
     """{what it is: [(problem, text)]}."""
@@ -329,7 +339,8 @@ def responses(n):
     for case in lines(SHARED / "graders" / "cases.jsonl"):
         if "Qwen2.5-Math" in case["source"]:
             outputs.append(({"id": case["id"], "answer": case["gold"]}, case["response_or_answer"]))
-    return {"model outputs": outputs, "wrong answers": [(p, q["solution"]) for p, q in zip(problems, problems[1:])],
+    wrong = [(p, q["solution"]) for p, q in zip(problems, problems[1:])]
+    return {"model outputs": outputs, "wrong answers": wrong,
             "reference solutions": [(p, p["solution"]) for p in problems]}
 
 
@@ -356,7 +367,8 @@ def by_checker(pairs, workers=1):
 
 
 def checking(n=2000):
-    """MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model outputs."""
+    """MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model
+    outputs."""
     cases = responses(n)
     for what, pairs in cases.items():
         totals = [0.0, 0.0]
@@ -366,8 +378,10 @@ def checking(n=2000):
                 found[i], seconds, _ = alone(way, pairs)
                 totals[i] += seconds / 3
         plain, mine = found
-        row("P7", f"{totals[0] / totals[1]:.1f}x", ">= 2x", f"{len(pairs):,} {what}: math-verify {totals[0]:.2f} "
-            f"processor seconds, ours {totals[1]:.2f}; {sum(p != o for p, o in zip(plain, mine))} verdicts differ")
+        row("P7", f"{totals[0] / totals[1]:.1f}x", ">= 2x", f"{len(pairs):,} {what}: math-verify "
+            f"{totals[0]:.2f} "
+            f"processor seconds, ours {totals[1]:.2f}; {sum(p != o for p, o in zip(plain, mine))} verdicts "
+            "differ")
         for (problem, _), p, o in zip(pairs, plain, mine):
             if p != o:
                 print(f"       {problem['id']}: math-verify {p}, ours {o}, gold {problem['answer']!r}")
@@ -379,17 +393,18 @@ def checking(n=2000):
         began = time.time()
         pool.map(plainly, [pairs] * cores)
         machine = cores * one / (time.time() - began)
-    row("P7", f"{walls[0] / walls[1]:.1f}x", "", f"{cores} workers against one, wall time; separate processes of plain "
+    row("P7", f"{walls[0] / walls[1]:.1f}x", "",
+        f"{cores} workers against one, wall time; separate processes of plain "
         f"math-verify get {machine:.1f}x from this machine's {cores} cores")
 
 
-# P8: the rest of a round; P9: decisions; P10: scale-out ---------------------------------------------------------------
+# P8: the rest of a round; P9: decisions; P10: scale-out -----------------------------------------------------
 
 def round_of(folder, script, *flags, processes=1):
     """A real run of a script in a folder, by torchrun; its metrics."""
     (folder / "tests").symlink_to(ROOT / "tests")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-               str(ROOT / script), "--toy", "--name", "r", *map(str, flags)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               str(processes), str(ROOT / script), "--toy", "--name", "r", *map(str, flags)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
@@ -407,8 +422,8 @@ def remainder(shape):
     saving = sum(m["save_seconds"] for m in trained)
     steps = sum(m["seconds"] for m in trained) - saving
     row("P8", f"{1 - (drawn + steps) / whole:.1%}", "<= 5 %" if shape in ("1.5b", "7b") else "(1.5B)",
-        f"{shape}: of {whole:.1f} s of two rounds of dast.py sampling with checking {drawn:.1f} s, training steps "
-        f"{steps:.1f} s, saving {saving:.1f} s, the rest {whole - steps - saving - drawn:.1f} s")
+        f"{shape}: of {whole:.1f} s of two rounds of dast.py sampling with checking {drawn:.1f} s, training "
+        f"steps {steps:.1f} s, saving {saving:.1f} s, the rest {whole - steps - saving - drawn:.1f} s")
 
 
 def decisions(n=1_000_000):
@@ -416,8 +431,9 @@ def decisions(n=1_000_000):
     for method in selection.METHODS:
         quarter, _, _ = alone(selection.measure, method, n // 4)
         seconds, data, added = alone(selection.measure, method, n)
-        row("P9", f"{seconds:.1f} s", "<= 10 s", f"{method}: {n:,} problems decided, {seconds / quarter:.1f} times "
-            f"as long as a quarter of them; {added:.2f} GiB (<= 2) beside {data:.1f} of records and libraries")
+        row("P9", f"{seconds:.1f} s", "<= 10 s", f"{method}: {n:,} problems decided, {seconds / quarter:.1f} "
+            f"times as long as a quarter of them; {added:.2f} GiB (<= 2) beside {data:.1f} of records and "
+            "libraries")
 
 
 def scale_out():
@@ -436,14 +452,16 @@ def scale_out():
         for name in ("probe.jsonl", "eval_base.json"):
             same = same and (rounds[1] / name).read_bytes() == (rounds[processes] / name).read_bytes()
         apart = max(float((many[name] - one[name]).norm() / one[name].norm()) for name in one)
-        row("P10", "same" if same else "DIFFER", "same", f"answers and scores of {processes} processes and of "
+        row("P10", "same" if same else "DIFFER", "same",
+            f"answers and scores of {processes} processes and of "
             f"one; weights trained from them differ by {apart:.0e} (1e-4)")
 
 
-# Against another checkout ---------------------------------------------------------------------------------------------
+# Against another checkout -----------------------------------------------------------------------------------
 
 def watch(command, folder):
-    """Run a command: its [(time, processor seconds of it and all that descends from it)], ten times a second."""
+    """Run a command: its [(time, processor seconds of it and all that descends from it)], ten times a
+    second."""
     with open(folder / "output.txt", "w") as out:
         running = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
     seconds = {}
@@ -499,14 +517,14 @@ def toys(against, flags, turns):
         wall, wall_before = np.median(walls, 0)
         cpu, cpu_before = np.median(processor, 0)
         accuracy, accuracy_before = [final_accuracy(run) for run, _ in runs[0]]
-        row("toys", f"{wall_before / wall:.2f}x", "", f"{script}: {wall:.1f} s, there {wall_before:.1f} s; of the "
-            f"processor {cpu:.1f} s, there {cpu_before:.1f} s ({cpu_before / cpu:.2f}x); in the end {accuracy:.1%}, "
-            f"there {accuracy_before:.1%}")
+        row("toys", f"{wall_before / wall:.2f}x", "", f"{script}: {wall:.1f} s, there {wall_before:.1f} s; "
+            f"of the processor {cpu:.1f} s, there {cpu_before:.1f} s ({cpu_before / cpu:.2f}x); in the end "
+            f"{accuracy:.1%}, there {accuracy_before:.1%}")
 
 
 def walk_of(run, series):
-    """Sums over a run's walks: draws that count, all draws, their tokens, phases, seconds, core-seconds that were not
-    used while sampling, and those of them behind the last moment at which all cores were busy."""
+    """Sums over a run's walks: draws that count, all draws, their tokens, phases, seconds, core-seconds that
+    were not used while sampling, and those of them behind the last moment at which all cores were busy."""
     cores = os.cpu_count()
     times, processor = series.T
     busy = np.diff(processor) / np.diff(times) > cores - 0.5
@@ -521,8 +539,8 @@ def walk_of(run, series):
         last_busy = max(times[1:][busy & (times[1:] < end)], default=begin)
         last_busy = max(last_busy, begin)
         used_at_end = np.diff(np.interp([last_busy, end], times, processor))[0]
-        values = dict(draws=m["draws"], spent_draws=m["spent_draws"], spent_tokens=m["spent_tokens"], phases=1,
-                      seconds=m["seconds"], unused=cores * m["seconds"] - used,
+        values = dict(draws=m["draws"], spent_draws=m["spent_draws"], spent_tokens=m["spent_tokens"],
+                      phases=1, seconds=m["seconds"], unused=cores * m["seconds"] - used,
                       at_ends=cores * (end - last_busy) - used_at_end)
         for what, value in values.items():
             sums[what] += value
@@ -530,24 +548,26 @@ def walk_of(run, series):
 
 
 def walks(against, flags, turns):
-    """What AdaSTaR's walk in blocks costs against the walk of another checkout. (Where others use the cores, what they
-    take counts as not used.)"""
+    """What AdaSTaR's walk in blocks costs against the walk of another checkout. (Where others use the cores,
+    what they take counts as not used.)"""
     both = [[], []]
     for pair in paired("adastar.py", against, flags, turns):
         for of_checkout, (run, series) in zip(both, pair):
             of_checkout.append(walk_of(run, series))
     medians = []
     for of_checkout in both:
-        medians.append({what: float(np.median([sums[what] for sums in of_checkout])) for what in of_checkout[0]})
+        medians.append({what: float(np.median([sums[what] for sums in of_checkout]))
+                        for what in of_checkout[0]})
     ours, theirs = medians
     for name, found in (("ours", ours), ("theirs", theirs)):
         row("walk", f"{theirs['seconds'] / found['seconds']:.2f}x", "",
-            f"{name}: {found['draws']:,.0f} draws count of {found['spent_draws']:,.0f}, {found['spent_tokens']:,.0f} "
+            f"{name}: {found['draws']:,.0f} draws count of {found['spent_draws']:,.0f}, "
+            f"{found['spent_tokens']:,.0f} "
             f"tokens in all, {found['phases']:.0f} phases in {found['seconds']:.1f} s; core-seconds not used "
             f"{found['unused']:.1f}, at the ends of phases {found['at_ends']:.1f}")
 
 
-# Where the time goes --------------------------------------------------------------------------------------------------
+# Where the time goes ----------------------------------------------------------------------------------------
 
 def profile_of(shape):
     """The five largest items of rounds 0 and 1 of dast.py, by operation, on one core."""
@@ -569,11 +589,12 @@ def profile_of(shape):
     operations = sum(e.self_cpu_time_total for e in rows) / 1e6
     print(f"{shape}: rounds 0 and 1 of dast.py, one core, {operations:.1f} s in torch's operations")
     for event in rows[:5]:
-        print(f"  {event.self_cpu_time_total / 1e6:6.1f} s  {event.self_cpu_time_total / 1e6 / operations:4.0%}  "
+        print(f"  {event.self_cpu_time_total / 1e6:6.1f} s  "
+              f"{event.self_cpu_time_total / 1e6 / operations:4.0%}  "
               f"{event.count:8,} x {event.key}", flush=True)
 
 
-# More -----------------------------------------------------------------------------------------------------------------
+# More -------------------------------------------------------------------------------------------------------
 
 def padded_loop(prm, model, pairs):
     """Rewards of each step as a plain Hugging Face program finds them."""
@@ -581,7 +602,8 @@ def padded_loop(prm, model, pairs):
     found = []
     for at in range(0, len(pairs), 4):
         rows = [prm.encode(problem, text) for problem, text in pairs[at:at + 4]]
-        batch = prm.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, padding_side="right", return_tensors="pt")
+        batch = prm.tokenizer.pad({"input_ids": [ids for ids, _ in rows]}, padding_side="right",
+                                  return_tensors="pt")
         with torch.inference_mode():
             rewards = prm.head(model(**batch).last_hidden_state)[..., -1]
         found += [rewards[i, places].tolist() for i, (_, places) in enumerate(rows)]
@@ -589,7 +611,8 @@ def padded_loop(prm, model, pairs):
 
 
 def rewards(turns=5):
-    """The toy's reward model reads 1,600 answers that the toy draws, the toy's solutions and 300 of MATH's."""
+    """The toy's reward model reads 1,600 answers that the toy draws, the toy's solutions and 300 of
+    MATH's."""
     import common
     import hs_star
     from transformers import AutoModel
@@ -602,8 +625,8 @@ def rewards(turns=5):
         return common.make_prompt(tokenizer, "zero_shot", problem)
 
     with quiet():
-        drawn = common.sample(run, "round_0/draw.jsonl", str(TOY / "model"), toy[:200], 8, prompt, style="zero_shot",
-                              temperature=0.7, max_new_tokens=96)
+        drawn = common.sample(run, "round_0/draw.jsonl", str(TOY / "model"), toy[:200], 8, prompt,
+                              style="zero_shot", temperature=0.7, max_new_tokens=96)
     prm = hs_star.RewardModel(str(TOY / "prm"))
     plain = AutoModel.from_pretrained(TOY / "prm").eval()
     by_id = {p["id"]: p for p in math + toy}
@@ -617,7 +640,8 @@ def rewards(turns=5):
         def ours(turn):
             began = time.time()
             with quiet():
-                records = hs_star.step_rewards(run, f"round_{turn}/{what.split()[0]}.jsonl", prm, math + toy, read)
+                records = hs_star.step_rewards(run, f"round_{turn}/{what.split()[0]}.jsonl", prm, math + toy,
+                                               read)
             found["ours"] = [record["step_rewards"] for record in records]
             return time.time() - began
 
@@ -630,8 +654,9 @@ def rewards(turns=5):
         off = 0.0
         for mine, other in zip(found["ours"], found["theirs"], strict=True):
             off = max(off, float(np.abs(np.subtract(mine, other)).max(initial=0.0)))
-        row("", f"{medians['theirs'] / medians['ours']:.1f}x", "", f"{len(pairs):,} {what}: rewards of steps in padded "
-            f"batches of 4 {medians['theirs']:.2f} s, packed {medians['ours']:.2f} s; they differ by {off:.1g}")
+        row("", f"{medians['theirs'] / medians['ours']:.1f}x", "", f"{len(pairs):,} {what}: rewards of steps "
+            f"in padded batches of 4 {medians['theirs']:.2f} s, packed {medians['ours']:.2f} s; they differ "
+            f"by {off:.1g}")
 
 
 def clusters(n=400_000):
@@ -663,10 +688,12 @@ def clusters(n=400_000):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", help="as above; none: P1 to P10")
     parser.add_argument("--shape", choices=("toy", "0.1b", "1.5b", "7b"), help="1.5b on a GPU, else toy")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the problems: to see that a row runs")
+    parser.add_argument("--quick", action="store_true",
+                        help="a tenth of the problems: to see that a row runs")
     parser.add_argument("--against", type=Path, help="toys, walk: the other checkout")
     parser.add_argument("--turns", type=int, default=2, help="toys, walk: pairs of runs [2]")
     parser.add_argument("--flags", default="", help="toys, walk: more flags of both, in one string")
@@ -679,6 +706,7 @@ def main():
     pairs = (("math", 512 // part),) if gpu else (("math", 40 // part), ("toy", 320 // part))
     other = (arguments.against and arguments.against.resolve(), arguments.flags.split(), arguments.turns)
     needs_gpu = "" if gpu else "a GPU"
+    needs_cpu = "a CPU" if gpu else ""
     needs_vllm = "" if installed("vllm") else "vLLM"
     needs_other = "" if arguments.against else "--against FOLDER"
 
@@ -695,7 +723,7 @@ def main():
 
     rows = {  # name: (what it needs, if that is not here; what to do)
         "P1": (needs_gpu, lambda: training("P1", "sft", ("sft", "trainer"), ">= 1.3x", shape, sets)),
-        "P2": ("a CPU" if gpu else "", lambda: training("P2", "sft", ("trainer", "sft"), ">= 2x", shape, sets)),
+        "P2": (needs_cpu, lambda: training("P2", "sft", ("trainer", "sft"), ">= 2x", shape, sets)),
         "P3": ("", lambda: training("P3", "dpo", ("dpo",), ">= 1.5x", shape, pairs)),
         "P4": (needs_gpu, lambda: memory(shape)),
         "P5": ("", sampling_rows),

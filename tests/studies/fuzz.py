@@ -16,32 +16,45 @@ import eval  # noqa: E402
 import sai_dpo  # noqa: E402
 
 PIECES = [  # what graders are known to trip over; {} is filled with other texts
-    "\\boxed{{{}}}", "\\boxed{{", "{}}}", "\\frac{{{}}}{{{}}}", "\\dfrac{}{}", "\\sqrt[{}]{{{}}}", "{}^{{{}}}",
+    "\\boxed{{{}}}", "\\boxed{{", "{}}}", "\\frac{{{}}}{{{}}}", "\\dfrac{}{}", "\\sqrt[{}]{{{}}}",
+    "{}^{{{}}}",
     "{}_{{{}}}", "\\left({}\\right)", "\\left[{},{}\\right)", "\\{{{},{}\\}}", "({},{},{})",
-    "\\begin{{pmatrix}}{}&{}\\\\{}&{}\\end{{pmatrix}}", "\\begin{{cases}}{}\\end{{cases}}", "\\sum_{{k={}}}^{{{}}} {}",
-    "\\prod_{{n={}}}^{{{}}} {}", "\\int_{{{}}}^{{{}}} {} dx", "\\lim_{{x \\to {}}} {}", "\\log_{{{}}} {}", "{}!",
+    "\\begin{{pmatrix}}{}&{}\\\\{}&{}\\end{{pmatrix}}", "\\begin{{cases}}{}\\end{{cases}}",
+    "\\sum_{{k={}}}^{{{}}} {}",
+    "\\prod_{{n={}}}^{{{}}} {}", "\\int_{{{}}}^{{{}}} {} dx", "\\lim_{{x \\to {}}} {}",
+    "\\log_{{{}}} {}", "{}!",
     "{}!!", "\\binom{{{}}}{{{}}}", "\\text{{{}}}", "\\mbox{{{}}}", "|{}|", "\\lfloor {} \\rfloor", "{} = {}",
     "{} < {} \\le {}", "{} \\cup {}", "{} \\in {}", "\\pm {}", "{} \\pmod{{{}}}", "{} \\%", "\\mathrm{{{}}}",
     "\\overline{{{}}}", "\\operatorname{{{}}}({})", "the answer is {}.", "#### {}", "A: {}", "**{}**", "${}$",
-    "\\[{}\\]", "<think>{}</think>{}", "{}\n\n{}", "{} or {}", "not {}", "{},{}", "{} {}", "{}{}", "-{}", "{}+{}",
+    "\\[{}\\]", "<think>{}</think>{}", "{}\n\n{}", "{} or {}", "not {}", "{},{}", "{} {}",
+    "{}{}", "-{}", "{}+{}",
     "{}\\cdot {}", "{}/{}"]
-ATOMS = [
-    "0", "1", "2", "-7", "18", "0.5", ".5", "1e400", "1e-9", "99999999999999999999", "10^{10^{10}}", "9" * 400,
-    "3.14159", "50\\%", "x", "y", "n", "\\pi", "e", "i", "\\infty", "-\\infty", "\\emptyset", "\\mathbb{R}", "A",
-    "(B)", "C.", "yes", "no", "True", "\\theta", "\\alpha", "x^2+1", "\\sin x", "5\\text{ cm}", "12:30", "\\$5",
-    "1,000", "1\\,000", "٣", "½", "²", "∞", "１２", "\u200b", "\u0000", "\u001b[31m", "�", "{", "}", "\\", "$", "&", "%",
-    "#", "^", "_", "~", "\\\\", "\\left(", "\\right]", "\\end{", "\n", "__import__('os').system('touch pwned')",
-    "().__class__.__bases__[0].__subclasses__()", "open('pwned','w').write('x')", "exec(\"open('pwned','w')\")",
-    "eval(2**2**2**99)", "lambda: 0", "os.system", "S(1)/0", "Symbol('x')", "subprocess.run('id')", "{{7*7}}",
-    "${jndi:ldap://x}", "%s%n", "<script>", "'; DROP TABLE", "zoo", "nan", "oo", "E", "Q", "gamma", "yotta",
-    "N(9**9**9)"]
-TEXTS = st.recursive(
-    st.one_of(st.sampled_from(ATOMS), st.integers(-10**6, 10**6).map(str), st.text(max_size=8),
-              st.decimals(allow_nan=False, places=3, min_value=-9999, max_value=9999).map(str)),
-    lambda inner: st.one_of(
-        st.tuples(st.sampled_from(PIECES), st.lists(inner, min_size=4, max_size=4)).map(lambda p: p[0].format(*p[1])),
-        st.tuples(inner, st.integers(2, 40)).map(lambda p: p[0][:200] * p[1])), max_leaves=12)
-CASES = st.lists(st.tuples(TEXTS, TEXTS, st.sampled_from(["math", "math", "math", "choice", "label", "yesno"])),
+ATOMS = ["0", "1", "2", "-7", "18", "0.5", ".5", "1e400", "1e-9", "99999999999999999999", "10^{10^{10}}",
+         "9" * 400, "3.14159", "50\\%", "x", "y", "n", "\\pi", "e", "i", "\\infty", "-\\infty", "\\emptyset",
+         "\\mathbb{R}", "A", "(B)", "C.", "yes", "no", "True", "\\theta", "\\alpha", "x^2+1", "\\sin x",
+         "5\\text{ cm}", "12:30", "\\$5", "1,000", "1\\,000", "٣", "½", "²", "∞", "１２", "\u200b", "\u0000",
+         "\u001b[31m", "�", "{", "}", "\\", "$", "&", "%", "#", "^", "_", "~", "\\\\", "\\left(", "\\right]",
+         "\\end{", "\n", "__import__('os').system('touch pwned')",
+         "().__class__.__bases__[0].__subclasses__()", "open('pwned','w').write('x')",
+         "exec(\"open('pwned','w')\")", "eval(2**2**2**99)", "lambda: 0", "os.system", "S(1)/0",
+         "Symbol('x')", "subprocess.run('id')", "{{7*7}}", "${jndi:ldap://x}", "%s%n", "<script>",
+         "'; DROP TABLE", "zoo", "nan", "oo", "E", "Q", "gamma", "yotta", "N(9**9**9)"]
+ATOM = st.one_of(
+    st.sampled_from(ATOMS), st.integers(-10**6, 10**6).map(str), st.text(max_size=8),
+    st.decimals(allow_nan=False, places=3, min_value=-9999, max_value=9999).map(str))
+
+
+def bigger(inner):
+    """Texts made of other texts: one of PIECES with four of them, or one over and over."""
+    filled = st.tuples(st.sampled_from(PIECES), st.lists(inner, min_size=4, max_size=4))
+    repeated = st.tuples(inner, st.integers(2, 40))
+    return st.one_of(filled.map(lambda pair: pair[0].format(*pair[1])),
+                     repeated.map(lambda pair: pair[0][:200] * pair[1]))
+
+
+TEXTS = st.recursive(ATOM, bigger, max_leaves=12)
+KINDS = st.sampled_from(["math", "math", "math", "choice", "label", "yesno"])
+CASES = st.lists(st.tuples(TEXTS, TEXTS, KINDS),
                  min_size=20, max_size=20)  # so many are checked side by side
 
 
@@ -54,8 +67,9 @@ def children_of(pid):
 
 
 def fuzz(examples, derandomize=False):
-    """Check 20 pairs of texts `examples` times: {executions, verdicts by reason, the slowest of what the main process
-    does itself, in seconds, files and processes left over, and those called right that are not the same text}."""
+    """Check 20 pairs of texts `examples` times: {executions, verdicts by reason, the slowest of what the main
+    process does itself, in seconds, files and processes left over, and those called right that are not the
+    same text}."""
     others = set(children_of(os.getpid()))
     checker = common.Checker(2)
     reasons = Counter()
@@ -65,7 +79,8 @@ def fuzz(examples, derandomize=False):
 
     def timed(what, function, *arguments):
         seconds = []
-        while not seconds or seconds[-1] > 0.05 and len(seconds) < 3:  # not a pause of Python's garbage collector
+        # once more where it may have been a pause of Python's garbage collector
+        while not seconds or seconds[-1] > 0.05 and len(seconds) < 3:
             began = time.thread_time()
             result = function(*arguments)
             seconds.append(time.thread_time() - began)
@@ -90,7 +105,8 @@ def fuzz(examples, derandomize=False):
             began = time.time()
             correct, reason = verdict.result(120)
             slowest["wait"] = max(slowest["wait"], time.time() - began)
-            assert reason in ("equal", "different", "no_answer", *common.NO_VERDICT) and correct == (reason == "equal")
+            assert reason in ("equal", "different", "no_answer",
+                              *common.NO_VERDICT) and correct == (reason == "equal")
             reasons[reason] += 1
             if correct and kind == "math" and gold.strip() != text.strip():
                 right.add((gold, text))
@@ -104,8 +120,9 @@ def fuzz(examples, derandomize=False):
     started = []
     for worker in set(children_of(os.getpid())) - others:
         started += children_of(worker)
-    return {"executions": sum(reasons.values()), "reasons": dict(reasons), "slowest": dict(slowest), "alive": alive,
-            "files": left, "processes": started, "right": sorted(right, key=lambda pair: len(pair[0] + pair[1]))}
+    return {"executions": sum(reasons.values()), "reasons": dict(reasons), "slowest": dict(slowest),
+            "alive": alive, "files": left, "processes": started, "right": sorted(right, key=lambda pair: len(
+        pair[0] + pair[1]))}
 
 
 if __name__ == "__main__":

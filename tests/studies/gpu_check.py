@@ -1,4 +1,4 @@
-"""Everything that needs a GPU to be checked, in three commands of under ten minutes on a machine with one GPU:
+"""Everything that needs a GPU to be checked, in three commands of under ten minutes on a machine with one:
 
   python tests/studies/gpu_check.py --only machine,attention,step,rewards,updates
   python tests/studies/gpu_check.py --only toy_dast,toy_adastar,toy_hs_star,toy_sai_dpo
@@ -8,11 +8,11 @@ and on a GPU of 141 GB also --only train_7b,switch_7b. More flags:
 
   --bundle vllm.tar.xz   where there is no network: an archive of packages to unpack and put on the path first
   --smollm2 FOLDER       what tests/studies/real_model.py has made (for smollm2, which is left out without it)
-  --cpu                  how far the checks themselves go without a GPU (by vLLM's CPU build where it is installed)
+  --cpu                  how far the checks themselves go without a GPU (by vLLM's CPU build)
 
-Each check is a process of its own with a time limit, so that one that fails does not hide the others. Prints a line and
-writes gpu_check/report.json after each ($OUT/report.json where $OUT is set); what passed checks said goes to passed.log,
-what others said to a file of their own. Status 0 if all passed.
+Each check is a process of its own with a time limit, so that one that fails does not hide the others. Prints
+a line and writes gpu_check/report.json after each ($OUT/report.json where $OUT is set); what passed checks
+said goes to passed.log, what others said to a file of their own. Status 0 if all passed.
 """
 import argparse
 import json
@@ -46,7 +46,8 @@ def machine():
     import torch
     import transformers
     import common  # on a CPU vLLM cannot be imported before it has seen to torchvision
-    found = {"gpu": None, "processor": common.processor(), "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0],
+    found = {"gpu": None, "processor": common.processor(), "torch": torch.__version__,
+             "cuda": torch.version.cuda, "python": sys.version.split()[0],
              "transformers": transformers.__version__, "math-verify": version("math-verify")}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -106,7 +107,8 @@ def random_pairs(rng):
 
 
 def step():
-    """Loss and gradient of the SFT and the DPO loss on a packed batch, against transformers in float64 on CPU."""
+    """Loss and gradient of the SFT and the DPO loss on a packed batch, against transformers in float64 on
+    CPU."""
     import common
     import dast
     import torch
@@ -146,15 +148,16 @@ def step():
             distance += float((mine[parameter] - tensor.grad).square().sum())
             norm += float(tensor.grad.square().sum())
         found[name] = {"loss": float(total.detach()) / weight, "float64": float(expected.detach()) / weight,
-                       "first_loss": float(first.detach()) / weight, "gradient_error": math.sqrt(distance / norm)}
+                       "first_loss": float(first.detach()) / weight,
+                       "gradient_error": math.sqrt(distance / norm)}
         error = abs(found[name]["loss"] / found[name]["float64"] - 1)
         passed = passed and error < loss_bound and found[name]["gradient_error"] < gradient_bound
     return found | {"passed": passed and abs(found["dpo"]["first_loss"] - math.log(2)) < 1e-6}
 
 
 def rewards():
-    """The toy's reward model, packed in the GPU's precision, and embeddings (of the toy model), padded in float32,
-    against float64 on CPU, answer by answer and text by text."""
+    """The toy's reward model, packed in the GPU's precision, and embeddings (of the toy model), padded in
+    float32, against float64 on CPU, answer by answer and text by text."""
     import common
     import hs_star
     import sai_dpo
@@ -177,7 +180,8 @@ def rewards():
         with torch.inference_mode():
             exact = head(body(torch.tensor([ids])).last_hidden_state[0, places])[:, -1].tolist()
         errors += [abs(a - b) for a, b in zip(steps, exact, strict=True)]
-    encoder = AutoModel.from_pretrained(TOY / "model", dtype=torch.float64, attn_implementation="eager").eval()
+    encoder = AutoModel.from_pretrained(TOY / "model", dtype=torch.float64,
+                                        attn_implementation="eager").eval()
     tokenizer = common.load_tokenizer(str(TOY / "model"), "")
     vectors = torch.from_numpy(sai_dpo.embed(str(TOY / "model"), [p["problem"] for p in problems])).double()
     far = 0.0
@@ -209,13 +213,15 @@ def engine_figures(metrics):
     figures = []
     for m in metrics:
         if "load_seconds" in m:
-            names = [name for name in m if name in ("phase", "load_seconds", "tensors_equal") or "logprob" in name]
+            names = [name for name in m if name in ("phase", "load_seconds", "tensors_equal")
+                     or "logprob" in name]
             figures.append({name: m[name] for name in names})
     return figures
 
 
 def updates():
-    """The toy through real vLLM: sleep, new weights, the self-test, and three forgotten updates that must be caught."""
+    """The toy through real vLLM: sleep, new weights, the self-test, and three forgotten updates that must be
+    caught."""
     folder = Path(tempfile.mkdtemp())
     status, said, seconds = run_script(folder, ROOT / "tests" / "studies" / "updates.py", TOY / "model")
     results = [line[7:] for line in said.splitlines() if line.startswith("RESULT ")]
@@ -226,7 +232,8 @@ def updates():
     asleep = [m["asleep_gib"] for m in metrics if "asleep_gib" in m]
     alike = result["same_as_transformers"] == 1 or on_gpu()  # in bfloat16 a token may differ
     passed = result["caught"] == [1, 1, 1] and result["only_nine"] and alike and max(asleep, default=0) < 8
-    return {"passed": passed, **result, "asleep_gib": asleep, "seconds": seconds, "engine": engine_figures(metrics)}
+    return {"passed": passed, **result, "asleep_gib": asleep, "seconds": seconds,
+            "engine": engine_figures(metrics)}
 
 
 def toy(script, *flags):
@@ -255,8 +262,9 @@ def too_small(shape):
 
 
 def train_shape(shape, cases):
-    """Three steps of training by common.train at a shape: tokens per second, MFU, peak memory. On answers (pairs) of 200
-    to 1,000 random tokens, all states in float32. cases: (loss, tokens of a micro-batch, RECOMPUTE)."""
+    """Three steps of training by common.train at a shape: tokens per second, MFU, peak memory. On answers
+    (pairs) of 200 to 1,000 random tokens, all states in float32. cases: (loss, tokens of a micro-batch,
+    RECOMPUTE)."""
     import common
     import dast
     import numpy as np
@@ -273,32 +281,36 @@ def train_shape(shape, cases):
         for i in range(96):
             sizes = rng.integers(200, 1000, 2 if loss == "dpo" else 1)
             completions = ["".join(rng.choice(letters, size)) for size in sizes]
-            examples.append({"id": str(i), "prompt": "Question: ", "end": "<|endoftext|>", "completions": completions})
+            examples.append({"id": str(i), "prompt": "Question: ", "end": "<|endoftext|>",
+                             "completions": completions})
         run.constants |= {"MAX_TOKENS": max_tokens, "RECOMPUTE": recompute}
         (run.folder / "max_tokens_1.json").unlink(missing_ok=True)
         if on_gpu():
             torch.cuda.reset_peak_memory_stats()
-        common.train(run, f"round_{number}/model", str(folder), examples, vars(dast)[f"{loss}_loss"], lr=1e-5, warmup=0,
-                     epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, reference=loss == "dpo")
-        found[f"{loss}, {max_tokens} tokens{', recomputed' if recompute else ''}"] = training_figures(run, number)
+        common.train(run, f"round_{number}/model", str(folder), examples, vars(dast)[f"{loss}_loss"], lr=1e-5,
+                     warmup=0, epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, reference=loss == "dpo")
+        found[f"{loss}, {max_tokens} tokens{', recomputed' if recompute else ''}"] = training_figures(run,
+                                                                                                      number)
         shutil.rmtree(run.folder / f"round_{number}")
         print(json.dumps(found), file=sys.stderr)
     return found | {"passed": all(np.isfinite(of_case["loss"]) for of_case in found.values())}
 
 
 def switch_shape(shape):
-    """`bench.py P6`: seconds from the last optimizer step to the first new token, the engine's weights proven."""
+    """`bench.py P6`: seconds from the last optimizer step to the first new token, the engine's weights
+    proven."""
     if too_small(shape):
         return {"passed": True, "left_out": "this GPU is too small"}
     bench = ROOT / "tests" / "studies" / "bench.py"
-    done = subprocess.run([sys.executable, str(bench), "P6", "--shape", shape], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(bench), "P6", "--shape", shape], capture_output=True,
+                          text=True)
     print(done.stdout, done.stderr, file=sys.stderr)
-    return {"passed": done.returncode == 0 and "open" not in done.stdout, "row": done.stdout.splitlines()[-1:]}
+    return {"passed": done.returncode == 0 and "open" not in done.stdout,
+            "row": done.stdout.splitlines()[-1:]}
 
 
 def kept_in_bfloat16(before, after):
     """The share of an update's norm that is left if both models are rounded to bfloat16."""
-    import torch
     from safetensors.torch import load_file
     start = load_file(Path(before) / "model.safetensors")
     end = load_file(Path(after) / "model.safetensors")
@@ -308,12 +320,13 @@ def kept_in_bfloat16(before, after):
         old = start[name].float()
         whole += float((tensor.float() - old).square().sum())
         kept += float((tensor.bfloat16().float() - old.bfloat16().float()).square().sum())
-    return {"update": math.sqrt(whole), "kept_in_bfloat16": math.sqrt(kept / whole), "dtype": str(tensor.dtype)}
+    return {"update": math.sqrt(whole), "kept_in_bfloat16": math.sqrt(kept / whole),
+            "dtype": str(tensor.dtype)}
 
 
 def smollm2():
-    """A real model of 135M parameters in bfloat16: the self-test's figures after a training, and what of an update at the
-    learning rate of DPO would be lost if models were saved in bfloat16."""
+    """A real model of 135M parameters in bfloat16: the self-test's figures after a training, and what of an
+    update at the learning rate of DPO would be lost if models were saved in bfloat16."""
     import common
     import dast
     folder = Path(os.environ["SMOLLM2"])
@@ -354,16 +367,19 @@ def train_7b():
 CHECKS = {"machine": machine, "attention": attention, "step": step, "rewards": rewards, "updates": updates,
           "toy_dast": lambda: toy("dast", "--loss", "dpo"),  # its round 0 is SFT, so it tells of both
           "toy_adastar": lambda: toy("adastar"), "toy_hs_star": lambda: toy("hs_star"),
-          "toy_sai_dpo": lambda: toy("sai_dpo"), "train_1.5b": train_1_5b, "train_7b": train_7b, "smollm2": smollm2,
+          "toy_sai_dpo": lambda: toy("sai_dpo"), "train_1.5b": train_1_5b, "train_7b": train_7b,
+          "smollm2": smollm2,
           "switch_1.5b": lambda: switch_shape("1.5b"), "switch_7b": lambda: switch_shape("7b")}
 
 
 def one_check(name, limit, environment, folder):
-    """Run a check in a process of its own; what it found. Its log goes to passed.log, or to a file of its own."""
+    """Run a check in a process of its own; what it found. Its log goes to passed.log, or to a file of its
+    own."""
     log = folder / f"{name}.log"
     with open(log, "w") as errors:
-        check = subprocess.Popen([sys.executable, __file__, "--check", name], cwd=ROOT, stdout=subprocess.PIPE,
-                                 stderr=errors, text=True, env=environment, start_new_session=True)
+        check = subprocess.Popen([sys.executable, __file__, "--check", name], cwd=ROOT,
+                                 stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+                                 start_new_session=True)
         try:
             said, _ = check.communicate(timeout=limit)
             found = json.loads(said.splitlines()[-1]) if check.returncode == 0 else {"passed": False}
@@ -380,7 +396,8 @@ def one_check(name, limit, environment, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of checks, comma-separated")
     parser.add_argument("--bundle", help="an archive of packages, unpacked and put on the path")
     parser.add_argument("--smollm2", default=str(ROOT.parent / "smollm2"))
@@ -411,7 +428,8 @@ def main():
         began = time.time()
         report[name] = one_check(name, LIMITS[name] * (10 if arguments.cpu else 1), environment, folder)
         report[name]["wall"] = round(time.time() - began, 1)
-        print(f"{'passed' if report[name]['passed'] else 'FAILED'}  {name:<12} {json.dumps(report[name])}", flush=True)
+        print(f"{'passed' if report[name]['passed'] else 'FAILED'}  {name:<12} {json.dumps(report[name])}",
+              flush=True)
         (folder / "report.json").write_text(json.dumps(report, indent=1))
         if name == "machine" and not report[name].get("gpu") and not arguments.cpu:
             sys.exit("no GPU here (--cpu runs the checks without one)")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "tests" / "toy"
 sys.path.insert(0, str(ROOT))
 
-SHAPES = {  # of Qwen2: hidden size, intermediate size, layers, heads, key-value heads, vocabulary, tied embeddings
+SHAPES = {  # of Qwen2: hidden, intermediate size, layers, heads, key-value heads, vocabulary, tied embeddings
     "0.04b": (896, 2432, 4, 14, 2, 4096, True),
     "0.1b": (768, 3072, 12, 12, 4, 512, True),
     "1.5b": (1536, 8960, 28, 12, 2, 151936, True),  # Qwen2.5-1.5B
@@ -24,8 +24,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  #
 
 
 def training_figures(run, round):
-    """What a training of this process gave: tokens a second, share of the GPU's FLOPs (6 a parameter and token) and its
-    peak memory. The first step, a warm-up, counts only where there is no other."""
+    """What a training of this process gave: tokens a second, share of the GPU's FLOPs (6 a parameter and
+    token) and its peak memory. The first step, a warm-up, counts only where there is no other."""
     import common
     log = run.metrics[round, "train"]
     seconds = [s["seconds"] for s in lines(run.folder / f"round_{round}" / "steps.jsonl")]
@@ -41,8 +41,8 @@ def training_figures(run, round):
 
 
 def model_of(shape):
-    """A folder with a model of random weights in one of SHAPES, in bfloat16 from 1.5b on, with the toy's tokenizer; or
-    the toy. Made once."""
+    """A folder with a model of random weights in one of SHAPES, in bfloat16 from 1.5b on, with the toy's
+    tokenizer; or the toy. Made once."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
     if shape == "toy":

@@ -1,13 +1,15 @@
 """What a round's decision costs each method: METHODS and `measure`, for P9 of bench.py.
 
-The decision is each pure function between the answers and selection.jsonl, by its own name; no file is read or written.
-Records are made up, with the keys that are read (hs_star: reward too), an id object each, as after reading, and texts
-of one letter. Draws per problem are those of the script's constants (of dast.py up to 90, and once as few as of its
-toy, 12 on average); the share of right answers is a problem's own, Beta(0.5, 0.5): most are solved nearly always or
-hardly ever. In hs_star.py a third of the problems are the round's slice, in sai_dpo.py 19 % are drawn.
+The decision is each pure function between the answers and selection.jsonl, by its own name; no file is read
+or written. Records are made up, with the keys that are read (hs_star: reward too), an id object each, as
+after reading, and texts of one letter. Draws per problem are those of the script's constants (of dast.py up
+to 90, and once as few as of its toy, 12 on average); the share of right answers is a problem's own, Beta(0.5,
+0.5): most are solved nearly always or hardly ever. In hs_star.py a third of the problems are the round's
+slice, in sai_dpo.py 19 % are drawn.
 
-Seconds are of the processor, all threads, garbage collection and the kernel's page faults included. GiB are of the
-whole process: first the libraries (about 0.53) and the records, then what the decision adds at the worst moment.
+Seconds are of the processor, all threads, garbage collection and the kernel's page faults included. GiB are
+of the whole process: first libraries (about 0.53) and records, then what the decision adds at the worst
+moment.
 """
 import functools
 import os
@@ -32,7 +34,8 @@ class Seeded:
 
 
 def record(k, draw, right):
-    """A draw of problem k; as after reading, its id is no other record's object (looking it up takes longer)."""
+    """A draw of problem k; as after reading, its id is no other record's object (looking it up takes
+    longer)."""
     return {"id": f"big/train/{k}", "draw": draw, "text": "abcdefgh"[draw % 8], "tokens": 100 + draw,
             "finish": "stop", "correct": right}
 
@@ -74,7 +77,8 @@ def adastar(n):
 
 
 def dast(n, **constants):
-    """Ten draws of the probe, then draws until there are T distinct correct ones, or B: 28 records to a problem."""
+    """Ten draws of the probe, then draws until there are T distinct correct ones, or B: 28 records to a
+    problem."""
     import common
     import dast
     import numpy as np
@@ -101,7 +105,8 @@ def dast(n, **constants):
 
 
 def hs_star(n, rounds=3):
-    """A slice of n / 3, as the default is of GSM8K and MATH: three pre-samples each, and five more on average."""
+    """A slice of n / 3, as the default is of GSM8K and MATH: three pre-samples each, and five more on
+    average."""
     import hs_star
     import numpy as np
     total = n
@@ -135,7 +140,8 @@ def hs_star(n, rounds=3):
 
 
 def sai_dpo(n):
-    """20 clusters; of n problems 1 % are probed, and as many drawn and kept as the defaults are of 103,000."""
+    """20 clusters; of n problems 1 % are probed, and as many drawn and kept as the defaults are of
+    103,000."""
     import numpy as np
     import sai_dpo
     size = n * sai_dpo.SAMPLES_PER_ROUND // 103_000
@@ -147,7 +153,8 @@ def sai_dpo(n):
     shares_right = rng.beta(0.5, 0.5, n)
     probe = sai_dpo.probe_of(clusters, Seeded.rng("probe"))
     probed = set(probe)
-    groups = [{"id": p["id"], "cluster": int(clusters[i]), "probed": i in probed} for i, p in enumerate(problems)]
+    groups = [{"id": p["id"], "cluster": int(clusters[i]), "probed": i in probed} for i,
+              p in enumerate(problems)]
     pool = np.setdiff1d(np.arange(n), probe)
     used = pool[:n // 5]
 
@@ -176,12 +183,15 @@ def sai_dpo(n):
     return decide
 
 
-METHODS = {"adastar": adastar, "dast, the toy's numbers of draws": functools.partial(dast, K_PROBE=5, K_SAMPLES=2),
-           "dast": dast, "dast --loss dpo": functools.partial(dast, LOSS="dpo"), "hs_star": hs_star, "sai_dpo": sai_dpo}
+METHODS = {"adastar": adastar, "dast, the toy's numbers of draws": functools.partial(dast, K_PROBE=5,
+                                                                                     K_SAMPLES=2),
+           "dast": dast, "dast --loss dpo": functools.partial(dast, LOSS="dpo"), "hs_star": hs_star,
+           "sai_dpo": sai_dpo}
 
 
 def measure(method, n):
-    """(processor seconds, GiB of libraries and records, GiB that the decision adds to them), in this very process."""
+    """(processor seconds, GiB of libraries and records, GiB that the decision adds to them), in this very
+    process."""
     decide = METHODS[method](n)
     before = gib()
     began = time.process_time()

@@ -1,17 +1,19 @@
 """Long runs whose results stand in README: seeds and arms, resumable (each run is), outside CI.
 
-  python tests/studies/study.py dast           DAST against vanilla self-training at the same number of draws, 3 seeds
-  python tests/studies/study.py dast-dpo       the same with --loss dpo
-  python tests/studies/study.py adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs, 3 seeds
-  python tests/studies/study.py hs_star        HS-STaR, uniform DPO and the ablations at the same budget, 3 seeds
-  python tests/studies/study.py sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs, 3 seeds
-  python tests/studies/study.py head_to_head   base, controls, the four methods and their ablations at the same tokens, 3 seeds
-  python tests/studies/study.py dast --seeds 0   with one seed
-  python tests/studies/study.py kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
-  python tests/studies/study.py fuzz           texts made at random through all of checking
-  python tests/studies/study.py soak           hundreds of short iterations: memory, open files, threads, temporary files
-  python tests/studies/study.py disk           disks that run full at many moments (root only: it mounts them)
-  python tests/studies/study.py exact          how often vLLM's answers differ from run to run
+  python tests/studies/study.py NAME           with three seeds, where there are any
+  python tests/studies/study.py dast --seeds 0   with one
+
+  dast           DAST against vanilla self-training at the same number of draws
+  dast-dpo       the same with --loss dpo
+  adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs
+  hs_star        HS-STaR, uniform DPO and the ablations at the same budget
+  sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs
+  head_to_head   base, controls, the four methods and their ablations at the same tokens
+  kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
+  fuzz           texts made at random through all of checking
+  soak           hundreds of short iterations: memory, open files, threads, temporary files
+  disk           disks that run full at many moments (root only: it mounts them)
+  exact          how often vLLM's answers differ from run to run
 """
 import argparse
 import json
@@ -65,7 +67,8 @@ def difference(scores, others, rng):
 
 
 def dast(seeds, loss):
-    """Base and round 0, DAST (PL), vanilla at DAST's draws, and vanilla at its number of examples (pairs) too."""
+    """Base and round 0, DAST (PL), vanilla at DAST's draws, and vanilla at its number of examples (pairs)
+    too."""
     study = "study" if loss == "sft" else f"study-{loss}"
     arms = {arm: [] for arm in ("base, examples in prompt", "round 0", "DAST", "vanilla, same draws",
                                 "vanilla, same draws and size")}
@@ -94,26 +97,29 @@ ADASTAR = {  # arm: (iterations, flags); of each as many as spend about as much
     "STaR-Acc": (9, ["--order", "random", "--no-stop-at-beta"]),
     "STaR-Full": (9, ["--order", "random", "--no-stop-at-beta", "--start", "base", "--train-on-all"]),
     "STaR-Acc-Full": (9, ["--order", "random", "--no-stop-at-beta", "--train-on-all"]),
-    "STaR-Acc-Full-K": (3, ["--order", "random", "--no-stop-at-beta", "--train-on-all", "--k-samples", 5, "--no-retry",
-                            "--traces", 0]),
-    "ReST-EM": (2, ["--order", "random", "--no-stop-at-beta", "--start", "base", "--train-on-all", "--k-samples", 11,
-                    "--no-retry", "--traces", 3]),
+    "STaR-Acc-Full-K": (3, ["--order", "random", "--no-stop-at-beta", "--train-on-all", "--k-samples", 5,
+                            "--no-retry", "--traces", 0]),
+    "ReST-EM": (2, ["--order", "random", "--no-stop-at-beta", "--start", "base", "--train-on-all",
+                    "--k-samples", 11, "--no-retry", "--traces", 3]),
 }
 
 
 def adastar_arm(arm, seed):
     """One arm with one seed: its run folder."""
     rounds, flags = ADASTAR[arm]
-    return run("adastar.py", f"study-adastar-{name_of(arm)}-{seed}", "--seed", seed, "--rounds", rounds, *flags)
+    return run("adastar.py", f"study-adastar-{name_of(arm)}-{seed}", "--seed", seed, "--rounds", rounds,
+               *flags)
 
 
 def at(past, flops):
-    """{problem id: 0..1} of a run for so many FLOPs of the draws that count; None before its first iteration's end."""
+    """{problem id: 0..1} of a run for so many FLOPs of the draws that count; None before its first
+    iteration's end."""
     return past.at("flops", flops) if past.rounds[1]["flops"] <= flops else None
 
 
 def chosen(past, flops):
-    """That of the iteration with the best accuracy on held-out problems, of those that cost at most so much."""
+    """That of the iteration with the best accuracy on held-out problems, of those that cost at most so
+    much."""
     rounds = [r["round"] for r in past.rounds[1:] if r["flops"] <= flops]
     best = max(rounds, default=None,
                key=lambda t: sum(correct(past.folder, f"round_{t}/eval_held_out.json").values()))
@@ -133,8 +139,9 @@ def print_arms(title, arms, reference):
 
 
 def adastar(seeds):
-    """The toy run against its first iteration and the control; then all arms at the FLOPs that all have reached, and
-    at half of them (a seed's prompts show other examples, of other lengths: so each seed has its own amount)."""
+    """The toy run against its first iteration and the control; then all arms at the FLOPs that all have
+    reached, and at half of them (a seed's prompts show other examples, of other lengths: so each seed has its
+    own amount)."""
     control = "random order, stop at beta"
     runs = {}
     for arm in ADASTAR:
@@ -211,19 +218,22 @@ def hs_star(seeds):
         print(f"{arm:<24}{str(answers)[1:-1]:<22}{str(pairs)[1:-1]:<20}{str(boundary)[1:-1]}")
 
 
-SAI_DPO = {"SAI-DPO": [], "knowledge only": ["--select", "knowledge"], "difficulty only": ["--select", "difficulty"],
-           "static": ["--select", "static"], "random": ["--select", "random"],
-           "middle first": ["--prefer", "middle"]}
+SAI_DPO = {"SAI-DPO": [], "knowledge only": ["--select", "knowledge"], "difficulty only": ["--select",
+                                                                                           "difficulty"],
+           "static": ["--select", "static"], "random": ["--select", "random"], "middle first": ["--prefer",
+                                                                                                "middle"]}
 
 
 def sai_dpo(seeds):
-    """pi_0, and all arms after the toy run's three rounds; what each drew of the skill that was planted weak."""
+    """pi_0, and all arms after the toy run's three rounds; what each drew of the skill that was planted
+    weak."""
     folders = runs_of("sai_dpo.py", SAI_DPO, seeds)
     arms = scores_of(folders, "SAI-DPO", "pi_0")
     for reference in ("pi_0", "random", "static"):
         print_arms("after three rounds", arms, reference)
     costs = set()  # answers and pairs of a run: of all the same
-    print(f"\n{'by seed':<20}{'answers':<22}{'pairs':<16}of 'remainders', by round: error in the probe, drawn")
+    print(
+        f"\n{'by seed':<20}{'answers':<22}{'pairs':<16}of 'remainders', by round: error in the probe, drawn")
     for arm, of_arm in folders.items():
         answers = []
         pairs = []
@@ -240,8 +250,8 @@ def sai_dpo(seeds):
         print(f"{arm:<20}{str(answers)[1:-1]:<22}{str(pairs)[1:-1]:<16}{'; '.join(weak)}")
 
 
-# All from the same model, on the same 300 training problems, without examples in the prompt (but for L, which is about
-# these), scored on all 600 test problems; in so many rounds that each generates 140,000 tokens or more
+# All from the same model, on the same 300 training problems, without examples in the prompt (but for L, which
+# is about these), scored on all 600 test problems; in so many rounds that each makes 140,000 tokens or more
 EQUAL = "--n-train 300 --n-test 0 --prompt zero_shot"
 DAST = f"dast.py {EQUAL} --rounds 3"
 ADASTAR_EQUAL = f"adastar.py {EQUAL} --held-out 0 --rounds 16"
@@ -277,7 +287,8 @@ AGAINST = [  # a method and the control that lacks what sets it apart
     ("AdaSTaR", "AdaSTaR, no curriculum"), ("AdaSTaR, random order", "STaR-Acc"), ("AdaSTaR", "STaR-Acc"),
     ("HS-STaR", "vanilla iterative DPO"), ("HS-STaR", "HS-STaR, uniform"),
     ("HS-STaR, random pairs", "vanilla iterative DPO"), ("HS-STaR", "HS-STaR, random pairs"),
-    ("SAI-DPO", "SAI-DPO, random"), ("SAI-DPO", "SAI-DPO, static"), ("SAI-DPO, knowledge only", "SAI-DPO, random")]
+    ("SAI-DPO", "SAI-DPO, random"), ("SAI-DPO", "SAI-DPO, static"),
+    ("SAI-DPO, knowledge only", "SAI-DPO, random")]
 
 
 def without_solutions():
@@ -293,7 +304,8 @@ def without_solutions():
 
 
 def spent_at(pasts, what, amount):
-    """The mean over runs of what was spent when `amount` tokens were generated, between rounds on a straight line."""
+    """The mean over runs of what was spent when `amount` tokens were generated, between rounds on a straight
+    line."""
     spent = []
     for past in pasts:
         generated = [r["generated"] for r in past.rounds]
@@ -302,7 +314,8 @@ def spent_at(pasts, what, amount):
 
 
 def head_to_head(seeds):
-    """All arms at the most generated tokens that all have reached with all seeds; and pictures of the main ones."""
+    """All arms at the most generated tokens that all have reached with all seeds; and pictures of the main
+    ones."""
     without_solutions()
     arms = {}
     for arm in HEAD_TO_HEAD:
@@ -310,13 +323,15 @@ def head_to_head(seeds):
     for seed in seeds:
         for arm, command in HEAD_TO_HEAD.items():
             script, *flags = command.split()
-            arms[arm].append(evaluation.Past(run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed", seed)))
+            arms[arm].append(evaluation.Past(run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed",
+                                                 seed)))
     amount = min(past.rounds[-1]["generated"] for of_arm in arms.values() for past in of_arm)
     reached = {"base": [past.rounds[0]["right"] for past in arms["HS-STaR"]]}
     for arm, of_arm in arms.items():
         reached[arm] = [past.at("generated", amount) for past in of_arm]
     rng = np.random.default_rng(0)
-    print(f"\n{f'at {amount:,} generated tokens':<33}{'accuracy by seed':<39}{'mean':<20}{'trained on':<12}{'FLOPs':<9}"
+    title = f"at {amount:,} generated tokens"
+    print(f"\n{title:<33}{'accuracy by seed':<39}{'mean':<20}{'trained on':<12}{'FLOPs':<9}"
           "against rejection sampling")
     for arm, scores in reached.items():
         table = evaluation.table_of(scores, scores[0])
@@ -324,13 +339,16 @@ def head_to_head(seeds):
         mean = evaluation.percent(evaluation.mean_over_seeds(table, rng))
         spent = f"{'':<21}"
         if arm in arms:
-            spent = f"{spent_at(arms[arm], 'trained', amount):<12,.0f}{spent_at(arms[arm], 'flops', amount):<9.2g}"
+            trained = spent_at(arms[arm], "trained", amount)
+            flops = spent_at(arms[arm], "flops", amount)
+            spent = f"{trained:<12,.0f}{flops:<9.2g}"
         print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[MAIN[0]], rng)}")
     print("\ndifferences there")
     for arm, control in AGAINST:
         print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control], rng)}")
     main = {arm: arms[arm] for arm in MAIN}
-    print("\ntimes trained on own answers, at the ends: problems with below 25 %, to 50 %, to 75 %, more right answers")
+    print(
+        "\ntimes trained on own answers, at the ends: problems with below 25 %, to 50 %, to 75 %, more right")
     for arm, (_, trained) in evaluation.effort(main).items():
         print(f"{arm:<33}" + "  ".join(f"{np.mean(times):.1f}" for times in trained))
     draw(main, amount, list(reached["base"][0]))
@@ -349,10 +367,12 @@ def draw(arms, amount, ids):
 
 
 def main():
-    studies = {"dast": dast, "adastar": adastar, "hs_star": hs_star, "sai_dpo": sai_dpo, "head_to_head": head_to_head}
-    others = {"kills": withstand.kills, "fuzz": withstand.fuzz, "soak": withstand.soak, "disk": withstand.disk,
-              "exact": withstand.exact}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    studies = {"dast": dast, "adastar": adastar, "hs_star": hs_star, "sai_dpo": sai_dpo,
+               "head_to_head": head_to_head}
+    others = {"kills": withstand.kills, "fuzz": withstand.fuzz, "soak": withstand.soak,
+              "disk": withstand.disk, "exact": withstand.exact}
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*studies, "dast-dpo", *others])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated, of the first five [0,1,2]")
     arguments = parser.parse_args()

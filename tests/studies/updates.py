@@ -1,4 +1,4 @@
-"""The engine before and after training, and with updates that are forgotten, by real vLLM: gpu_check.py runs it.
+"""The engine before and after training, and with updates that are forgotten, by real vLLM, for gpu_check.py.
 
   python tests/studies/updates.py MODEL        in an empty folder; prints one line, RESULT and JSON
 
@@ -27,8 +27,8 @@ def prompt(problem, draw):
 
 
 def draw(name, model, draws=2, temperature=0.7, enough=None):
-    return common.sample(run, f"round_0/{name}.jsonl", model, problems, draws, prompt, enough, style="zero_shot",
-                         temperature=temperature, max_new_tokens=24)
+    return common.sample(run, f"round_0/{name}.jsonl", model, problems, draws, prompt, enough,
+                         style="zero_shot", temperature=temperature, max_new_tokens=24)
 
 
 def train(name, start, lr):
@@ -73,7 +73,8 @@ def main():
     run.engine = common.TransformersEngine(run)
     other = texts(draw("transformers", new, 1, temperature=0.0))
     same = sum(a == b for a, b in zip(greedy, other)) / len(greedy)
-    common.say("RESULT " + json.dumps({"caught": caught, "only_nine": only_nine, "same_as_transformers": same}))
+    common.say("RESULT " + json.dumps({"caught": caught, "only_nine": only_nine,
+                                       "same_as_transformers": same}))
 
 
 if __name__ == "__main__":

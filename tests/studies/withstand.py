@@ -1,4 +1,4 @@
-"""What the programs withstand, by real runs that take long: see study.py, which starts these by their names."""
+"""What the programs withstand, by real runs that take long: study.py starts these by their names."""
 import itertools
 import json
 import os
@@ -94,8 +94,8 @@ def wait_for(running, folder, before):
 
 
 def killed_in(script, name, processes, whole, number, rng):
-    """Start a run, and kill all its processes at a random moment of the time in which the uninterrupted run `whole`
-    made its product `number`. What it was at, or None if it had ended."""
+    """Start a run, and kill all its processes at a random moment of the time in which the uninterrupted run
+    `whole` made its product `number`. What it was at, or None if it had ended."""
     folder = ROOT / "runs" / name
     made = products(whole)
     before = made[number - 1][0] if number else begin(whole)
@@ -112,7 +112,8 @@ def killed_in(script, name, processes, whole, number, rng):
 
 
 def killed_in_each_phase(script, processes, whole):
-    """Kill a run in each phase, resume each time, and compare: [the phases in which it died], whether all is the same."""
+    """Kill a run in each phase, resume each time, and compare: [the phases in which it died], whether all is
+    the same."""
     name = f"kills-{script[:-3]}-{processes}"
     rng = random.Random(f"{script} {processes}")
     shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
@@ -125,8 +126,8 @@ def killed_in_each_phase(script, processes, whole):
 
 
 def one_of_two_killed(script, whole):
-    """Kill one process of two at a random moment: seconds until the run ends, whether torchrun names the signal, whether
-    a rerun is as if nothing had been."""
+    """Kill one process of two at a random moment: seconds until the run ends, whether torchrun names the
+    signal, whether a rerun is as if nothing had been."""
     name = f"kills-{script[:-3]}-one-of-two"
     rng = random.Random(script)
     folder = ROOT / "runs" / name
@@ -136,7 +137,8 @@ def one_of_two_killed(script, whole):
     assert wait_for(running, folder, [path for _, path in made[:rng.randrange(len(made) // 2)]])
     time.sleep(rng.uniform(0, 1))
     assert running.poll() is None
-    workers = [pid for pid in family(running.pid) if b"--save-minutes" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [pid for pid in family(running.pid)
+               if b"--save-minutes" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     victim = rng.choice([1, 2])  # after torchrun itself
     began = time.time()
     kill(workers[victim])
@@ -148,8 +150,8 @@ def one_of_two_killed(script, whole):
 
 
 def other_numbers_of_processes(script, whole):
-    """Killed once in each phase of the first round, and resumed with 2, 3, 2, ..., at last 1 process: whether all up to
-    the first model is the same, and by how much its weights differ at most."""
+    """Killed once in each phase of the first round, and resumed with 2, 3, 2, ..., at last 1 process: whether
+    all up to the first model is the same, and by how much its weights differ at most."""
     import torch
     from safetensors.torch import load_file
     name = f"kills-{script[:-3]}-other"
@@ -180,8 +182,10 @@ def kills():
         whole[script, processes] = finish(script, f"kills-{script[:-3]}-{processes}-whole", processes)
     found = []
     for (script, processes), run in whole.items():
-        found.append(results.of(f"{script}, {processes} processes", killed_in_each_phase, script, processes, run))
-    one = [results.of(f"{script}, one of two", one_of_two_killed, script, whole[script, 2]) for script in SMALL]
+        found.append(results.of(f"{script}, {processes} processes", killed_in_each_phase, script, processes,
+                                run))
+    one = [results.of(f"{script}, one of two", one_of_two_killed, script, whole[script, 2])
+           for script in SMALL]
     for script in SMALL:
         results.of(f"{script}, 2, 3 and 1 processes", other_numbers_of_processes, script, whole[script, 1])
     phases = []
@@ -189,8 +193,8 @@ def kills():
         phases += [phase.split("/")[-1] for phase in of_run["kills"]]
     print(f"\n{len(phases)} kills, all files the same afterwards: {all(of['same'] for of in found)}; died in",
           ", ".join(f"{phase} {phases.count(phase)}" for phase in dict.fromkeys(phases)))
-    print(f"one of two processes killed {len(one)} times: ended within {max(of['seconds'] for of in one)} s, all files "
-          f"the same after the rerun: {all(of['same'] for of in one)}")
+    print(f"one of two processes killed {len(one)} times: ended within {max(of['seconds'] for of in one)} s, "
+          f"all files the same after the rerun: {all(of['same'] for of in one)}")
 
 
 def fuzz():
@@ -211,28 +215,33 @@ def fuzz():
         print(f"  {gold!r:<40} {text!r}"[:160])
 
 
-SOAK = ["--toy", "--n-train", 80, "--held-out", 0, "--n-test", 4, "--steps", 1, "--growth", 1, "--max-new-tokens", 64]
+SOAK = ["--toy", "--n-train", 80, "--held-out", 0, "--n-test", 4, "--steps", 1, "--growth", 1,
+        "--max-new-tokens", 64]
 
 
 def held(pid):
     """What a process has: resident MB (its own, without files that are mapped), open files, threads."""
     status = Path(f"/proc/{pid}/status").read_text()
-    kilobytes = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem")))
+    kilobytes = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon",
+                                                                                             "RssShmem")))
     return {"MB": kilobytes / 1024, "files": len(os.listdir(f"/proc/{pid}/fd")),
             "threads": len(os.listdir(f"/proc/{pid}/task"))}
 
 
 def growth(least, rounds):
-    """MB more in 100 iterations: the median of the slopes between any two of {iteration: MB}, taken each 25."""
-    least = {t: min(mb for u, mb in least.items() if t <= u < t + 25) for t in least if t % 25 == 0 and t < rounds - 1}
+    """MB more in 100 iterations: the median of the slopes between any two of {iteration: MB}, taken each
+    25."""
+    least = {t: min(mb for u, mb in least.items() if t <= u < t + 25) for t in least if t % 25 == 0
+             and t < rounds - 1}
     slopes = [(mb - before) / (t - u) for (u, before), (t, mb) in itertools.combinations(least.items(), 2)]
-    return {"MB in 100": round(100 * statistics.median(slopes), 2), "MB": [round(mb, 1) for mb in least.values()]}
+    return {"MB in 100": round(100 * statistics.median(slopes), 2), "MB": [round(mb, 1)
+                                                                           for mb in least.values()]}
 
 
 def soaked(rounds, processes, *flags):
-    """One run of adastar.py of so many short iterations, looked at all the time: how much each of its processes has
-    grown in 100 iterations after the first 50 (of the least of 25 each, since what has leaked is never given back), and
-    what numbers of files, threads and temporary files were seen."""
+    """One run of adastar.py of so many short iterations, looked at all the time: how much each of its
+    processes has grown in 100 iterations after the first 50 (of the least of 25 each, since what has leaked
+    is never given back), and what numbers of files, threads and temporary files were seen."""
     name = f"soak-{processes}{''.join(flags)}"
     temporary = ROOT / "runs" / "soak-tmp"
     for folder in (ROOT / "runs" / name, temporary):
@@ -281,8 +290,8 @@ def soak():
 
 
 def full_disk(script, kilobytes, whole):
-    """A small run on a disk of so many kB (a tmpfs; it takes root), and again when there is room: how it ended, the one
-    line that it left, what it was at, and whether all files are as they should be."""
+    """A small run on a disk of so many kB (a tmpfs; it takes root), and again when there is room: how it
+    ended, the one line that it left, what it was at, and whether all files are as they should be."""
     disk = ROOT / "runs" / "disk"
     command = command_of(script, "full", 1, *SMALL[script], "--save-minutes", 0)
     disk.mkdir(exist_ok=True)
@@ -297,7 +306,8 @@ def full_disk(script, kilobytes, whole):
         alike = again.returncode == 0 and same(disk / "runs" / "full", whole)
     finally:
         subprocess.run(["umount", disk], check=True)
-    return {"status": done.returncode, "lines": done.stderr.strip().splitlines()[-3:], "at": at, "same": alike}
+    return {"status": done.returncode, "lines": done.stderr.strip().splitlines()[-3:], "at": at,
+            "same": alike}
 
 
 def disk():
@@ -309,8 +319,8 @@ def disk():
         for kilobytes in (120, 800, 2500, 6000):
             found.append(results.of(f"{script}, {kilobytes} kB", full_disk, script, kilobytes, whole))
     full = [of for of in found if of["status"]]
-    print(f"\n{len(full)} runs met a full disk, {sum(len(of['lines']) == 1 for of in full)} ended with one line, "
-          f"{sum(of['same'] for of in found)} of {len(found)} had the same files after a rerun")
+    print(f"\n{len(full)} runs met a full disk, {sum(len(of['lines']) == 1 for of in full)} ended with one "
+          f"line, {sum(of['same'] for of in found)} of {len(found)} had the same files after a rerun")
 
 
 def exact():
@@ -325,4 +335,5 @@ def exact():
     for name, answers in drawn.items():
         texts = sum(answers[key]["text"] != first[key]["text"] for key in first)
         verdicts = sum(answers[key]["correct"] != first[key]["correct"] for key in first)
-        print(f"{name:<16}{len(answers):,} answers drawn; against exact-1 {texts} differ, {verdicts} in their verdict")
+        print(f"{name:<16}{len(answers):,} answers drawn; against exact-1 {texts} differ, {verdicts} in "
+              "their verdict")
