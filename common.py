@@ -569,6 +569,7 @@ def launch(main, g):
     except SystemExit as stop:  # of fail, or of --help
         status = stop.code
     except KeyboardInterrupt:
+        status = 130
         print_error("stopped; finished phases are kept, and the same command resumes")
     except Exception as error:
         log = Run.folder / "error.log"
@@ -684,9 +685,9 @@ def start_run(g, *problem_sets, models=()):
     MAY_DIFFER names the constants that may change; --keep accepts changed code (comments are not code)."""
     script = Path(g["__file__"])
     constants = constants_of(g)
-    contents = [sorted(problem.items()) for problem in itertools.chain(*problem_sets)]
+    contents = [seed_of(sorted(problem.items())) for problem in itertools.chain(*problem_sets)]
     for model in (*constants["MODEL"].split(","), *models):
-        contents += [(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
+        contents += [seed_of(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
     grader = Path(constants["GRADER"].rpartition(":")[0])
     if grader.is_file():
         contents.append(grader.read_text())
@@ -1714,6 +1715,7 @@ class VllmEngine(TransformersEngine):
             if dtype == torch.float32:
                 dtype = torch.bfloat16
             machine = dict(enforce_eager=self.eager, enable_sleep_mode=True, max_model_len=-1,
+                           max_num_seqs=512,  # as many as its CUDA graphs cover
                            gpu_memory_utilization=self.gpu_memory)
         elif current_platform.is_cpu():  # a prompt in two pieces and a seed of its own would break the CPU's engine
             tokens = min(self.room, 8192)

@@ -244,7 +244,7 @@ class Past:
                  "flops": sum(m.get("flops", 0) for m in phases)}
         costs |= {kind: sum(m.get("seconds", 0) for m in until if re.match(names, m["phase"]))
                   for kind, names in SECONDS.items()}
-        return costs | {"outside": sum(m.get("outside_seconds", 0) for m in until)}
+        return costs
 
     def at(self, what, amount):
         """{problem id: 0..1}, the answers when so much of `what` was spent: on the straight line between two rounds."""
@@ -329,7 +329,7 @@ def compare(folders):
     print_texts("what it cost", {name: costs(arm) for name, arm in arms.items()})
     left_out = len({i for past in runs for i in past.end["right"]}) - len(ids)
     say(f"(on the {len(ids):,} problems that all were scored on" + f", without {left_out:,} others" * (left_out > 0)
-        + "; 95 % intervals, for one run exact, for several\nbootstrapped over seeds and problems; "
+        + "; 95 % intervals: of one run Wilson's, of several\nbootstrapped over seeds and problems; "
         f"{amount:,}: the most tokens that all have generated; costs: means of the seeds, up to the\nround that is "
         "shown; trained on: tokens, prompts too; times: how often each problem that was trained on was, and the\n"
         "standard deviation)")
@@ -389,7 +389,7 @@ def costs(arm):
     names = {"generated": "generated", "all drawn": "drawn", "trained on": "trained"}
     return {"round": ",".join(map(str, sorted({past.end["round"] for past in arm}))),
             **{name: f"{mean[what]:,.0f}" for name, what in names.items()}, "FLOPs": f"{mean['flops']:.2e}",
-            **{kind: f"{mean[kind]:.1f} s" for kind in (*SECONDS, "outside")},
+            **{kind: f"{mean[kind]:.1f} s" for kind in SECONDS},
             "problems": f"{np.count_nonzero(times) / len(arm):,.0f}",
             "times": f"{times.mean():.1f} ({times.std():.1f})"}
 
