@@ -347,10 +347,10 @@ def smollm2():
         return sum(r["correct"] for r in responses)
 
     found = {"base": {"correct": correct("base", base)}}
-    for lr in (5e-7, 1e-5):
-        model = common.train(run, f"round_0/{lr}", base, examples, dast.sft_loss, lr=lr, warmup=0, epochs=1,
+    for number, lr in ((1, 5e-7), (2, 1e-5)):
+        model = common.train(run, f"round_{number}/model", base, examples, dast.sft_loss, lr=lr, warmup=0, epochs=1,
                              batch_size=8, weight_decay=0.0, clip=1.0)
-        found[str(lr)] = {"correct": correct(f"after_{lr}", model), **kept_in_bfloat16(base, model)}
+        found[f"lr {lr}"] = {"correct": correct(f"after_{number}", model), **kept_in_bfloat16(base, model)}
     figures = engine_figures(run.metrics.values())
     return found | {"problems": len(problems), "engine": figures, "passed": len(figures) == 3}
 
