@@ -348,8 +348,8 @@ def smollm2():
 
     found = {"base": {"correct": correct("base", base)}}
     for number, lr in ((1, 5e-7), (2, 1e-5)):
-        model = common.train(run, f"round_{number}/model", base, examples, dast.sft_loss, lr=lr, warmup=0, epochs=1,
-                             batch_size=8, weight_decay=0.0, clip=1.0)
+        model = common.train(run, f"round_{number}/model", base, examples, dast.sft_loss, lr=lr, warmup=0,
+                             epochs=1, batch_size=8, weight_decay=0.0, clip=1.0)
         found[f"lr {lr}"] = {"correct": correct(f"after_{number}", model), **kept_in_bfloat16(base, model)}
     figures = engine_figures(run.metrics.values())
     return found | {"problems": len(problems), "engine": figures, "passed": len(figures) == 3}
