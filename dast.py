@@ -246,12 +246,17 @@ def report_selection(run, t, selection, responses):
     report(run, t, "select", **levels, augmented=sum(sum(s["copies"]) for s in selection))
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if (PROMPT == "zero_shot" or SHOTS == 0) and "L" in VARIANT:
         fail("without examples in the prompt L can do nothing; choose --variant P or ''")
     if not 1 > CUTS[0] >= CUTS[1] > 0:
         fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
     check_controls()
+
+
+def main():
+    check_constants()
     run, tokenizer, problems, held_out, tests = prepare(globals())
     tests = held_out + tests
     by_id = {p["id"]: p for p in problems}

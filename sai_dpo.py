@@ -536,11 +536,16 @@ def report_clusters(run, t, names, sizes, rates, selection):
         say("           all that is learnable is kept, so its order has no say (--pairs-per-round)")
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if DIFFICULTY_BEFORE and SELECT not in ("both", "static"):
         fail(f"--difficulty-before is for --select both or static, not {SELECT}")
     if PREFER == "middle" and SELECT in ("knowledge", "random"):
         fail(f"--prefer middle is for a --select that looks at difficulty, not {SELECT}")
+
+
+def main():
+    check_constants()
     if TAG:
         return tag_problems(load_problems(TRAIN_DATA, "train", DATA, N_TRAIN))
     if EMBEDDER != "tfidf":
