@@ -176,10 +176,8 @@ def sai_dpo(n):
     def decide():
         sai_dpo.probe_of(clusters, Seeded.rng("probe"))
         masses, shares, weights, chosen = before_draws(probe_answers)
-        facts = []
-        for j in clusters[chosen]:
-            facts.append({"cluster": int(j), "mass": masses[j], "share": shares[j], "weight": weights[j]})
-        return sai_dpo.select([problems[i] for i in chosen], facts, shares, responses, Seeded, 1)
+        own = [problems[i] for i in chosen]
+        return sai_dpo.select(own, clusters[chosen], masses, shares, weights, responses, Seeded, 1)
     return decide
 
 
