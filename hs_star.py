@@ -55,7 +55,7 @@ SLICE = 4900  # N: problems of a round, no round's the same while they last (our
 ROUNDS = 3  # after round 0 (code)
 SEED = 0  # of everything random (ours)
 
-# The method: tests/results.md has the values that make the other arms
+# The method: tests/studies/results.md has the values that make the other arms
 BUDGET = 8  # n: answers per problem in a round, on average (code)
 PRE_SAMPLES = 3  # n_p: of them before anything is decided; as many as BUDGET is uniform iterative DPO (code)
 DIFFICULTY = "both"  # "both" | "accuracy" | "reward": what tells them apart: phi_a and phi_r, or one (paper: both)
