@@ -1626,6 +1626,9 @@ class TransformersEngine:
     def load(self):
         """Load the model; numbers for the metrics."""
         self.model = load_network(AutoModelForCausalLM, self.folder, dtype=compute_dtype()).to(device()).eval()
+        for name, tensor in self.model.named_parameters():
+            if not tensor.isfinite().all():  # or every answer would be wrong, silently
+                fail(f"{self.folder}: {name} is not finite")
         self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
         self.parameters = self.model.num_parameters()
         return {}
