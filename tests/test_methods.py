@@ -1,0 +1,769 @@
+"""The four methods' rules against tables worked out by hand, golden traces and independent oracles; what stands beside
+them (reward models, taggers, encoders) against references, and short real runs of what only one method has."""
+import json
+import math
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, Qwen2Model
+
+import adastar
+import common
+import dast
+import hs_star
+import sai_dpo
+from conftest import SHARED, TOY, error_of, killed_when, launch, lines
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+class Seeds:
+    """What the rules need of a run: a generator for each key."""
+
+    def rng(self, *key):
+        return rng(common.seed_of(*key))
+
+
+def set_constants(monkeypatch, script, **constants):
+    for name, value in constants.items():
+        monkeypatch.setattr(script, name, value)
+
+
+def refusal_of(capsys, function, *arguments):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit):
+        function(*arguments)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    return line
+
+
+@pytest.mark.parametrize("script, constants, words", [
+    (dast, {"SHOTS": 0}, "without examples in the prompt L can do nothing"),
+    (dast, {"CUTS": (0.4, 0.7)}, "--cuts (0.4, 0.7)"),
+    (dast, {"DRAWS_LIKE": "runs/x"}, "make controls without P"),
+    (dast, {"VARIANT": "L", "SIZE_LIKE": "runs/x"}, "runs/x/round_1/selection.jsonl: no such file"),
+    (adastar, {"TRAIN_ON_ALL": True}, "--train-on-all needs --no-stop-at-beta"),
+    (adastar, {"TRACES": 2}, "--traces 2 needs --no-retry"),
+    (adastar, {"TRACES": 3, "RETRY": False}, "as many --k-samples"),
+    (adastar, {"HINT": True, "K_SAMPLES": 1}, "--hint needs --k-samples above 1"),
+    (hs_star, {"PRE_SAMPLES": 9}, "--pre-samples 9 are more than --budget 8"),
+    (hs_star, {"PRM": ""}, "without --prm there are no rewards"),
+    (hs_star, {"MODEL": "other"}, "no thresholds are known for"),
+    (hs_star, {"TAU_LOW": 0.9}, "--tau-low 0.9 and --tau-high 0.65: the second is the higher one"),
+    (sai_dpo, {"SELECT": "random", "DIFFICULTY_BEFORE": True}, "--difficulty-before is for"),
+    (sai_dpo, {"SELECT": "knowledge", "PREFER": "middle"}, "--prefer middle is for"),
+])
+def test_constants_that_contradict_are_refused_in_one_line(monkeypatch, capsys, script, constants, words):
+    set_constants(monkeypatch, script, **constants)
+    assert words in refusal_of(capsys, script.main)
+
+
+# DAST -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("correct, draws, level", [
+    (10, 10, "E"), (8, 10, "E"), (7, 10, "M"), (5, 10, "M"), (4, 10, "M"), (3, 10, "H"), (1, 10, "H"), (0, 10, "U"),
+    (5, 7, "E"), (2, 5, "M"), (1, 3, "H"), (1, 1, "E"), (0, 1, "U")])  # 0.7 and 0.4 themselves are M
+def test_levels_of_dast(correct, draws, level):
+    assert dast.level_of(correct, draws) == level
+
+
+def test_targets_and_budgets_rise_with_difficulty(monkeypatch):
+    set_constants(monkeypatch, dast, K_SAMPLES=2)
+    assert [dast.target_and_budget(level) for level in "EMHU"] == [(1, 2), (2, 4), (3, 8), (4, 16)]
+
+
+def drawn(*notes):
+    """Responses from notes: "x" is wrong, "cut:a" a correct text cut by the limit, anything else a correct text."""
+    responses = []
+    for draw, note in enumerate(notes):
+        finish = "length" if note.startswith("cut:") else "stop"
+        responses.append({"id": "p", "draw": draw, "text": note.removeprefix("cut:"), "finish": finish,
+                          "correct": not note.endswith("x")})
+    return responses
+
+
+@pytest.mark.parametrize("notes, outcomes, target, chosen", [
+    ("x a x x a x b c".split(), [0, 1, 0, 0, 1, 0, 2, 3], 3, [1, 6, 7]),  # the example of the method's notes
+    ("a x x a x b c".split(), [1, 0, 0, 1, 0, 2, 3], 3, [0, 5, 6]),
+    ("x x x x".split(), [0, 0, 0, 0], 4, []),
+    (["a", " a\n", "A", "a b"], [1, 1, 2, 3], 2, [0, 2]),  # only blanks around it leave a text the same
+    (["cut:a", "a", "cut:b"], [0, 1, 0], 4, [1]),  # a correct answer that did not end is not learnt
+    ([], [], 1, []),
+])
+def test_choice_of_dast_takes_distinct_correct_answers(notes, outcomes, target, chosen):
+    assert dast.distinct_of(drawn(*notes)) == outcomes
+    assert dast.choose(outcomes, target) == chosen
+
+
+@pytest.mark.parametrize("notes, solved, chosen, pairs", [
+    ("x a x cut:b".split(), True, [1], [(1, {0, 2})]),  # a right one, and one of the two wrong ones
+    ("x a b c".split(), False, [1, 2, 3], [(1, {0})]),  # each wrong one once: the rest have no partner
+    ("a b".split(), False, [0, 1], []),
+    ("x x".split(), True, [], [(None, {0, 1})]),  # unsolved: the worked solution is preferred
+    ("x x".split(), False, [], []),
+    ("x cut:a".split(), True, [], []),  # it was right, and cut: neither learnt nor replaced
+    ("cut:x x a".split(), False, [2], [(2, {1})]),  # what was cut is not rejected as if it had ended
+])
+def test_pairs_of_dast(notes, solved, chosen, pairs):
+    seen = set()
+    for seed in range(20):
+        found = dast.choose_pairs(drawn(*notes), chosen, solved, rng(seed))
+        assert [better for better, _ in found] == [better for better, _ in pairs]
+        seen.update(found)
+    assert seen == {(better, worse) for better, allowed in pairs for worse in allowed}
+
+
+def examples_drawn(problem, level, shots, seed):
+    """Ids of the examples that are shown: of 9 easy problems, 3 of M, 2 of H and one unsolved."""
+    pools = {}
+    for name, n in zip("EMHU", (9, 3, 2, 1)):
+        pools[name] = [{"id": f"{name}{i}", "problem": f"{name}{i}"} for i in range(n)]
+    return [e["id"] for e in dast.draw_examples({"problem": problem}, level, pools, shots, rng(seed))]
+
+
+@pytest.mark.parametrize("problem, level, shots, levels", [
+    ("E0", "E", 8, "EEEEEEEE"), ("H0", "H", 8, "HMMMEEEE"), ("x", "E", 11, "EEEEEEEEEMM"), ("U0", "U", 20, "HHMMM" + 9 * "E"),
+])
+def test_examples_of_dast_are_others_of_the_level_then_of_easier_ones(problem, level, shots, levels):
+    for seed in range(20):
+        ids = examples_drawn(problem, level, shots, seed)
+        assert "".join(i[0] for i in ids) == levels
+        assert len(set(ids) - {problem}) == len(ids)
+
+
+def test_examples_of_dast_differ_by_chance():
+    assert len({tuple(examples_drawn("E0", "E", 2, seed)) for seed in range(20)}) > 10
+
+
+def dast_selection(size=0):
+    """selection.jsonl of two problems, M and U; the second has a solution."""
+    problems = [{"id": "a"}, {"id": "b", "solution": "s"}]
+    probe = [{**r, "id": i} for i, notes in (("a", "r x"), ("b", "x x")) for r in drawn(*notes.split())]
+    responses = [{**r, "id": i} for i, notes in (("a", "q x r"), ("b", "x x")) for r in drawn(*notes.split())]
+    return dast.select(problems, probe, responses, [(2, 4), (4, 8)], size, Seeds(), 1)
+
+
+def test_selection_of_dast_by_hand():
+    first, second = dast_selection()
+    assert first == {"id": "a", "probe_correct": 1, "probe_draws": 2, "pass_rate": 0.5, "level": "M", "target": 2,
+                     "budget": 4, "outcomes": [1, 0, 2], "chosen": [0, 2], "pairs": [], "copies": [1, 1]}
+    assert (second["level"], second["outcomes"], second["chosen"], second["copies"]) == ("U", [0, 0], [], [])
+
+
+def test_selection_of_dast_has_pairs_with_dpo(monkeypatch):
+    set_constants(monkeypatch, dast, LOSS="dpo")
+    first, second = dast_selection()
+    assert (first["pairs"], first["copies"]) == ([(0, 1)], [1])
+    [(better, worse)] = second["pairs"]
+    assert better is None
+    assert worse in (0, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_selection_of_dast_has_as_many_copies_as_another_run(monkeypatch, size):
+    set_constants(monkeypatch, dast, SIZE_LIKE="runs/other")
+    first, second = dast_selection(size)
+    assert sum(first["copies"]) == size
+    assert max(first["copies"]) - min(first["copies"]) <= 1
+    assert second["copies"] == []
+
+
+# AdaSTaR --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("order, places", [
+    ("adaptive", [4, 2, 5, 0, 3, 1]),  # t~ 0: w 0, .5, .5 in the order of the file; then t~ 1: w 0; then t~ 3
+    ("stale", [2, 4, 5, 0, 1, 3]), ("hardest", [4, 0, 3, 2, 5, 1])])
+def test_order_of_the_walk(monkeypatch, order, places):
+    set_constants(monkeypatch, adastar, ORDER=order)
+    last, w = np.array([1, 3, 0, 3, 0, 0]), np.array([0.0, 1.0, 0.5, 0.0, 0.0, 0.5])
+    assert adastar.walk_order(last, w, rng()).tolist() == places
+
+
+def test_random_order_of_the_walk_is_another_in_each_iteration(monkeypatch):
+    set_constants(monkeypatch, adastar, ORDER="random")
+    nothing = np.zeros(50, int)
+    orders = {tuple(adastar.walk_order(nothing, nothing, rng(t)).tolist()) for t in range(5)}
+    assert len(orders) == 5
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_beta_follows_the_papers_schedule():
+    betas = "320 384 456 552 656 792 952 1144 1368 1648 1976 2376 2848 3416 4104 4928 5912 7096 8512 10216 12264"
+    assert [adastar.beta_of(t) for t in range(1, 22)] == [int(beta) for beta in betas.split()]
+
+
+@pytest.mark.parametrize("visited, solved, power, commits", [
+    (8, 4, 2, 2), (6, 5, 2, 4), (7, 7, 2, 7), (9, 8, 2, 7), (198, 66, 2, 22), (12, 0, 2, 0), (1, 1, 2, 1),
+    (49, 7, 2, 1),  # 49 * (7 / 49)^2 is 0.999... in floating point
+    (8, 4, 0, 8), (5, 0, 0, 5), (8, 4, 1, 4), (10, 9, 3, 7)])
+def test_commitment_of_adastar(monkeypatch, visited, solved, power, commits):
+    set_constants(monkeypatch, adastar, CURRICULUM_POWER=power)
+    assert adastar.to_commit(visited, solved) == commits
+
+
+@pytest.mark.parametrize("traces, outcomes, chosen", [
+    (1, [0, 1], [1]), (1, [1], [0]), (1, [1, 1], [0]), (1, [0, 0], []), (0, [1, 1, 0, 1], [0, 1, 3]),
+    (2, [0, 1, 1, 1], [1, 2])])
+def test_choice_of_adastar(monkeypatch, traces, outcomes, chosen):
+    set_constants(monkeypatch, adastar, TRACES=traces)
+    assert adastar.choose(outcomes) == chosen
+
+
+def test_outcomes_of_adastar_count_a_cut_answer_as_wrong():
+    assert adastar.outcomes_of(drawn("cut:a", "a", "x")) == [0, 1, 0]
+
+
+@pytest.mark.parametrize("total, beta, constants, copies", [
+    (3, 3, {}, [1, 1, 1]),
+    (3, 8, {}, [3, 3, 2]),  # too few: repeated from the front
+    (3, 8, {"FILL_STEPS": False}, [1, 1, 1]),
+    (0, 8, {}, []),
+    (4, 3, {}, [1, 1, 1, 1]),  # with all traces of a problem there may be one more
+    (4, 3, {"STOP_AT_BETA": False, "TRAIN_ON_ALL": True}, [1, 1, 1, 1]),
+    (3, 8, {"STOP_AT_BETA": False, "TRAIN_ON_ALL": True}, [1, 1, 1]),
+    (3, 8, {"STOP_AT_BETA": False}, [3, 3, 2]),
+])
+def test_copies_of_adastar(monkeypatch, total, beta, constants, copies):
+    set_constants(monkeypatch, adastar, **constants)
+    assert adastar.spread(total, beta, rng()) == copies
+
+
+def test_copies_of_a_walk_without_stop_are_cut_at_random(monkeypatch):
+    set_constants(monkeypatch, adastar, STOP_AT_BETA=False)
+    found = {tuple(adastar.spread(5, 2, rng(seed))) for seed in range(60)}
+    assert len(found) == 10
+    assert all(sum(copies) == 2 for copies in found)
+
+
+@pytest.mark.parametrize("problem, text", [
+    ({"problem": "1+1?", "answer": "2"}, "1+1? (Answer: 2)"),
+    ({"problem": "1+1?", "solution": "so \\boxed{2}"}, "1+1? (Answer: 2)"),
+    ({"problem": "1+1?\n(A) 2", "answer": "A"}, "1+1?\n(A) 2\n(Answer: A)")])
+def test_hints_show_the_answer_behind_the_question(problem, text):
+    assert adastar.hinted(problem)["problem"] == text
+
+
+def iterate(numbers, betas, outcomes, both=False):
+    """adastar.py's loop on recorded outcomes of problems, which stand in the file in the order of `numbers`: of each
+    iteration selection.jsonl, and (t~, w, number) in the order of the next walk."""
+    problems = [{"id": number} for number in numbers]
+    last, w = np.zeros(len(problems), int), np.zeros(len(problems))
+    alpha = 0.5
+    found = []
+    for t, (beta, right) in enumerate(zip(betas, outcomes), 1):
+        def draw(block, places):
+            responses = {}
+            for i in places:
+                notes = ["r" if outcome else "x" for outcome in right[numbers[i]]]
+                responses[i] = drawn(*notes[:1] if notes[0] == "r" and not both else notes)
+            return responses
+
+        visited = adastar.walk(adastar.walk_order(last, w, rng(t)), beta, alpha, draw)
+        selection = adastar.select(problems, visited, last, w, beta, rng(t))
+        alpha = selection[0]["alpha"]
+        for i, s in zip(visited, selection, strict=True):
+            if s["committed"]:
+                last[i], w[i] = t, s["win_rate"]
+        found.append((selection, [[int(last[i]), float(w[i]), numbers[i]] for i in adastar.walk_order(last, w, rng())]))
+    return found
+
+
+def as_traces(found):
+    """What a golden trace says of iterations."""
+    traces = []
+    for selection, heap in found:
+        trained = []
+        for s in selection:
+            trained += [s["id"]] * len(s["chosen"])
+        traces.append({"visited": [s["id"] for s in selection], "trained": trained, "alpha": selection[0]["alpha"],
+                       "committed": [s["id"] for s in selection if s["committed"]], "heap": heap})
+    return traces
+
+
+def assert_traces(found, expected):
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected):
+        assert mine["alpha"] == pytest.approx(theirs["alpha"], abs=1e-12)
+        for what in ("visited", "trained", "committed", "heap"):
+            assert mine[what] == theirs[what], what
+
+
+def traces_of(kind):
+    """Golden traces whose name begins with `kind`, as parameters; none where shared/ is absent."""
+    path = SHARED / "traces" / "adastar.json"
+    if not path.exists():
+        return [pytest.param(None, marks=pytest.mark.skip(reason=f"{path} is not on this machine"))]
+    traces = json.loads(path.read_text())
+    return [pytest.param(trace, id=name) for name, trace in traces.items() if name.startswith(kind)]
+
+
+BLOCKS = [1, 7, 10**9]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("trace", traces_of(("default", "power0", "exhausted")))
+def test_walk_follows_the_golden_traces(monkeypatch, trace, block):
+    settings = trace["settings"]
+    set_constants(monkeypatch, adastar, CURRICULUM_POWER=int(settings.get("power", 2)),
+                  block_size=lambda missing, rate: block)
+    assert_traces(as_traces(iterate(range(settings["n"]), settings["betas"], trace["outcomes"])), trace["iterations"])
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("trace", traces_of("paper"))
+def test_walk_with_all_traces_follows_the_golden_traces(monkeypatch, trace, block):
+    """Both draws are made and all correct ones taken; ties by the text of the name, so such a file it is."""
+    settings = trace["settings"]
+    set_constants(monkeypatch, adastar, TRACES=0, RETRY=False, CURRICULUM_POWER=int(settings.get("power", 2)),
+                  block_size=lambda missing, rate: block)
+    numbers = sorted(range(settings["n"]), key=lambda i: f"id_{i}")
+    assert_traces(as_traces(iterate(numbers, settings["betas"], trace["outcomes"], both=True)), trace["iterations"])
+
+
+def released(n, betas, outcomes, batch, hint, whole=round, **_):
+    """The released program on one process, in our words: generation in batches, retries first in the next one, the
+    stop looked at between them, `whole` numbers by rounding, ties by the text "id_<i>"."""
+    last, won, tried = [0] * n, [0] * n, [0] * n
+    found = []
+
+    def key(i):
+        return last[i], won[i] / tried[i] if tried[i] else 0, f"id_{i}"
+
+    for t, (beta, right) in enumerate(zip(betas, outcomes), 1):
+        fresh = iter(sorted(range(n), key=key))
+        owed, visited, trained = [], [], []
+        now = {}
+        hits, tries = [0, 0], [0, 0]
+        while sum(hits) < beta:
+            todo = [(i, 1) for i in owed]
+            while len(todo) < batch and (i := next(fresh, None)) is not None:
+                todo.append((i, 0))
+                visited.append(i)
+                now[i] = [0, 0]
+            if not todo:
+                break
+            owed = []
+            for i, draw in todo:
+                now[i][1] += 1
+                tries[draw] += 1
+                if right[i][draw]:
+                    now[i][0] += 1
+                    hits[draw] += 1
+                    trained.append(i)
+                elif draw == 0:
+                    owed.append(i)
+        alpha = sum(hits) / len(visited)
+        if hint:
+            first = hits[0] / len(visited)
+            alpha = first + (1 - first) * (hits[1] / tries[1] if tries[1] else 0)
+        committed = visited[:whole(len(visited) * alpha ** 2)]
+        for i in committed:
+            last[i], (won[i], tried[i]) = t, now[i]
+        found.append({"visited": visited, "trained": trained[:beta], "alpha": alpha, "committed": committed,
+                      "heap": [[*key(i)[:2], i] for i in sorted(range(n), key=key)]})
+    return found
+
+
+@pytest.mark.parametrize("trace", traces_of("released"))
+def test_oracle_is_the_released_program(trace):
+    """It agrees with recorded runs of it; so what differs there is understood."""
+    assert_traces(released(outcomes=trace["outcomes"], **trace["settings"]), trace["iterations"])
+
+
+def recorded(seed):
+    """Outcomes of five iterations on 10 to 150 problems that get easier, and what each asks for."""
+    r = rng(seed)
+    n = int(r.integers(10, 150))
+    outcomes = [(r.random((n, 2)) < 0.1 + 0.15 * t).astype(int).tolist() for t in range(5)]
+    return n, [int(beta) for beta in r.integers(1, n // 2, 5)], outcomes
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_walk_equals_the_released_program_one_at_a_time(monkeypatch, seed):
+    """In batches of one, floor for round: then nothing differs but the blocks."""
+    n, betas, outcomes = recorded(seed)
+    expected = released(n, betas, outcomes, 1, False, whole=lambda x: math.floor(x + 1e-9))
+    set_constants(monkeypatch, adastar, block_size=lambda missing, rate: 7)
+    assert_traces(as_traces(iterate(sorted(range(n), key=lambda i: f"id_{i}"), betas, outcomes)), expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_walk_does_not_depend_on_the_blocks(monkeypatch, seed):
+    """Visited problems, D+ with its copies and what is committed, too few answers included."""
+    n, betas, outcomes = recorded(seed)
+    betas[1] = 2 * n
+    expected = iterate(range(n), betas, outcomes)
+    for block in BLOCKS:
+        set_constants(monkeypatch, adastar, block_size=lambda missing, rate: block)
+        assert iterate(range(n), betas, outcomes) == expected
+
+
+@pytest.mark.parametrize("share, rate", [(0.02, 0.5), (0.3, 0.3), (0.5, 0.02), (0.9, 0.5), (0.9, 0.95)])
+def test_walk_draws_what_the_block_rule_says(share, rate):
+    """In the order of the walk, no problem twice, nothing behind the block where it ends; a block is what should give
+    the missing answers at the rate so far (at least a tenth), and a tenth more, in whole batches."""
+    order = rng(1).permutation(3000)
+    right = rng(2).random(3000) < share
+    blocks = []
+
+    def draw(block, places):
+        assert block == len(blocks)
+        blocks.append(places.tolist())
+        return {i: drawn("r" if right[i] else "x") for i in places}
+
+    visited = list(adastar.walk(order, 200, rate, draw))
+    asked = sum(blocks, [])
+    assert asked == order[:len(asked)].tolist()
+    assert visited == asked[:len(visited)]
+    assert right[visited].sum() == min(200, right.sum())
+    assert len(visited) > len(asked) - len(blocks[-1])
+    known = []
+    for places in blocks:
+        expected = 1.1 * (200 - right[known].sum()) / max(0.1, right[known].mean() if known else rate)
+        assert expected <= len(places) < expected + common.GROUP or len(known + places) == 3000
+        known += places
+
+
+def test_walk_without_stop_draws_all_at_once(monkeypatch):
+    set_constants(monkeypatch, adastar, STOP_AT_BETA=False)
+    asked = []
+
+    def draw(block, places):
+        asked.append(len(places))
+        return {i: drawn("r") for i in places}
+
+    assert len(adastar.walk(np.arange(100), 5, 0.5, draw)) == 100
+    assert asked == [100]
+
+
+TINY = ["--toy", "--held-out", "0", "--n-test", "4", "--steps", "2", "--rounds", "1", "--train-data", "p.jsonl"]
+
+
+def easy_problems(path, n, wrong=()):
+    """The first n problems of one operation, which the toy can do; at the places in `wrong` with a wrong answer."""
+    easy = [p for p in lines(TOY / "train.jsonl") if p["level"] == 1 and "Go" in p["problem"]][:n]
+    for i in wrong:
+        easy[i]["answer"] = "-1"
+    common.write(path, [{"problem": p["problem"], "answer": p["answer"]} for p in easy])
+
+
+@pytest.mark.parametrize("flag, said, steps", [
+    ("--fill-steps", "repeated to 16", 2), ("--no-fill-steps", "each trained on once", 1)])
+def test_problems_that_give_too_few_answers_are_all_visited(tmp_path, flag, said, steps):
+    easy_problems(tmp_path / "p.jsonl", 12, range(0, 12, 3))
+    done = launch(tmp_path, "adastar.py", *TINY, flag, "--name", "few")
+    selection = lines(tmp_path / "runs/few/round_1/selection.jsonl")
+    answers = [s["id"] for s in selection if s["chosen"]]
+    assert len(selection) == 12
+    assert f"gave {len(answers)} correct answers of 16: {said}" in done.stdout
+    assert {e["id"] for e in lines(tmp_path / "runs/few/round_1/train.jsonl")} == set(answers)
+    assert len(lines(tmp_path / "runs/few/round_1/steps.jsonl")) == steps
+
+
+def test_no_correct_answer_leaves_the_model_as_it_is(tmp_path):
+    easy_problems(tmp_path / "p.jsonl", 3, range(3))
+    done = launch(tmp_path, "adastar.py", *TINY, "--rounds", "2", "--name", "none")
+    assert done.stdout.count("6 answers and none is correct: D+ is empty, the model stays as it is") == 2
+    assert not (tmp_path / "runs/none/round_1/model").exists()
+    assert not any(s["committed"] for s in lines(tmp_path / "runs/none/round_2/selection.jsonl"))
+
+
+def test_hint_changes_the_second_draws_alone_and_is_never_trained_on(tmp_path):
+    easy_problems(tmp_path / "p.jsonl", 24, range(0, 24, 2))
+    drawn_by = {}
+    for flag in "--hint", "--no-hint":
+        launch(tmp_path, "adastar.py", *TINY, flag, "--no-stop-at-beta", "--name", flag[2:])
+        run = tmp_path / "runs" / flag[2:]
+        drawn_by[flag] = {(r["id"], r["draw"]): r["text"] for r in lines(run / "round_1/responses_0.jsonl")}
+        assert not any("(Answer:" in e["prompt"] for e in lines(run / "round_1/train.jsonl"))
+    hint, plain = drawn_by.values()
+    assert hint.keys() == plain.keys() or any(draw for _, draw in hint.keys() & plain.keys())
+    differ = {draw for i, draw in hint.keys() & plain.keys() if hint[i, draw] != plain[i, draw]}
+    assert differ == {1}
+
+
+# HS-STaR --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("outcomes, rewards, phi_r, classes", [  # classes with both, with accuracy, with reward only
+    ([1, 1, 1], [0.7, 0.7, 0.7], 0.7, "iii"),
+    ([1, 1, 1], [0.65, 0.65, 0.65], 0.65, "bib"),  # on the threshold is not above it
+    ([1, 1, 1], [0.5, 0.7, 0.75], 0.65, "bib"),
+    ([1, 1, 1], [0.1, 0.1, 0.1], 0.1, "bio"),
+    ([1, 1, 0], [0.9, 0.9, 0.9], 0.9, "bbi"),
+    ([1, 1, -1], [0.9, 0.9, 0.9], 0.9, "bbi"),  # cut is not correct
+    ([0, 0, 0], [0.1, 0.1, 0.1], 0.1, "ooo"),
+    ([0, -1, 0], [0.1, 0.1, 0.1], 0.1, "ooo"),
+    ([0, 0, 0], [0.15, 0.15, 0.15], 0.15, "bob"),
+    ([0, 0, 0], [0.05, 0.05, 0.9], 1 / 3, "bob"),
+    ([0, 0, 0], [0.9, 0.9, 0.9], 0.9, "boi"),
+    ([0, 1, 0], [0.1, 0.1, 0.1], 0.1, "bbo"),
+])
+def test_difficulty_of_hs_star(monkeypatch, outcomes, rewards, phi_r, classes):
+    for way, name in zip(("both", "accuracy", "reward"), classes):
+        set_constants(monkeypatch, hs_star, DIFFICULTY=way, TAU_LOW=0.15, TAU_HIGH=0.65)
+        found = hs_star.difficulty_of(outcomes, rewards)
+        assert found[:2] == (outcomes.count(1) / 3, pytest.approx(phi_r, abs=1e-15))
+        assert found[2][0] == name, way
+
+
+@pytest.mark.parametrize("n, pre", [(8, 3), (8, 1), (8, 7), (8, 8), (2, 1), (16, 4)])
+def test_budget_goes_to_the_boundary_alone_and_evenly(monkeypatch, n, pre):
+    """Spent is what was given: n N answers, or n_p N where there is no boundary."""
+    set_constants(monkeypatch, hs_star, BUDGET=n, PRE_SAMPLES=pre)
+    for problems in 1, 2, 7, 101:
+        for boundary in {0, 1, problems // 2, problems}:
+            classes = ["boundary"] * boundary + ["inlier", "outlier"] * problems
+            classes = rng(boundary).permutation(classes[:problems]).tolist()
+            counts = hs_star.quotas(classes, rng())
+            given = [count for count, name in zip(counts, classes, strict=True) if name == "boundary"]
+            assert sum(counts) == sum(given) == ((n - pre) * problems if boundary else 0)
+            assert not given or max(given) - min(given) <= 1
+
+
+def test_budget_that_is_left_over_goes_to_random_problems():
+    """By hand: of 505 answers 55 problems get 9, one gets 10."""
+    classes = ["boundary"] * 56 + ["inlier"] * 45
+    found = {tuple(hs_star.quotas(classes, rng(seed))) for seed in range(30)}
+    assert len(found) > 10
+    assert all(sorted(counts) == [0] * 45 + [9] * 55 + [10] for counts in found)
+
+
+@pytest.mark.parametrize("outcomes, rewards, right, wrong", [
+    ([1, 0, 1, 0, 1], [0.2, 0.9, 0.8, 0.1, 0.5], {2, 4}, {1, 3}),  # K = 2: of three right ones the two best
+    ([0, 1, 0, 0], [0.1, 0.0, 0.3, 0.2], {1}, {2}),  # the wrong one that looks best
+    ([0, 1, 0], [0.5, 0.5, 0.5], {1}, {0}),  # of equals the first
+    ([1, -1, 0], [0.1, 0.9, 0.2], {0}, {2}),  # a cut one is in no pair
+    ([1, -1], [0.1, 0.9], set(), set()), ([1, 1], [0.1, 0.9], set(), set()), ([0], [0.1], set(), set()),
+])
+def test_pairs_of_hs_star_are_the_best_looking(outcomes, rewards, right, wrong):
+    for seed in range(5):
+        pairs = hs_star.choose_pairs(outcomes, rewards, rng(seed))
+        assert {preferred for preferred, _ in pairs} == right
+        assert {rejected for _, rejected in pairs} == wrong
+        assert len(pairs) == len(right)
+
+
+@pytest.mark.parametrize("pairing, rejected, ways", [("hard", {4, 5, 6}, 6), ("random", {3, 4, 5, 6}, 24)])
+def test_pairs_of_hs_star_are_joined_at_random(monkeypatch, pairing, rejected, ways):
+    """All ways to join three right answers with three wrong ones; with "random" with three of all four."""
+    set_constants(monkeypatch, hs_star, PAIRING=pairing)
+    outcomes, rewards = [1, 1, 1, 0, 0, 0, 0], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    found = [hs_star.choose_pairs(outcomes, rewards, rng(seed)) for seed in range(300)]
+    assert {draw for pairs in found for _, draw in pairs} == rejected
+    assert len({frozenset(pairs) for pairs in found}) == ways
+
+
+def test_slices_have_no_problem_in_common_while_the_problems_last(monkeypatch):
+    set_constants(monkeypatch, hs_star, SLICE=4)
+    rounds = [hs_star.slice_of(14, t, Seeds()) for t in range(1, 7)]
+    assert all(len(places) == 4 and places == sorted(places) for places in rounds)
+    assert len(set(sum(rounds[:3], []))) == len(set(sum(rounds[3:], []))) == 12
+    assert rounds[3:] != rounds[:3]  # then all over again, in another order
+
+
+def test_slice_of_too_few_problems_is_all_of_them():
+    assert hs_star.slice_of(5, 1, Seeds()) == hs_star.slice_of(5, 2, Seeds()) == [0, 1, 2, 3, 4]
+
+
+def test_reward_of_a_response_is_that_of_its_worst_step():
+    assert hs_star.reward_of([0.9, 0.2, 0.8]) == 0.2
+    assert hs_star.reward_of([]) == 0
+
+
+def test_selection_of_hs_star_by_hand(monkeypatch):
+    set_constants(monkeypatch, hs_star, TAU_LOW=0.15, TAU_HIGH=0.65)
+    pre = [{**r, "id": i, "reward": 0.7} for i in "ab" for r in drawn(*{"a": "r r x", "b": "r r r"}[i].split())]
+    problems = [{"id": "a"}, {"id": "b"}]
+    difficulties = hs_star.classify(problems, pre)
+    more = [{"id": "a", "draw": 3, "correct": False, "finish": "stop", "reward": 0.9}]
+    first, second = hs_star.select(problems, difficulties, [1, 0], pre + more, Seeds(), 1)
+    assert (first["class"], first["quota"], first["outcomes"]) == ("boundary", 1, [1, 1, 0, 0])
+    assert sorted(map(sorted, first["pairs"])) == [[0, 2], [1, 3]] or sorted(map(sorted, first["pairs"])) == [
+        [0, 3], [1, 2]]
+    assert second == {"id": "b", "phi_a": 1, "phi_r": pytest.approx(0.7), "class": "inlier", "quota": 0,
+                      "outcomes": [1, 1, 1], "rewards": [0.7] * 3, "pairs": []}
+
+
+# Process reward models ------------------------------------------------------------------------------------------------
+
+PROBLEM = {"id": "p/1", "problem": "Begin at 37. Add 7. What do you get?", "answer": "44", "kind": "math"}
+ANSWERS = ["37+7=44\n\n\\boxed{44}", "\\boxed{44}", "", "37+7=44\n\n\n\n\\boxed{44}\n\nso"]
+
+
+def write_prm(folder, layout, drop=(), **config):
+    """A small random reward model in one of the published layouts."""
+    shutil.copytree(TOY / "model", folder, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
+    architecture = {"v_head": "Qwen2ForPrmModel", "score": "Qwen2ForProcessRewardModel"}[layout]
+    remote = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}  # as the published folders name code of theirs
+    seen = json.loads((folder / "config.json").read_text())
+    config = {**seen, "architectures": [architecture], "auto_map": remote, "num_labels": 2, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('code of the folder was run')\n")
+    shapes = {"v_head.summary.weight": (1, 128), "v_head.summary.bias": (1,), "lm_head.weight": (512, 128)}
+    if layout == "score":
+        shapes = {"score.0.weight": (128, 128), "score.0.bias": (128,), "score.2.weight": (2, 128), "score.2.bias": (2,)}
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<extra_0>"]})
+        tokenizer.save_pretrained(folder)
+    seeds = torch.Generator().manual_seed(1)
+    tensors = load_file(TOY / "model" / "model.safetensors")
+    tensors |= {name: torch.randn(shape, generator=seeds) * 0.2 for name, shape in shapes.items()}
+    places = {name: f"model-{1 + ('.1.' in name)}.safetensors" for name in tensors if name not in drop}
+    for file in sorted(set(places.values())):  # two, as large models come
+        save_file({name: tensors[name] for name in places if places[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def step_by_step(folder, layout, problem, text):
+    """The published recipes, taken literally: one response, and a pass of its own up to the end of each step."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    body = Qwen2Model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+
+    def last_state(ids):
+        with torch.inference_mode():
+            return body(torch.tensor([ids])).last_hidden_state[0, -1]
+
+    rewards = []
+    steps = text.split("\n\n")
+    if layout == "v_head":
+        ids = tokenizer.encode((tokenizer.bos_token or "") + problem["problem"] + "\n")
+        for step in steps:
+            ids = ids + tokenizer.encode(step, split_special_tokens=True) + [tokenizer.encode("\n\n")[-1]]
+            value = tensors["v_head.summary.weight"] @ last_state(ids) + tensors["v_head.summary.bias"]
+            rewards.append(torch.sigmoid(value).item())
+        return rewards
+    system = "Please reason step by step, and put your final answer within \\boxed{}."
+    for n in range(1, len(steps) + 1):
+        turns = [{"role": "system", "content": system}, {"role": "user", "content": problem["problem"]},
+                 {"role": "assistant", "content": "<extra_0>".join(steps[:n]) + "<extra_0>"}]
+        ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False))["input_ids"]
+        mark = tokenizer.convert_tokens_to_ids("<extra_0>")
+        state = last_state(ids[:len(ids) - ids[::-1].index(mark)])
+        inner = torch.relu(tensors["score.0.weight"] @ state + tensors["score.0.bias"])
+        rewards.append(torch.softmax(tensors["score.2.weight"] @ inner + tensors["score.2.bias"], 0)[1].item())
+    return rewards
+
+
+@pytest.mark.parametrize("layout", ["v_head", "score"])
+def test_rewards_of_both_published_layouts_equal_the_recipes(tmp_path, alone, layout):
+    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", layout)))
+    prm.load()
+    found = prm.read({"p/1": PROBLEM}, [{"id": "p/1", "text": text} for text in ANSWERS])
+    for (_, rewards), text in zip(found, ANSWERS, strict=True):
+        assert rewards == pytest.approx(step_by_step(tmp_path / "prm", layout, PROBLEM, text), abs=2e-6)
+
+
+@pytest.mark.parametrize("layout, text", [("score", "<extra_0>1\n2"), ("v_head", "a<|endoftext|>b")])
+def test_special_tokens_that_a_response_writes_are_plain_text(tmp_path, layout, text):
+    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", layout)))
+    ids, places = prm.encode(PROBLEM, text)
+    special = [i for i in ids[len(prm.encode(PROBLEM, "")[0]) - 1:] if i in prm.tokenizer.all_special_ids]
+    assert len(places) == 1
+    assert special == (prm.mark if layout == "score" else [])
+
+
+@pytest.mark.parametrize("text", ["\n\n".join(["37+7=44"] * 12_000), "7" * 100_000])
+def test_response_beyond_the_context_is_read_up_to_it(tmp_path, text):
+    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", "v_head", max_position_embeddings=300)))
+    ids, places = prm.encode(PROBLEM, text)
+    assert len(ids) == 300
+    assert places[-1] == 299
+    assert {ids[place] for place in places} == set(prm.mark)
+
+
+def test_problem_beyond_the_context_has_no_rewards(tmp_path, alone):
+    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", "v_head", max_position_embeddings=300)))
+    prm.load()
+    long = {**PROBLEM, "problem": "7" * 1000}
+    assert prm.read({"p/1": long}, [{"id": "p/1", "text": "7"}]) == [[300, []]]
+
+
+def without_blank_line(folder):
+    """A tokenizer to which a blank line is two tokens."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    merges = tokenizer["model"]["merges"]
+    tokenizer["model"]["merges"] = [m for m in merges if m not in (["\u010a", "\u010a"], "\u010a \u010a")]
+    assert len(tokenizer["model"]["merges"]) < len(merges)
+    path.write_text(json.dumps(tokenizer))
+
+
+def without_mark(folder):
+    """A tokenizer without <extra_0>."""
+    shutil.copy(TOY / "model" / "tokenizer.json", folder)
+    shutil.copy(TOY / "model" / "tokenizer_config.json", folder)
+
+
+@pytest.mark.parametrize("layout, more, change, words", [
+    ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None, "layers.1.mlp.up_proj.weight is missing"),
+    ("v_head", {}, without_blank_line, "its tokenizer has no token for the end of a step, '\\n\\n'"),
+    ("score", {"drop": ["score.2.bias"]}, None, "2.bias"),
+    ("score", {}, without_mark, "its tokenizer has no token for the end of a step, '<extra_0>'"),
+    ("score", {"model_type": "unheard_of"}, None, "it brings code of its own, which is never run here"),
+    ("v_head", {"drop": ["v_head.summary.weight", "v_head.summary.bias"]}, None, "no process reward model"),
+])
+def test_broken_reward_model_is_refused_in_one_line(tmp_path, capsys, alone, layout, more, change, words):
+    folder = write_prm(tmp_path / "prm", layout, **more)
+    if change:
+        change(folder)
+    assert words in refusal_of(capsys, lambda: hs_star.RewardModel(str(folder)).load())
+
+
+def test_rewards_that_are_not_numbers_end_the_program(tmp_path, capsys, alone):
+    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", "v_head")))
+    prm.load()
+    prm.head[0].bias.data *= math.nan
+    line = refusal_of(capsys, prm.read, {"p/1": PROBLEM}, [{"id": "p/1", "text": "7"}])
+    assert "its rewards are not numbers, in answers to p/1" in line
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A folder with the run "report" of hs_star.py --report-only, and what was said. Only for reading."""
+    folder = tmp_path_factory.mktemp("report")
+    done = launch(folder, "hs_star.py", *HS, "--report-only", "--tau-low", "0", "--tau-high", "0", "--name", "report")
+    return folder, done.stdout
+
+
+HS = ["--toy", "--n-train", "12", "--slice", "12", "--n-test", "4", "--rounds", "1"]
+
+
+def test_report_only_shows_rewards_and_stops(report):
+    folder, said = report
+    run = folder / "runs/report"
+    assert "phi_r    by phi_a: problems, 5%, 25%, 50%, 75%, 95% quantile" in said
+    [phi_r] = [m for m in lines(run / "metrics.jsonl") if m["phase"] == "phi_r"]
+    assert sum(of["problems"] for of in phi_r["by_phi_a"].values()) == 12
+    assert sorted(path.name for path in run.glob("round_*/*")) == ["prerewards.jsonl", "presamples.jsonl"]
+
+
+def test_report_only_serves_the_run_that_follows(report, tmp_path):
+    shutil.copytree(report[0] / "runs/report/round_1", tmp_path / "runs/next/round_1")
+    launch(tmp_path, "hs_star.py", *HS, "--name", "next")
+    phases = {m["phase"] for m in lines(tmp_path / "runs/next/metrics.jsonl")}
+    assert "resamples" in phases
+    assert not phases & {"presamples", "prerewards"}
+    selection = lines(tmp_path / "runs/next/round_1/selection.jsonl")
+    assert sum(len(s["outcomes"]) for s in selection) == 12 * 8
+
+
+def test_step_set_trains_the_model_that_draws(report, tmp_path):
+    common.write(tmp_path / "steps.jsonl", lines(TOY / "train.jsonl")[-40:])
+    launch(tmp_path, "hs_star.py", *HS, "--report-only", "--step-set", "steps.jsonl", "--lr", "1e-3", "--name", "m0")
+    texts = []
+    for run in report[0] / "runs/report", tmp_path / "runs/m0":
+        texts.append([(r["id"], r["text"]) for r in lines(run / "round_1/presamples.jsonl")])
+    assert len(lines(tmp_path / "runs/m0/round_0/steps.jsonl")) == 3
+    assert [i for i, _ in texts[0]] == [i for i, _ in texts[1]]
+    assert texts[0] != texts[1]
