@@ -278,7 +278,7 @@ def parse_tags(output):
 
 def tags_name(problems):
     """The run folder under runs/ that keeps the tags of these problems, held-out ones too: all seeds and arms share it."""
-    requests = sorted(tag_request(problem) for problem in problems)
+    requests = sorted((problem["id"], tag_request(problem)) for problem in problems)
     return f"tags/{seed_of(TAGGER, TAG_TOKENS, requests):x}"
 
 
