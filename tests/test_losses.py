@@ -1,4 +1,4 @@
-"""Losses, log-probabilities, packing, the plan and the trainer: against closed forms, float64, padding, other sizes."""
+"""Losses, log-probabilities, packing, the plan and the trainer: against closed forms and float64, at other sizes."""
 import json
 import math
 import shutil
@@ -21,8 +21,9 @@ SEQUENCES = [[(list(range(5, 5 + p)), list(range(40, 40 + c)))] for p, c in SIZE
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """start(name, **constants): the Run of a folder of its own, in this process."""
+    """start(name, **constants): the Run of a folder of its own, in this process, on one core."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "threads_per_process", lambda: 1)  # two wait for each other
 
     def started(name="run", **constants):
         g = {**vars(dast), **dast.TOY, "MODEL": str(TOY / "model"), "SEED": 3, "NAME": name, **constants}
@@ -53,9 +54,9 @@ def gradients(network):
     return {name: parameter.grad.full_tensor() for name, parameter in network.named_parameters()}
 
 
-# Losses ---------------------------------------------------------------------------------------------------------------
+# Losses -----------------------------------------------------------------------------------------------------
 
-PAIRS = {"counts": [2, 3, 1, 3], "example": torch.tensor([0, 0, 1, 1]),  # two pairs: tokens, and whose they are
+PAIRS = {"counts": [2, 3, 1, 3], "example": torch.tensor([0, 0, 1, 1]),  # two pairs
          "reference": torch.tensor([-5.0, -8.0, -2.5, -9.0], dtype=torch.float64)}
 
 
@@ -76,19 +77,14 @@ def margins_of(logprobs, beta):
 def test_dpo_loss_is_the_closed_form(monkeypatch, script, logprobs):
     monkeypatch.setattr(script, "BETA", 0.3)
     total, weight, metrics = script.dpo_loss(logprobs, PAIRS)
+    total.backward()
     margins = margins_of(logprobs, 0.3)
+    a, b = (-0.3 / (1 + math.exp(m)) for m in margins)
     assert weight == 2
+    assert logprobs.grad.tolist() == pytest.approx([a, a, -a, -a, -a, b, -b, -b, -b], rel=1e-12)
     assert total.item() == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins), rel=1e-12)
     assert metrics["margin"].item() == pytest.approx(sum(margins))
     assert metrics["preferred"].item() == sum(m > 0 for m in margins)
-
-
-@pytest.mark.parametrize("script", [dast, sai_dpo])
-def test_dpo_gradient_is_the_closed_form(monkeypatch, script, logprobs):
-    monkeypatch.setattr(script, "BETA", 0.3)
-    script.dpo_loss(logprobs, PAIRS)[0].backward()
-    a, b = (-0.3 / (1 + math.exp(m)) for m in margins_of(logprobs, 0.3))
-    assert logprobs.grad.tolist() == pytest.approx([a, a, -a, -a, -a, b, -b, -b, -b], rel=1e-12)
 
 
 def test_dpo_loss_is_ln_2_where_policy_and_reference_are_equal(logprobs):
@@ -100,7 +96,8 @@ def test_dpo_loss_is_ln_2_where_policy_and_reference_are_equal(logprobs):
 def test_dpo_loss_of_no_pair_is_zero():
     """A process without work joins the others in the backward pass."""
     nothing = torch.zeros(0, requires_grad=True)
-    total, pairs, _ = dast.dpo_loss(nothing, {"counts": [0], "example": torch.tensor([]), "reference": torch.tensor([])})
+    batch = {"counts": [0], "example": torch.tensor([]), "reference": torch.tensor([])}
+    total, pairs, _ = dast.dpo_loss(nothing, batch)
     total.backward()
     assert (total.item(), pairs) == (0, 0)
 
@@ -128,7 +125,7 @@ def test_sft_loss_is_cross_entropy():
     assert (total / weight).item() == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item())
 
 
-# Log-probabilities and packing ----------------------------------------------------------------------------------------
+# Log-probabilities and packing ------------------------------------------------------------------------------
 
 def test_token_logprobs_equal_float64_in_value_and_gradient(monkeypatch):
     """Of 100 positions in 15 chunks."""
@@ -148,24 +145,16 @@ def test_token_logprobs_equal_float64_in_value_and_gradient(monkeypatch):
     torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_pack_does_what_its_docstring_shows():
-    batch = common.pack([[([1, 2], [3, 4])], [([5], [6])]])
-    expected = dict(tokens=[1, 2, 3, 4, 5, 6], positions=[0, 1, 2, 3, 0, 1], starts=[0, 4, 6], predict=[1, 2, 4],
-                    targets=[3, 4, 6], example=[0, 1])
+@pytest.mark.parametrize("examples, expected, counts", [
+    ([[([1, 2], [3, 4])], [([5], [6])]],  # of the docstring
+     dict(tokens=[1, 2, 3, 4, 5, 6], positions=[0, 1, 2, 3, 0, 1], starts=[0, 4, 6], predict=[1, 2, 4],
+          targets=[3, 4, 6], example=[0, 1]), [2, 1]),
+    ([[([1], [2]), ([1], [3, 4])]], dict(tokens=[1, 2, 1, 3, 4], example=[0, 0]), [1, 2]),  # a pair
+    ([], dict(tokens=[0], targets=[], example=[]), [0])])
+def test_pack_by_hand(examples, expected, counts):
+    batch = common.pack(examples)
     assert {name: batch[name].tolist() for name in expected} == expected
-    assert batch["counts"] == [2, 1]
-
-
-def test_pack_of_a_pair_is_two_sequences_of_one_example():
-    batch = common.pack([[([1], [2]), ([1], [3, 4])]])
-    assert batch["example"].tolist() == [0, 0]
-    assert batch["counts"] == [1, 2]
-
-
-def test_pack_of_nothing_predicts_nothing():
-    batch = common.pack([])
-    assert batch["tokens"].tolist() == [0]
-    assert batch["targets"].tolist() == batch["example"].tolist() == []
+    assert batch["counts"] == counts
 
 
 def test_packed_sequences_equal_padded_ones(start):
@@ -191,7 +180,7 @@ def test_packed_sequences_equal_padded_ones(start):
 
 
 def exact_sums(pairs, factor):
-    """log p(completion | prompt) in float64, a sequence at a time, of the toy with its weights times `factor`."""
+    """log p(completion | prompt) in float64, one at a time, of the toy with its weights times `factor`."""
     plain = AutoModelForCausalLM.from_pretrained(TOY / "model", dtype=torch.float64)
     for parameter in plain.parameters():
         parameter.data.mul_(factor)
@@ -242,7 +231,8 @@ def test_recompute_keeps_less_and_gives_the_same_gradient(start):
         return tensor
 
     for recompute in False, True:
-        network, policy = common.load_for_training(start(str(recompute), RECOMPUTE=recompute), str(TOY / "model"))
+        run = start(str(recompute), RECOMPUTE=recompute)
+        network, policy = common.load_for_training(run, str(TOY / "model"))
         kept.append(0)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             total = policy(common.pack(SEQUENCES)).sum()
@@ -252,7 +242,7 @@ def test_recompute_keeps_less_and_gives_the_same_gradient(start):
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
-# The plan and the schedule --------------------------------------------------------------------------------------------
+# The plan and the schedule ----------------------------------------------------------------------------------
 
 LENGTHS = np.random.default_rng(1).integers(1, 200, 53).tolist()
 
@@ -294,12 +284,12 @@ def test_learning_rate_rises_then_falls_as_a_half_cosine():
 
 @pytest.mark.parametrize("step, steps, warmup, decay, factor", [
     (0, 1, 0.05, True, 1.0), (0, 9, 0.0, False, 1.0), (1, 6, 4.0, False, 0.5), (5, 6, 4.0, False, 1.0),
-    (39, 40, 100.0, False, 0.4)])  # adastar.py's: a number of steps, and an iteration may be shorter than they are
+    (39, 40, 100.0, False, 0.4)])  # adastar.py's: a number of steps, and an iteration may be shorter
 def test_learning_rate_by_hand(step, steps, warmup, decay, factor):
     assert common.learning_rate_factor(step, steps, warmup, decay) == factor
 
 
-# The trainer ----------------------------------------------------------------------------------------------------------
+# The trainer ------------------------------------------------------------------------------------------------
 
 def test_micro_batches_do_not_change_what_is_learnt(start, examples):
     """Six steps of AdamW, which magnifies rounding: weights to 1e-5."""
@@ -363,7 +353,7 @@ def test_saved_folder_loads_as_it_is(start, examples):
     weights = train(run, "round_0/model", examples)
     folder = run.folder / "round_0/model"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert weights.keys() == {name for name, _ in model.named_parameters()}  # the tied head is not there twice
+    assert weights.keys() == {name for name, _ in model.named_parameters()}  # the tied head once
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
     before, after = (AutoTokenizer.from_pretrained(path) for path in (TOY / "model", folder))
     assert before.get_vocab() == after.get_vocab()
@@ -401,7 +391,8 @@ def test_micro_batch_is_cut_to_the_memory_of_the_machine(start, examples, capsys
         run = start(str(recompute), MAX_TOKENS=10**9, RECOMPUTE=recompute)
         train(run, "round_0/model", examples[:4])
         found[recompute] = json.loads((run.folder / "max_tokens_1.json").read_text())
-        assert f"micro-batches of {found[recompute]:,} tokens in place of 1,000,000,000" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert f"micro-batches of {found[recompute]:,} tokens in place of 1,000,000,000" in said
     assert 256 <= found[False] < found[True] < 10**9
 
 

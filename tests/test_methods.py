@@ -1,5 +1,5 @@
-"""The four methods' rules against tables worked out by hand, golden traces and independent oracles; what stands beside
-them (reward models, taggers, encoders) against references, and short real runs of what only one method has."""
+"""The four methods' rules against tables worked out by hand, golden traces and oracles; reward models, taggers
+and encoders against references; short real runs of what only one method has."""
 import json
 import math
 import shutil
@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, Qwen2Model
+from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel,
+                          BertTokenizerFast, Qwen2Model)
 
 import adastar
 import common
 import dast
 import hs_star
 import sai_dpo
-from conftest import SHARED, TOY, error_of, killed_when, launch, lines
+from conftest import SHARED, TOY, killed_when, launch, lines
 
 
 def rng(seed=0):
@@ -65,11 +66,11 @@ def test_constants_that_contradict_are_refused_in_one_line(monkeypatch, capsys, 
     assert words in refusal_of(capsys, script.main)
 
 
-# DAST -----------------------------------------------------------------------------------------------------------------
+# DAST -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("correct, draws, level", [
-    (10, 10, "E"), (8, 10, "E"), (7, 10, "M"), (5, 10, "M"), (4, 10, "M"), (3, 10, "H"), (1, 10, "H"), (0, 10, "U"),
-    (5, 7, "E"), (2, 5, "M"), (1, 3, "H"), (1, 1, "E"), (0, 1, "U")])  # 0.7 and 0.4 themselves are M
+    (10, 10, "E"), (8, 10, "E"), (7, 10, "M"), (5, 10, "M"), (4, 10, "M"), (3, 10, "H"), (1, 10, "H"),
+    (0, 10, "U"), (5, 7, "E"), (2, 5, "M"), (1, 3, "H"), (1, 1, "E"), (0, 1, "U")])  # 0.7 and 0.4 are M
 def test_levels_of_dast(correct, draws, level):
     assert dast.level_of(correct, draws) == level
 
@@ -80,7 +81,7 @@ def test_targets_and_budgets_rise_with_difficulty(monkeypatch):
 
 
 def drawn(*notes):
-    """Responses from notes: "x" is wrong, "cut:a" a correct text cut by the limit, anything else a correct text."""
+    """Responses from notes: "x" is wrong, "cut:a" a correct text that was cut, all else is correct."""
     responses = []
     for draw, note in enumerate(notes):
         finish = "length" if note.startswith("cut:") else "stop"
@@ -129,7 +130,8 @@ def examples_drawn(problem, level, shots, seed):
 
 
 @pytest.mark.parametrize("problem, level, shots, levels", [
-    ("E0", "E", 8, "EEEEEEEE"), ("H0", "H", 8, "HMMMEEEE"), ("x", "E", 11, "EEEEEEEEEMM"), ("U0", "U", 20, "HHMMM" + 9 * "E"),
+    ("E0", "E", 8, "EEEEEEEE"), ("H0", "H", 8, "HMMMEEEE"), ("x", "E", 11, "EEEEEEEEEMM"),
+    ("U0", "U", 20, "HHMMMEEEEEEEEE"),
 ])
 def test_examples_of_dast_are_others_of_the_level_then_of_easier_ones(problem, level, shots, levels):
     for seed in range(20):
@@ -138,23 +140,12 @@ def test_examples_of_dast_are_others_of_the_level_then_of_easier_ones(problem, l
         assert len(set(ids) - {problem}) == len(ids)
 
 
-def test_examples_of_dast_differ_by_chance():
-    assert len({tuple(examples_drawn("E0", "E", 2, seed)) for seed in range(20)}) > 10
-
-
 def dast_selection(size=0):
     """selection.jsonl of two problems, M and U; the second has a solution."""
     problems = [{"id": "a"}, {"id": "b", "solution": "s"}]
     probe = [{**r, "id": i} for i, notes in (("a", "r x"), ("b", "x x")) for r in drawn(*notes.split())]
     responses = [{**r, "id": i} for i, notes in (("a", "q x r"), ("b", "x x")) for r in drawn(*notes.split())]
     return dast.select(problems, probe, responses, [(2, 4), (4, 8)], size, Seeds(), 1)
-
-
-def test_selection_of_dast_by_hand():
-    first, second = dast_selection()
-    assert first == {"id": "a", "probe_correct": 1, "probe_draws": 2, "pass_rate": 0.5, "level": "M", "target": 2,
-                     "budget": 4, "outcomes": [1, 0, 2], "chosen": [0, 2], "pairs": [], "copies": [1, 1]}
-    assert (second["level"], second["outcomes"], second["chosen"], second["copies"]) == ("U", [0, 0], [], [])
 
 
 def test_selection_of_dast_has_pairs_with_dpo(monkeypatch):
@@ -175,7 +166,7 @@ def test_selection_of_dast_has_as_many_copies_as_another_run(monkeypatch, size):
     assert second["copies"] == []
 
 
-# AdaSTaR --------------------------------------------------------------------------------------------------------------
+# AdaSTaR ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("order, places", [
     ("adaptive", [4, 2, 5, 0, 3, 1]),  # t~ 0: w 0, .5, .5 in the order of the file; then t~ 1: w 0; then t~ 3
@@ -195,8 +186,8 @@ def test_random_order_of_the_walk_is_another_in_each_iteration(monkeypatch):
 
 
 def test_beta_follows_the_papers_schedule():
-    betas = "320 384 456 552 656 792 952 1144 1368 1648 1976 2376 2848 3416 4104 4928 5912 7096 8512 10216 12264"
-    assert [adastar.beta_of(t) for t in range(1, 22)] == [int(beta) for beta in betas.split()]
+    betas = [320, 384, 456, 552, 656, 792, 952, 1144, 1368, 1648, 1976, 2376, 2848, 3416, 4104, 4928]
+    assert [adastar.beta_of(t) for t in range(1, 17)] == betas
 
 
 @pytest.mark.parametrize("visited, solved, power, commits", [
@@ -250,9 +241,10 @@ def test_hints_show_the_answer_behind_the_question(problem, text):
     assert adastar.hinted(problem)["problem"] == text
 
 
-def iterate(numbers, betas, outcomes, both=False):
-    """adastar.py's loop on recorded outcomes of problems, which stand in the file in the order of `numbers`: of each
-    iteration selection.jsonl, and (t~, w, number) in the order of the next walk."""
+def iterate(numbers, betas, outcomes):
+    """adastar.py's loop on recorded outcomes of problems, which stand in the file in the order of `numbers`.
+
+    Returns selection.jsonl of each iteration, and (t~, w, number) in the order of the next walk."""
     problems = [{"id": number} for number in numbers]
     last, w = np.zeros(len(problems), int), np.zeros(len(problems))
     alpha = 0.5
@@ -262,7 +254,8 @@ def iterate(numbers, betas, outcomes, both=False):
             responses = {}
             for i in places:
                 notes = ["r" if outcome else "x" for outcome in right[numbers[i]]]
-                responses[i] = drawn(*notes[:1] if notes[0] == "r" and not both else notes)
+                enough = adastar.RETRY and notes[0] == "r"
+                responses[i] = drawn(*notes[:1] if enough else notes)
             return responses
 
         visited = adastar.walk(adastar.walk_order(last, w, rng(t)), beta, alpha, draw)
@@ -271,8 +264,15 @@ def iterate(numbers, betas, outcomes, both=False):
         for i, s in zip(visited, selection, strict=True):
             if s["committed"]:
                 last[i], w[i] = t, s["win_rate"]
-        found.append((selection, [[int(last[i]), float(w[i]), numbers[i]] for i in adastar.walk_order(last, w, rng())]))
+        order = adastar.walk_order(last, w, rng())
+        found.append((selection, [[int(last[i]), float(w[i]), numbers[i]] for i in order]))
     return found
+
+
+def comparable(iterations):
+    """Iterations of a golden trace without their numbers, alpha to rounding."""
+    return [{**{name: iteration[name] for name in ("visited", "trained", "committed", "heap")},
+             "alpha": pytest.approx(iteration["alpha"], abs=1e-12)} for iteration in iterations]
 
 
 def as_traces(found):
@@ -282,54 +282,55 @@ def as_traces(found):
         trained = []
         for s in selection:
             trained += [s["id"]] * len(s["chosen"])
-        traces.append({"visited": [s["id"] for s in selection], "trained": trained, "alpha": selection[0]["alpha"],
-                       "committed": [s["id"] for s in selection if s["committed"]], "heap": heap})
+        committed = [s["id"] for s in selection if s["committed"]]
+        traces.append({"visited": [s["id"] for s in selection], "trained": trained, "committed": committed,
+                       "heap": heap, "alpha": selection[0]["alpha"]})
     return traces
 
 
-def assert_traces(found, expected):
-    assert len(found) == len(expected)
-    for mine, theirs in zip(found, expected):
-        assert mine["alpha"] == pytest.approx(theirs["alpha"], abs=1e-12)
-        for what in ("visited", "trained", "committed", "heap"):
-            assert mine[what] == theirs[what], what
+def by_name(n):
+    """Problems in the order of the text of their names, which ties go by in the released program."""
+    return sorted(range(n), key=lambda i: f"id_{i}")
 
 
-def traces_of(kind):
-    """Golden traces whose name begins with `kind`, as parameters; none where shared/ is absent."""
+def traces_of(*kinds):
+    """Golden traces whose names begin so, as parameters; a skipped one where shared/ is absent."""
     path = SHARED / "traces" / "adastar.json"
     if not path.exists():
         return [pytest.param(None, marks=pytest.mark.skip(reason=f"{path} is not on this machine"))]
     traces = json.loads(path.read_text())
-    return [pytest.param(trace, id=name) for name, trace in traces.items() if name.startswith(kind)]
+    return [pytest.param(trace, id=name) for name, trace in traces.items() if name.startswith(kinds)]
 
 
 BLOCKS = [1, 7, 10**9]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("trace", traces_of(("default", "power0", "exhausted")))
-def test_walk_follows_the_golden_traces(monkeypatch, trace, block):
+def check_trace(monkeypatch, trace, block, numbers):
+    """Compare adastar.py on recorded outcomes with what must come out."""
     settings = trace["settings"]
     set_constants(monkeypatch, adastar, CURRICULUM_POWER=int(settings.get("power", 2)),
                   block_size=lambda missing, rate: block)
-    assert_traces(as_traces(iterate(range(settings["n"]), settings["betas"], trace["outcomes"])), trace["iterations"])
+    found = iterate(numbers, settings["betas"], trace["outcomes"])
+    assert as_traces(found) == comparable(trace["iterations"])
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("trace", traces_of("default", "power0", "exhausted"))
+def test_walk_follows_the_golden_traces(monkeypatch, trace, block):
+    check_trace(monkeypatch, trace, block, range(trace["settings"]["n"]))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("trace", traces_of("paper"))
 def test_walk_with_all_traces_follows_the_golden_traces(monkeypatch, trace, block):
     """Both draws are made and all correct ones taken; ties by the text of the name, so such a file it is."""
-    settings = trace["settings"]
-    set_constants(monkeypatch, adastar, TRACES=0, RETRY=False, CURRICULUM_POWER=int(settings.get("power", 2)),
-                  block_size=lambda missing, rate: block)
-    numbers = sorted(range(settings["n"]), key=lambda i: f"id_{i}")
-    assert_traces(as_traces(iterate(numbers, settings["betas"], trace["outcomes"], both=True)), trace["iterations"])
+    set_constants(monkeypatch, adastar, TRACES=0, RETRY=False)
+    check_trace(monkeypatch, trace, block, by_name(trace["settings"]["n"]))
 
 
 def released(n, betas, outcomes, batch, hint, whole=round, **_):
-    """The released program on one process, in our words: generation in batches, retries first in the next one, the
-    stop looked at between them, `whole` numbers by rounding, ties by the text "id_<i>"."""
+    """The released program on one process, in our words: generation in batches, retries first in the next,
+    the stop looked at between them, `whole` numbers by rounding, ties by the text "id_<i>"."""
     last, won, tried = [0] * n, [0] * n, [0] * n
     found = []
 
@@ -374,7 +375,7 @@ def released(n, betas, outcomes, batch, hint, whole=round, **_):
 @pytest.mark.parametrize("trace", traces_of("released"))
 def test_oracle_is_the_released_program(trace):
     """It agrees with recorded runs of it; so what differs there is understood."""
-    assert_traces(released(outcomes=trace["outcomes"], **trace["settings"]), trace["iterations"])
+    assert released(outcomes=trace["outcomes"], **trace["settings"]) == comparable(trace["iterations"])
 
 
 def recorded(seed):
@@ -391,7 +392,7 @@ def test_walk_equals_the_released_program_one_at_a_time(monkeypatch, seed):
     n, betas, outcomes = recorded(seed)
     expected = released(n, betas, outcomes, 1, False, whole=lambda x: math.floor(x + 1e-9))
     set_constants(monkeypatch, adastar, block_size=lambda missing, rate: 7)
-    assert_traces(as_traces(iterate(sorted(range(n), key=lambda i: f"id_{i}"), betas, outcomes)), expected)
+    assert as_traces(iterate(by_name(n), betas, outcomes)) == comparable(expected)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -407,8 +408,8 @@ def test_walk_does_not_depend_on_the_blocks(monkeypatch, seed):
 
 @pytest.mark.parametrize("share, rate", [(0.02, 0.5), (0.3, 0.3), (0.5, 0.02), (0.9, 0.5), (0.9, 0.95)])
 def test_walk_draws_what_the_block_rule_says(share, rate):
-    """In the order of the walk, no problem twice, nothing behind the block where it ends; a block is what should give
-    the missing answers at the rate so far (at least a tenth), and a tenth more, in whole batches."""
+    """In order, no problem twice, nothing behind the block where it ends; a block is what should give the
+    missing answers at the rate so far (at least a tenth), and a tenth more, in whole batches."""
     order = rng(1).permutation(3000)
     right = rng(2).random(3000) < share
     blocks = []
@@ -443,11 +444,11 @@ def test_walk_without_stop_draws_all_at_once(monkeypatch):
     assert asked == [100]
 
 
-TINY = ["--toy", "--held-out", "0", "--n-test", "4", "--steps", "2", "--rounds", "1", "--train-data", "p.jsonl"]
+TINY = ["--toy", "--train-data", "p.jsonl", "--held-out", "0", "--n-test", "4", "--steps", "2", "--rounds", 1]
 
 
 def easy_problems(path, n, wrong=()):
-    """The first n problems of one operation, which the toy can do; at the places in `wrong` with a wrong answer."""
+    """Write n problems of one operation, which the toy can do; those at `wrong` with a wrong answer."""
     easy = [p for p in lines(TOY / "train.jsonl") if p["level"] == 1 and "Go" in p["problem"]][:n]
     for i in wrong:
         easy[i]["answer"] = "-1"
@@ -476,7 +477,7 @@ def test_no_correct_answer_leaves_the_model_as_it_is(tmp_path):
 
 
 def test_hint_changes_the_second_draws_alone_and_is_never_trained_on(tmp_path):
-    easy_problems(tmp_path / "p.jsonl", 24, range(0, 24, 2))
+    easy_problems(tmp_path / "p.jsonl", 12, range(0, 12, 2))
     drawn_by = {}
     for flag in "--hint", "--no-hint":
         launch(tmp_path, "adastar.py", *TINY, flag, "--no-stop-at-beta", "--name", flag[2:])
@@ -484,14 +485,13 @@ def test_hint_changes_the_second_draws_alone_and_is_never_trained_on(tmp_path):
         drawn_by[flag] = {(r["id"], r["draw"]): r["text"] for r in lines(run / "round_1/responses_0.jsonl")}
         assert not any("(Answer:" in e["prompt"] for e in lines(run / "round_1/train.jsonl"))
     hint, plain = drawn_by.values()
-    assert hint.keys() == plain.keys() or any(draw for _, draw in hint.keys() & plain.keys())
     differ = {draw for i, draw in hint.keys() & plain.keys() if hint[i, draw] != plain[i, draw]}
     assert differ == {1}
 
 
-# HS-STaR --------------------------------------------------------------------------------------------------------------
+# HS-STaR ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("outcomes, rewards, phi_r, classes", [  # classes with both, with accuracy, with reward only
+@pytest.mark.parametrize("outcomes, rewards, phi_r, classes", [  # classes with both, accuracy, reward
     ([1, 1, 1], [0.7, 0.7, 0.7], 0.7, "iii"),
     ([1, 1, 1], [0.65, 0.65, 0.65], 0.65, "bib"),  # on the threshold is not above it
     ([1, 1, 1], [0.5, 0.7, 0.75], 0.65, "bib"),
@@ -566,10 +566,7 @@ def test_slices_have_no_problem_in_common_while_the_problems_last(monkeypatch):
     assert all(len(places) == 4 and places == sorted(places) for places in rounds)
     assert len(set(sum(rounds[:3], []))) == len(set(sum(rounds[3:], []))) == 12
     assert rounds[3:] != rounds[:3]  # then all over again, in another order
-
-
-def test_slice_of_too_few_problems_is_all_of_them():
-    assert hs_star.slice_of(5, 1, Seeds()) == hs_star.slice_of(5, 2, Seeds()) == [0, 1, 2, 3, 4]
+    assert hs_star.slice_of(3, 1, Seeds()) == hs_star.slice_of(3, 2, Seeds()) == [0, 1, 2]
 
 
 def test_reward_of_a_response_is_that_of_its_worst_step():
@@ -577,21 +574,7 @@ def test_reward_of_a_response_is_that_of_its_worst_step():
     assert hs_star.reward_of([]) == 0
 
 
-def test_selection_of_hs_star_by_hand(monkeypatch):
-    set_constants(monkeypatch, hs_star, TAU_LOW=0.15, TAU_HIGH=0.65)
-    pre = [{**r, "id": i, "reward": 0.7} for i in "ab" for r in drawn(*{"a": "r r x", "b": "r r r"}[i].split())]
-    problems = [{"id": "a"}, {"id": "b"}]
-    difficulties = hs_star.classify(problems, pre)
-    more = [{"id": "a", "draw": 3, "correct": False, "finish": "stop", "reward": 0.9}]
-    first, second = hs_star.select(problems, difficulties, [1, 0], pre + more, Seeds(), 1)
-    assert (first["class"], first["quota"], first["outcomes"]) == ("boundary", 1, [1, 1, 0, 0])
-    assert sorted(map(sorted, first["pairs"])) == [[0, 2], [1, 3]] or sorted(map(sorted, first["pairs"])) == [
-        [0, 3], [1, 2]]
-    assert second == {"id": "b", "phi_a": 1, "phi_r": pytest.approx(0.7), "class": "inlier", "quota": 0,
-                      "outcomes": [1, 1, 1], "rewards": [0.7] * 3, "pairs": []}
-
-
-# Process reward models ------------------------------------------------------------------------------------------------
+# Process reward models --------------------------------------------------------------------------------------
 
 PROBLEM = {"id": "p/1", "problem": "Begin at 37. Add 7. What do you get?", "answer": "44", "kind": "math"}
 ANSWERS = ["37+7=44\n\n\\boxed{44}", "\\boxed{44}", "", "37+7=44\n\n\n\n\\boxed{44}\n\nso"]
@@ -599,31 +582,34 @@ ANSWERS = ["37+7=44\n\n\\boxed{44}", "\\boxed{44}", "", "37+7=44\n\n\n\n\\boxed{
 
 def write_prm(folder, layout, drop=(), **config):
     """A small random reward model in one of the published layouts."""
-    shutil.copytree(TOY / "model", folder, ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
+    shutil.copytree(TOY / "model", folder, ignore=shutil.ignore_patterns("*.safetensors", "generation*"))
     architecture = {"v_head": "Qwen2ForPrmModel", "score": "Qwen2ForProcessRewardModel"}[layout]
-    remote = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}  # as the published folders name code of theirs
+    remote = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}  # as the published folders have it
     seen = json.loads((folder / "config.json").read_text())
     config = {**seen, "architectures": [architecture], "auto_map": remote, "num_labels": 2, **config}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('code of the folder was run')\n")
     shapes = {"v_head.summary.weight": (1, 128), "v_head.summary.bias": (1,), "lm_head.weight": (512, 128)}
     if layout == "score":
-        shapes = {"score.0.weight": (128, 128), "score.0.bias": (128,), "score.2.weight": (2, 128), "score.2.bias": (2,)}
+        shapes = {"score.0.weight": (128, 128), "score.0.bias": (128,)}
+        shapes |= {"score.2.weight": (2, 128), "score.2.bias": (2,)}
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<extra_0>"]})
+        special = ["<|im_start|>", "<|im_end|>", "<extra_0>"]
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
         tokenizer.save_pretrained(folder)
     seeds = torch.Generator().manual_seed(1)
     tensors = load_file(TOY / "model" / "model.safetensors")
     tensors |= {name: torch.randn(shape, generator=seeds) * 0.2 for name, shape in shapes.items()}
     places = {name: f"model-{1 + ('.1.' in name)}.safetensors" for name in tensors if name not in drop}
     for file in sorted(set(places.values())):  # two, as large models come
-        save_file({name: tensors[name] for name in places if places[name] == file}, folder / file, {"format": "pt"})
+        own = {name: tensors[name] for name in places if places[name] == file}
+        save_file(own, folder / file, {"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder
 
 
 def step_by_step(folder, layout, problem, text):
-    """The published recipes, taken literally: one response, and a pass of its own up to the end of each step."""
+    """The published recipes, taken literally: one response, a pass of its own up to the end of each step."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     body = Qwen2Model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     tensors = {}
@@ -651,7 +637,8 @@ def step_by_step(folder, layout, problem, text):
         mark = tokenizer.convert_tokens_to_ids("<extra_0>")
         state = last_state(ids[:len(ids) - ids[::-1].index(mark)])
         inner = torch.relu(tensors["score.0.weight"] @ state + tensors["score.0.bias"])
-        rewards.append(torch.softmax(tensors["score.2.weight"] @ inner + tensors["score.2.bias"], 0)[1].item())
+        logits = tensors["score.2.weight"] @ inner + tensors["score.2.bias"]
+        rewards.append(torch.softmax(logits, 0)[1].item())
     return rewards
 
 
@@ -706,7 +693,7 @@ def without_mark(folder):
 
 
 @pytest.mark.parametrize("layout, more, change, words", [
-    ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None, "layers.1.mlp.up_proj.weight is missing"),
+    ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None, "mlp.up_proj.weight is missing"),
     ("v_head", {}, without_blank_line, "its tokenizer has no token for the end of a step, '\\n\\n'"),
     ("score", {"drop": ["score.2.bias"]}, None, "2.bias"),
     ("score", {}, without_mark, "its tokenizer has no token for the end of a step, '<extra_0>'"),
@@ -728,15 +715,36 @@ def test_rewards_that_are_not_numbers_end_the_program(tmp_path, capsys, alone):
     assert "its rewards are not numbers, in answers to p/1" in line
 
 
+@pytest.mark.parametrize("batch", [1, 16])
+def test_equal_responses_are_read_once(tmp_path, monkeypatch, batch):
+    """Five texts to each of nine problems, twice; the records are in the order of the responses."""
+    monkeypatch.chdir(tmp_path)
+    set_constants(monkeypatch, hs_star, PRM_BATCH=batch)
+    problems = [{**p, "id": str(n)} for n, p in enumerate(lines(TOY / "test.jsonl")[:9])]
+    responses = []
+    for problem in problems:
+        for draw, text in enumerate([*ANSWERS, "so"] * 2):
+            responses.append({"id": problem["id"], "draw": draw, "text": text})
+    model = str(TOY / "model")
+    run = common.start_run({**vars(hs_star), **hs_star.TOY, "MODEL": model, "NAME": "r"}, problems)
+    prm = hs_star.RewardModel(str(TOY / "prm"))
+    records = hs_star.step_rewards(run, "round_1/prerewards.jsonl", prm, problems, responses)
+    assert [(r["id"], r["draw"]) for r in records] == [(r["id"], r["draw"]) for r in responses]
+    rewards = [r["reward"] for r in records]
+    assert rewards == [rewards[place - place % 10 + place % 5] for place in range(90)]
+    assert run.metrics[1, "prerewards"]["different"] == 45
+
+
+HS = ["--toy", "--n-train", "12", "--slice", "12", "--n-test", "4", "--rounds", "1"]
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """A folder with the run "report" of hs_star.py --report-only, and what was said. Only for reading."""
     folder = tmp_path_factory.mktemp("report")
-    done = launch(folder, "hs_star.py", *HS, "--report-only", "--tau-low", "0", "--tau-high", "0", "--name", "report")
+    flags = [*HS, "--report-only", "--tau-low", "0", "--tau-high", "0", "--name", "report"]
+    done = launch(folder, "hs_star.py", *flags)
     return folder, done.stdout
-
-
-HS = ["--toy", "--n-train", "12", "--slice", "12", "--n-test", "4", "--rounds", "1"]
 
 
 def test_report_only_shows_rewards_and_stops(report):
@@ -760,10 +768,483 @@ def test_report_only_serves_the_run_that_follows(report, tmp_path):
 
 def test_step_set_trains_the_model_that_draws(report, tmp_path):
     common.write(tmp_path / "steps.jsonl", lines(TOY / "train.jsonl")[-40:])
-    launch(tmp_path, "hs_star.py", *HS, "--report-only", "--step-set", "steps.jsonl", "--lr", "1e-3", "--name", "m0")
+    flags = [*HS, "--report-only", "--step-set", "steps.jsonl", "--lr", "1e-3", "--name", "m0"]
+    launch(tmp_path, "hs_star.py", *flags)
     texts = []
     for run in report[0] / "runs/report", tmp_path / "runs/m0":
         texts.append([(r["id"], r["text"]) for r in lines(run / "round_1/presamples.jsonl")])
     assert len(lines(tmp_path / "runs/m0/round_0/steps.jsonl")) == 3
     assert [i for i, _ in texts[0]] == [i for i, _ in texts[1]]
     assert texts[0] != texts[1]
+
+
+# SAI-DPO ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, tags", [
+    ('["Geometry", "area of a trapezoid"]', ["geometry", "area of a trapezoid"]),
+    ('<think>Perhaps ["algebra"]?</think>\n```json\n["number theory", "Modular  arithmetic"]\n```',
+     ["number theory", "modular arithmetic"]),
+    ('<think>["algebra"]</think> I cannot say.', []),
+    ('["first"] or rather ["second", "third"]', ["second", "third"]),
+    ('["first", "second",]', ["first", "second"]),
+    ("['Vieta's formulas', 'roots']", ["vieta's formulas", "roots"]),
+    ('["area \\(x^2\\)", "\\\\frac", "x"]', ["area \\(x^2\\)", "\\frac"]),  # one letter is no tag
+    ('["polynomials over Z[x]", "intervals [0,1]"]', ["polynomials over z[x]", "intervals [0,1]"]),
+    ('["area of\n a triangle", "algebra"]', ["area of a triangle", "algebra"]),
+    ('["' + "long " * 40 + '", "algebra"]', ["algebra"]),
+    ('["aa", "aa", "bb", "cc", "dd", "ee", "ff"]', ["aa", "bb", "cc", "dd", "ee"]),
+    ('[{"tag": "geometry"}, 7, "sums"]', ["sums"]), ('["caf\\u00e9s"]', ["cafés"]),
+    ('["the angle \\theta", "\\binom{n}{k}"]', ["the angle \\theta", "\\binom{n}{k}"]),  # no tabulator
+    ("The interval [0, 1] and [2, 3].", []), ("[]", []), ("1. Geometry\n2. Triangles", []),
+    ("", []), ("[", []), ('["unfinished", "list', []), ("]" * 9 + "[" * 9, []),
+])
+def test_tags_are_the_last_list_of_an_output(text, tags):
+    assert sai_dpo.parse_tags({"text": text, "finish": "stop"}) == tags
+    assert sai_dpo.parse_tags({"text": text, "finish": "length"}) == []  # perhaps still thinking
+
+
+@pytest.mark.parametrize("piece", [
+    "[", "['", '["a" ', "\"' ", "['a', ", '["a\n', "</think>[", "\\", "['\t", '["[', '[{"a":', '["a",',
+    "\n \n", "\nStep 1 \t#"])
+def test_hostile_output_costs_nothing(piece):
+    began = time.process_time()
+    text = piece * (200_000 // len(piece)) + "]"
+    assert sai_dpo.parse_tags({"text": text, "finish": "stop"}) == []
+    sai_dpo.steps_of(text)
+    assert time.process_time() - began < 1  # tenths of it; a quadratic search takes minutes
+
+
+@pytest.mark.parametrize("text, steps", [
+    ("", 0), ("\\boxed{4}", 1), ("a\nb", 1), ("a\n\nb", 2), ("a\n \t\nb\n\n\n\nc\n", 3), ("a\r\n\r\nb", 2),
+    ("Step 1: a\nStep 2: b\n\nso\n\nand so", 2),  # markers count where there are any
+    ("**Step 1** a\n\n## Step 2\n\n  step 3. b", 3),
+    ("In step 2 we\n\nsaw Step 1", 2),  # only at the start of a line
+])
+def test_steps_of_a_response(text, steps):
+    assert sai_dpo.steps_of(text) == steps
+
+
+HARDER = [  # outcomes, steps, tokens of four draws; p, mean steps, mean length; the easiest first
+    ([1, 1, 1, 1], [9, 9, 9, 9], [99, 99, 99, 99], (1.0, 9, 99)),  # whatever its length
+    ([1, 1, 1, 0], [2, 2, 2, 2], [10, 10, 10, 14], (0.75, 2, 11)),
+    ([1, 1, 0, 1], [2, 2, 2, 2], [10, 10, 10, 18], (0.75, 2, 12)),  # as often, as many steps, longer
+    ([1, 0, 1, 1], [2, 2, 2, 4], [1, 1, 1, 1], (0.75, 2.5, 1)),  # more steps, though shorter
+    ([1, -1, 1, -1], [1, 50, 1, 50], [5, 96, 7, 96], (0.5, 1, 6)),  # two were cut: wrong, and in no mean
+    ([0, 0, 0, -1], [1, 2, 3, 9], [1, 2, 3, 96], (0.0, 2, 2)),
+    ([-1, -1, -1, -1], [9, 9, 9, 9], [96, 96, 96, 96], (0.0, None, None)),  # all were cut: hardest
+]
+
+
+@pytest.mark.parametrize("outcomes, steps, tokens, expected", HARDER)
+def test_difficulty_of_sai_dpo(outcomes, steps, tokens, expected):
+    assert sai_dpo.difficulty_of(outcomes, steps, tokens) == expected
+
+
+def test_difficulty_of_sai_dpo_goes_by_p_then_steps_then_length():
+    keys = [sai_dpo.key_of(*numbers) for *_, numbers in HARDER]
+    assert keys == sorted(keys)
+    assert len(set(keys)) == len(keys)
+
+
+RATES = [[1.0, 0.5], [0.0, 0.0], [1.0]]  # of the probed problems of three clusters: errors 0.5, 2 and 0
+
+
+@pytest.mark.parametrize("rates, unused, masses", [
+    (RATES, [10, 20, 5], [2.5 / 9, 20 / 9, 0]),  # 2.5, 20 and 0, times 2.5 / 22.5
+    (RATES, [10, 0, 5], [2.5, 0, 0]),  # one is used up
+    ([[1.0], [1.0]], [3, 4], [0, 0])])  # no failure at all
+def test_error_masses(rates, unused, masses):
+    assert sai_dpo.error_masses(rates, np.array(unused)) == pytest.approx(masses)
+
+
+@pytest.mark.parametrize("smoothing, masses, shares", [
+    (1.0, [1.0, 2.5, 0.0], [2 / 6.5, 3.5 / 6.5, 1 / 6.5]), (1.0, [0.0] * 4, [0.25] * 4),
+    (0.0, [1.0, 4.0, 0.0], [0.2, 0.8, 0.0]), (0.0, [0.0] * 4, [0.25] * 4)])  # nothing to go by
+def test_shares(monkeypatch, smoothing, masses, shares):
+    set_constants(monkeypatch, sai_dpo, SMOOTHING=smoothing)
+    assert sai_dpo.shares_of(np.array(masses)) == pytest.approx(shares)
+
+
+@pytest.mark.parametrize("select, before, weights", [
+    ("both", False, [0.5, 0.25, 0.25]), ("static", False, [0.5, 0.25, 0.25]),
+    ("knowledge", False, [0.5, 0.25, 0.25]), ("difficulty", False, None), ("random", False, None),
+    ("both", True, [10 / 15, 1 / 15, 4 / 15])])  # means of 4 p (1 - p): 0.5, 0.1 at least, 0.4
+def test_weights_of_the_draw(monkeypatch, select, before, weights):
+    set_constants(monkeypatch, sai_dpo, SELECT=select, DIFFICULTY_BEFORE=before)
+    p = (1 - math.sqrt(0.6)) / 2
+    found = sai_dpo.weights_of(np.array([0.5, 0.25, 0.25]), [[1.0, 0.5], [0.0, 0.0], [p]])
+    assert found is None if weights is None else found == pytest.approx(weights)
+
+
+@pytest.mark.parametrize("shares, room, total, counts", [
+    ([0.5, 0.3, 0.2], [99, 99, 99], 10, [5, 3, 2]),
+    ([0.5, 0.3, 0.2], [2, 99, 99], 10, [2, 5, 3]),  # 8 left, at 3 : 2 -> 4.8 and 3.2
+    ([0.5, 0.3, 0.2], [2, 3, 99], 10, [2, 3, 5]),  # and on to the next
+    ([0.5, 0.3, 0.2], [2, 3, 4], 10, [2, 3, 4]),  # 9 are all there are
+    ([1 / 3, 1 / 3, 1 / 3], [9, 9, 9], 8, [3, 3, 2]),  # of equal remainders the first
+    ([0.6, 0.25, 0.15], [9, 9, 9], 3, [2, 1, 0]),  # 1.8, 0.75, 0.45
+    ([0.7, 0.0, 0.3], [3, 9, 3], 9, [3, 0, 3]),  # without a share nothing, even so
+    ([0.0, 0.0], [9, 9], 5, [0, 0]), ([0.9, 0.1], [0, 0], 5, [0, 0]), ([1.0], [7], 0, [0]),
+])
+def test_apportion_by_hand(shares, room, total, counts):
+    assert sai_dpo.apportion(np.array(shares), np.array(room), total).tolist() == counts
+
+
+def test_apportion_gives_each_its_part_of_what_others_left():
+    """To one, in 2,000 random cases."""
+    r = rng()
+    for _ in range(2000):
+        n = int(r.integers(1, 30))
+        shares = r.dirichlet(np.ones(n)) * (r.random(n) < 0.9)
+        room, total = r.integers(0, 40, n), int(r.integers(0, 900))
+        found = sai_dpo.apportion(shares, room, total)
+        assert found.sum() == min(total, room[shares > 0].sum())
+        assert ((0 <= found) & (found <= room)).all()
+        free = (found < room) & (shares > 0)
+        if free.any():
+            parts = shares[free] / shares[free].sum() * found[free].sum()
+            assert np.abs(parts - found[free]).max() < 1 + 1e-6
+
+
+@pytest.mark.parametrize("share, sizes, expected", [
+    (0.01, [6000, 3000, 1000], [60, 30, 10]), (0.01, [900, 90, 10], [6, 2, 2]),
+    (0.01, [50, 40, 1], [2, 2, 1]), (0.1, [50, 30, 20], [5, 3, 2]), (0.5, [1, 1, 1, 97], [1, 1, 1, 47]),
+    (0.01, [2, 1, 1], [2, 1, 1])])
+def test_probe_has_its_share_of_each_cluster_and_two_at_least(monkeypatch, share, sizes, expected):
+    set_constants(monkeypatch, sai_dpo, PROBE=share)
+    clusters = rng().permutation(np.repeat(np.arange(len(sizes)), sizes))
+    probe = sai_dpo.probe_of(clusters, rng(1))
+    assert np.bincount(clusters[probe], minlength=len(sizes)).tolist() == expected
+    assert probe == sorted(set(probe)) == sai_dpo.probe_of(clusters, rng(1))
+
+
+CLUSTERS = np.repeat([0, 1, 2], [60, 30, 10])  # of 100 problems
+WEIGHTS = np.array([0.2, 0.2, 0.6])
+
+
+@pytest.mark.parametrize("n, per_cluster", [(10, [2, 2, 6]), (20, [5, 5, 10])])  # the last has 10, not 12
+def test_draw_takes_of_each_cluster_its_share(n, per_cluster):
+    chosen = sai_dpo.draw(np.arange(100), CLUSTERS, WEIGHTS, n, rng())
+    assert np.bincount(CLUSTERS[chosen]).tolist() == per_cluster
+    assert len(set(chosen.tolist())) == n
+
+
+@pytest.mark.parametrize("weights, per_cluster", [(WEIGHTS, [2, 2, 6]), (None, [6, 3, 1])])
+def test_draw_is_at_random_inside_a_cluster(weights, per_cluster):
+    times = np.zeros(100)
+    for seed in range(400):
+        times[sai_dpo.draw(np.arange(100), CLUSTERS, weights, 10, rng(seed))] += 1
+    assert np.bincount(CLUSTERS, times) / 400 == pytest.approx(per_cluster, abs=0.2)
+    for j, n in enumerate(per_cluster):
+        expected = 400 * n / (CLUSTERS == j).sum()
+        assert np.abs(times[CLUSTERS == j] - expected).max() < 5 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("weights", [np.array([0.1, 0.2, 0.7]), None])
+def test_draw_has_no_problem_twice_until_all_were_drawn(weights):
+    clusters, pool = np.arange(60) % 3, np.arange(5, 60)  # 55 problems: 3 rounds of 16, and 7
+    used = pool[:0]
+    rounds = []
+    for t in range(1, 5):
+        chosen, used = sai_dpo.draw_round(pool, used, clusters, weights, 16, rng(t))
+        rounds.append(chosen.tolist())
+        assert len(set(rounds[-1])) == 16
+    first = set(sum(rounds[:3], []))
+    assert len(first) == 48
+    assert set(pool.tolist()) - first < set(rounds[3]) < set(pool.tolist())  # the last 7, and then others
+    assert used.tolist() == rounds[3]  # those of the new pass
+
+
+ROWS = [  # of what a round drew: ten problems, six of them learnable
+    {"cluster": j, "outcomes": outcomes, "p": outcomes.count(1) / len(outcomes), "steps": steps, "length": n}
+    for j, outcomes, steps, n in [
+        (0, [1, 1, 1, 0], 2, 9), (0, [1, 0, 0, 0, 0], 2, 9), (0, [1, 0, 0, 0, 0], 3, 9),
+        (0, [1, 1, 0, 0], 9, 9), (1, [1, 1, 1, 0], 5, 5), (1, [1, 1, 1, 0], 5, 6), (1, [1, 1, 1, 1], 9, 9), (1, [0, 0, 0, 0], 9, 9),
+        (1, [1, 1, -1, -1], 9, 9), (2, [-1, -1, -1, -1], None, None)]]
+SHARES = np.array([0.5, 0.25, 0.25])
+
+
+@pytest.mark.parametrize("select, prefer, kept", [
+    ("both", "hardest", [2, 1, 5]), ("static", "hardest", [2, 1, 5]),  # shares 2 : 1 : 1, none in the last
+    ("both", "middle", [3, 0, 5]),  # rows 1 and 2 have p = 0.2: behind the others
+    ("difficulty", "hardest", [2, 1, 3]), ("difficulty", "middle", [3, 5, 4]),
+])
+def test_hardest_problems_are_kept(monkeypatch, select, prefer, kept):
+    set_constants(monkeypatch, sai_dpo, SELECT=select, PREFER=prefer, PAIRS_PER_ROUND=3)
+    assert sai_dpo.keep(ROWS, SHARES, rng()) == kept
+
+
+@pytest.mark.parametrize("select, in_first", [("knowledge", {2}), ("random", {1, 2, 3})])
+def test_random_learnable_problems_are_kept(monkeypatch, select, in_first):
+    set_constants(monkeypatch, sai_dpo, SELECT=select, PAIRS_PER_ROUND=3)
+    found = [sai_dpo.keep(ROWS, SHARES, rng(seed)) for seed in range(200)]
+    assert {i for kept in found for i in kept} == {0, 1, 2, 3, 4, 5}
+    assert sai_dpo.keep(ROWS[6:], SHARES, rng()) == []
+    assert {sum(i < 4 for i in kept) for kept in found} == in_first
+
+
+def test_pair_of_sai_dpo_is_a_random_right_and_a_random_wrong_answer():
+    found = {tuple(sai_dpo.choose_pair([1, 0, -1, 1, 0], rng(seed))) for seed in range(60)}
+    assert found == {(0, 1), (0, 4), (3, 1), (3, 4)}  # never the cut one
+
+
+# Clusters of tags -------------------------------------------------------------------------------------------
+
+
+def test_kmeans_finds_separated_groups():
+    r = rng()
+    truth = r.permutation(np.repeat(np.arange(6), [50, 40, 30, 20, 10, 5]))
+    points = (r.normal(size=(6, 16))[truth] * 5 + r.normal(size=(155, 16)) * 0.1).astype(np.float32)
+    clusters, inertia = sai_dpo.kmeans(points, 6, rng(3))
+    groups = [points[truth == j] for j in range(6)]
+    assert (clusters == truth).all()  # numbered by size too
+    assert inertia == pytest.approx(sum(np.square(g - g.mean(0)).sum() for g in groups), rel=1e-3)
+
+
+def test_kmeans_is_as_good_as_scikit_learns(shared):
+    """On tf-idf of MATH's problems."""
+    from sklearn.cluster import KMeans
+    problems = common.load_problems("math", "train", str(shared / "data"), 3000)
+    points = sai_dpo.tfidf([problem["problem"] for problem in problems])
+    theirs = KMeans(20, n_init=10, random_state=0).fit(points).inertia_
+    assert sai_dpo.kmeans(points, 20, rng())[1] < 1.01 * theirs
+
+
+@pytest.mark.parametrize("texts, expected", [
+    (["sums"] * 4 + ["digit sums"] * 3 + ["", "7 + 8"], [0] * 4 + [1] * 3 + [2] * 2),  # no words
+    (["one text"] * 3, [0, 0, 0])])
+def test_kmeans_of_few_different_points_has_as_many_clusters(texts, expected):
+    clusters, inertia = sai_dpo.kmeans(sai_dpo.tfidf(texts), 20, rng())
+    assert clusters.tolist() == expected
+    assert inertia < 1e-6
+
+
+def test_kmeans_is_the_same_for_any_number_of_threads(alone):
+    texts = [p["problem"] for p in lines(TOY / "train.jsonl")[:300]]
+    found = []
+    threads = torch.get_num_threads()
+    for n in 1, 2:
+        torch.set_num_threads(n)
+        found.append(sai_dpo.cluster_texts("tfidf", texts, 5, rng()).tolist())
+        assert torch.get_num_threads() == n
+    torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
+def test_empty_cluster_begins_again():
+    points = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 0.0], [9.0, 1.0], [50.0, 50.0]])
+    clusters, _, inertia = sai_dpo.lloyd(points, torch.tensor([[0.0, 0.5], [9.0, 0.5], [900.0, 900.0]]))
+    assert clusters.tolist() == [0, 0, 1, 1, 2]
+    assert inertia == pytest.approx(1)
+
+
+def test_tfidf_by_hand():
+    """Two words at places of their own, of weights (1 + ln 2) ln(3/1) and ln(3/2)."""
+    a, b, c = sai_dpo.tfidf(["rare rare common", "common", "\\frac{1}{2} 7"])
+    rare, frequent = (1 + math.log(2)) * (math.log(3) + 1e-3), math.log(1.5) + 1e-3
+    length = math.hypot(rare, frequent)
+    assert sorted(np.abs(a[a != 0])) == pytest.approx(sorted([rare / length, frequent / length]))
+    assert float(a @ b) == pytest.approx(frequent / length)
+    assert np.count_nonzero(c) == 1
+    assert [np.linalg.norm(x) for x in (a, b, c)] == pytest.approx([1, 1, 1])
+
+
+def test_typical_words_are_frequent_inside_and_rare_outside():
+    words = [{"sums", "digits"}, {"sums", "area"}, {"area", "digits"}, {"area", "circle"}]
+    assert sai_dpo.typical_words(words, [0, 0, 1, 1], n=2) == [["sums", "digits"], ["area", "circle"]]
+
+
+def write_encoder(folder, pooling="mean", layer="Normalize"):
+    """A small random BERT in the files of a sentence encoder, as published ones have them."""
+    folder.mkdir()
+    letters = [chr(i) for i in range(33, 127)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+                        num_attention_heads=2, max_position_embeddings=64)
+    BertModel(config).save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()
+    modules = []
+    for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling"), ("2_x", layer)]):
+        kind = f"sentence_transformers.models.{kind}"
+        modules.append({"idx": i, "name": str(i), "path": path, "type": kind})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    ways = {f"pooling_mode_{way}_tokens": way == pooling for way in ("mean", "max")}
+    ways["pooling_mode_cls_token"] = pooling == "cls"
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **ways}))
+    settings = {"max_seq_length": 24, "do_lower_case": False}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+TEXTS = ["sums", "area of a trapezoid, geometry", "x" * 500, "Find the number of " * 40, "", "modulus"] * 20
+
+
+def test_embeddings_in_batches_equal_those_one_by_one(tmp_path, alone):
+    folder = write_encoder(tmp_path / "encoder")
+    vectors = sai_dpo.embed(str(folder), TEXTS)
+    body, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    for text, vector in zip(TEXTS, vectors):
+        ids = tokenizer(text, truncation=True, max_length=24, return_tensors="pt")
+        with torch.inference_mode():
+            mean = body(**ids).last_hidden_state[0].mean(0)
+        assert np.abs(vector - (mean / mean.norm()).numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_embeddings_equal_sentence_transformers(tmp_path, alone, published):
+    """Of a small random encoder, and of all-mpnet-base-v2 where it is on this machine."""
+    name = "sentence-transformers/all-mpnet-base-v2"
+    if not published:
+        name = str(write_encoder(tmp_path / "encoder"))
+    else:
+        try:
+            common.snapshot_download(name, local_files_only=True)
+        except Exception as error:
+            pytest.skip(f"{name} is not on this machine ({type(error).__name__})")
+    from sentence_transformers import SentenceTransformer  # a second or two
+    theirs = SentenceTransformer(name, device="cpu").encode(TEXTS, normalize_embeddings=True)
+    assert np.abs(sai_dpo.embed(name, TEXTS) - theirs).max() < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"pooling": "cls"}, {"layer": "Dense"}])
+def test_encoder_that_is_not_mean_pooling_is_refused(tmp_path, monkeypatch, capsys, options):
+    """Before anything else is done."""
+    folder = write_encoder(tmp_path / "encoder", **options)
+    set_constants(monkeypatch, sai_dpo, EMBEDDER=str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert "only mean pooling encoders are read here" in refusal_of(capsys, sai_dpo.main)
+    assert not (tmp_path / "runs").exists()
+
+
+# Tags by a real tagger --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def tagger(tmp_path_factory):
+    """The toy model, taught in seconds to name a problem's knowledge point as it is asked to: often right,
+    sometimes misspelt, sometimes no list at all. What published taggers do too."""
+    folder = tmp_path_factory.mktemp("tagger") / "model"
+    shutil.copytree(TOY / "model", folder)
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    network = AutoModelForCausalLM.from_pretrained(TOY / "model")
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1.5e-3)
+    end = common.end_token(tokenizer, "chat")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for step in range(80):
+        for problem in lines(TOY / "train.jsonl")[step * 2 % 64:][:2]:
+            asked = common.make_prompt(tokenizer, "chat", {"problem": sai_dpo.tag_request(problem)})
+            prompt = common.encode(tokenizer, asked)
+            tags = json.dumps(["arithmetic", *problem["tags"]]) + end
+            ids = torch.tensor([prompt + tokenizer(tags, add_special_tokens=False)["input_ids"]])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
+            network(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.set_num_threads(threads)
+    network.save_pretrained(folder)
+    return folder
+
+
+def some_problems(folder):
+    """Write 40 toy problems, of which the first eight alone have tags, to data/some.jsonl; its path from there."""
+    problems = lines(TOY / "train.jsonl")[100:140]
+    for problem in problems[8:]:
+        del problem["tags"]
+    common.write(folder / "data/some.jsonl", problems)
+    return "data/some.jsonl"
+
+
+def tag_flags(folder, tagger):
+    return ["--toy", "--train-data", some_problems(folder), "--n-test", "4", "--rounds", "0", "--tagger", tagger,
+            "--tag-tokens", "24"]
+
+
+@pytest.fixture
+def tagging(tmp_path, monkeypatch):
+    """The toy as the tagger in this process, in a folder of its own; the problems to tag."""
+    monkeypatch.chdir(tmp_path)
+    set_constants(monkeypatch, sai_dpo, TAGGER=str(TOY / "model"), TAG_TOKENS=2)
+    return common.load_problems(some_problems(tmp_path), "train", "")
+
+
+@pytest.fixture(scope="module")
+def tagged(tagger, tmp_path_factory):
+    """A folder where --tag was run, and what was said. Only for reading."""
+    folder = tmp_path_factory.mktemp("tagged")
+    done = launch(folder, "sai_dpo.py", *tag_flags(folder, tagger), "--tag")
+    [run] = folder.glob("runs/tags/*")
+    return run, done.stdout
+
+
+def test_tags_are_those_of_the_last_output(tagged):
+    run, said = tagged
+    outputs, tags = lines(run / "round_0/outputs.jsonl"), lines(run / "round_0/tags.jsonl")
+    last = {output["id"]: sai_dpo.parse_tags(output) for output in outputs}
+    assert {record["id"]: record["tags"] for record in tags} == last
+    assert len(tags) == 32
+    right = sum("arithmetic" in record["tags"] for record in tags)
+    assert right >= 8  # as it was taught
+    assert f"{sum(bool(record['tags']) for record in tags)} of 32 problems have tags now" in said
+
+
+def test_tagger_is_asked_again_where_it_gave_no_tags(tagged):
+    outputs = lines(tagged[0] / "round_0/outputs.jsonl")
+    first = {output["id"]: sai_dpo.parse_tags(output) for output in outputs if output["draw"] == 0}
+    again = [output["id"] for output in outputs if output["draw"] == 1]
+    assert again == [i for i, tags in first.items() if not tags]
+    assert len(outputs) == 32 + len(again)
+
+
+def test_tagging_that_was_killed_resumes(tagged, tagger, tmp_path):
+    flags = [*tag_flags(tmp_path, tagger), "--tag", "--name", f"tags/{tagged[0].name}"]
+    killed_when(tmp_path, "sai_dpo.py", flags,
+                lambda run: any(file.stat().st_size for file in run.glob("unfinished/*")))
+    run = tmp_path / "runs/tags" / tagged[0].name
+    assert not (run / "round_0/tags.jsonl").exists()
+    launch(tmp_path, "sai_dpo.py", *flags)
+    for name in "outputs.jsonl", "tags.jsonl":
+        assert (run / "round_0" / name).read_bytes() == (tagged[0] / "round_0" / name).read_bytes()
+
+
+def test_tags_serve_another_seed_and_arm(tagged, tagger, tmp_path):
+    shutil.copytree(tagged[0], tmp_path / "runs/tags" / tagged[0].name)
+    flags = [*tag_flags(tmp_path, tagger), "--seed", "5", "--select", "random", "--held-out", "4"]
+    done = launch(tmp_path, "sai_dpo.py", *flags, "--name", "other")
+    tags = {record["id"]: record["tags"] for record in lines(tagged[0] / "round_0/tags.jsonl")}
+    groups = {g["id"]: g["tags"] for g in lines(tmp_path / "runs/other/round_0/clusters.jsonl")}
+    assert len(groups) == 36
+    assert all(groups[i] == tags[i] for i in groups.keys() & tags.keys())
+    assert all(groups[i] for i in groups.keys() - tags.keys())  # those that bring their own
+    assert f"({list(groups.values()).count([])} problems without a tag, by their text)" in done.stdout
+
+
+def test_missing_tags_are_one_line(tagging, capsys):
+    tags = sai_dpo.tags_of(tagging, [])
+    assert [own == [] for own in tags] == [False] * 8 + [True] * 32
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "32 problems have none, and are grouped by their text (python sai_dpo.py --tag" in said
+
+
+def test_tagger_that_says_nothing_of_use_leaves_no_tags(tagging, capsys):
+    sai_dpo.tag_problems(tagging)
+    assert "0 of 32 problems have tags now" in capsys.readouterr().out
+    assert sai_dpo.tags_of(tagging, [])[8:] == [[]] * 32
+
+
+def test_tagging_of_tagged_problems_is_refused(tagging, capsys):
+    assert "--tag: no problem lacks tags" in refusal_of(capsys, sai_dpo.tag_problems, tagging[:8])
+
+
+def test_tagger_without_a_chat_template_is_refused(tmp_path, monkeypatch, capsys):
+    shutil.copytree(TOY / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
+    path = tmp_path / "bare" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
+    set_constants(monkeypatch, sai_dpo, TAG=True, TAGGER=str(tmp_path / "bare"),
+                  TRAIN_DATA=str(TOY / "train.jsonl"))
+    assert "bare has no chat template" in refusal_of(capsys, sai_dpo.main)
