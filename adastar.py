@@ -25,7 +25,7 @@ iteration to report is chosen on training problems that are held out for it, nev
 import numpy as np
 
 from common import (GROUP, by_problem, count_only, end_round, evaluate, fail, final_table, last_boxed, launch,
-                    load_problems, make_example, make_prompt, prepare, sample, say, show_answers, train,
+                    load_solved, make_example, make_prompt, prepare, report, sample, say, show_answers, train,
                     worked_examples)
 
 # What to run
@@ -126,23 +126,21 @@ def choose(outcomes):
 def walk(order, beta, rate, draw):
     """AdaD (Algorithm 1, lines 5-12): visit problems in `order` until beta_t correct answers are there.
 
-    draw(block, problems) -> {problem: responses}, for a block of problems at once, which keeps the sampler busy. What
-    a block has behind the end is dropped: the result does not depend on the size of the blocks. rate: answers to
-    train on that a problem gives, as the last iteration saw it. Returns {problem: responses} of the visited, in order.
+    draw(block) -> {problem: responses}, for a block of problems at once, which keeps the sampler busy. What a block has
+    behind the end is dropped: the result does not depend on the size of the blocks. rate: answers to train on that a
+    problem gives, as the last iteration saw it. Returns {problem: responses} of the visited, in order.
     """
     visited = {}
     collected = 0  # |D+|
-    block = 0
     while len(visited) < len(order):
         size = block_size(beta - collected, rate)
-        drawn = draw(block, order[len(visited):len(visited) + size])
-        for i, responses in drawn.items():  # the stalest and hardest first
+        block = order[len(visited):len(visited) + size]
+        for i, responses in draw(block).items():  # the stalest and hardest first
             visited[i] = responses
             collected += len(choose(outcomes_of(responses)))
             if STOP_AT_BETA and collected >= beta:
                 return visited
         rate = collected / len(visited)
-        block += 1
     return visited
 
 
@@ -216,16 +214,13 @@ def make_examples(tokenizer, selection, by_id, responses):
     return examples
 
 
-def report_selection(run, t, selection, beta, n):
+def report_selection(run, t, selection, beta):
     """How far the walk went and what it gave; where all problems gave less than beta_t, what becomes of that."""
     answers = sum(len(s["chosen"]) for s in selection)
     trained = sum(sum(s["copies"]) for s in selection)
-    values = {"beta": beta, "visited": len(selection), "solved": sum(any(s["outcomes"]) for s in selection),
-              "solved_at_once": sum(s["outcomes"][0] for s in selection), "alpha": selection[0]["alpha"],
-              "committed": sum(s["committed"] for s in selection), "answers": answers, "trained": trained}
-    run.log(t, "select", **values)
-    say("  round {}  select    {visited:>7,} of {:,} visited, {solved:,} solved ({solved_at_once:,} at once), alpha "
-        "{alpha:.2f}, {committed:,} committed; beta {beta:,}, {trained:,} trained on".format(t, n, **values))
+    report(run, t, "select", visited=len(selection), solved=sum(any(s["outcomes"]) for s in selection),
+           solved_at_once=sum(s["outcomes"][0] for s in selection), alpha=selection[0]["alpha"],
+           committed=sum(s["committed"] for s in selection), beta=beta, answers=answers, trained=trained)
     if 0 < answers < beta and not TRAIN_ON_ALL:
         fate = f"repeated to {trained:,}" if trained > answers else "each trained on once"
         say(f"  round {t}  all problems are visited and gave {answers:,} correct answers of {beta:,}: {fate}")
@@ -240,31 +235,30 @@ def best_round(validation, scores):
 
 
 def report_iteration(run, scores, validation):
-    """Print and log the iteration to report."""
+    """Log and print the iteration to report."""
     name = best_round(validation, scores)
     t = int(name.split()[1])
-    values = {"iteration": t, "total_flops": run.metrics[t, "round"]["total_flops"]}
-    text = f"reported: {name}, the {'best on the held-out problems' if validation else 'last'}"
+    values = {"iteration": t, "total_flops": float(run.metrics[t, "round"]["total_flops"])}
     for where, scored in (("held_out", validation), ("test", scores)):
         if scored:
             values[where] = scored[name]["accuracy"]
-            text += f"; {where.replace('_', ' ')} {values[where]:.1%}"
-    run.log(0, "reported", **values)
-    say(f"{text}; {values['total_flops']:.2e} FLOPs")
+    say(f"the {'best on the held-out problems' if validation else 'last'}:")
+    report(run, 0, "reported", **values)
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if TRAIN_ON_ALL and STOP_AT_BETA:
         fail("--train-on-all needs --no-stop-at-beta: a walk that stops has no more than beta_t")
     if (TRACES != 1 and RETRY) or TRACES > K_SAMPLES:
         fail(f"--traces {TRACES} needs --no-retry and as many --k-samples: else a problem has fewer correct answers")
     if HINT and K_SAMPLES == 1:
         fail("--hint needs --k-samples above 1: it is for draws after the first")
-    examples = []
-    if EXAMPLES_FROM:
-        examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p]
-        if not examples:
-            fail(f"--examples-from {EXAMPLES_FROM}: no problem in it has a solution")
+
+
+def main():
+    check_constants()
+    examples = load_solved(EXAMPLES_FROM, DATA)
     run, tokenizer, problems, held_out, tests = prepare(globals(), examples)
     by_id = {p["id"]: p for p in problems}
     place = {p["id"]: i for i, p in enumerate(problems)}
@@ -287,7 +281,7 @@ def main():
         return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)
 
     def enough(responses):
-        return outcomes_of(responses)[-1] == 1
+        return 1 in outcomes_of(responses)
 
     scores = {}
     validation = {}
@@ -308,16 +302,21 @@ def main():
     models = {}
     for t in range(1, ROUNDS + 1):
         # 1. AdaD (Alg. 1, lines 5-12): walk from the stalest and hardest until beta_t correct answers are there
-        def draw(block, places):
-            responses = sample(run, f"round_{t}/responses_{block}.jsonl", model, [problems[i] for i in places],
+        blocks = []
+
+        def draw(block):
+            responses = sample(run, f"round_{t}/responses_{len(blocks)}.jsonl", model, [problems[i] for i in block],
                                K_SAMPLES, few_shot, enough=enough if RETRY else None, **drawn)
+            blocks.append(responses)
             return {place[i]: own for i, own in by_problem(responses).items()}
 
         beta = beta_of(t)
         visited = walk(walk_order(last, w, run.rng(t, "order")), beta, alpha, draw)
-        responses = count_only(run, t, "responses", visited.values())
+        responses = [r for block in blocks for r in block if place[r["id"]] in visited]
+        counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is dropped
+        count_only(run, t, f"responses_{len(blocks) - 1}", counted)
         selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
-        report_selection(run, t, selection, beta, len(problems))
+        report_selection(run, t, selection, beta)
         show_answers(problems, responses)
 
         # 2. Train(pi_t, D+) (line 14): with a fresh optimizer

@@ -23,7 +23,7 @@ Where it differs from the paper we cannot know, as we have not read the rest.
 from pathlib import Path
 
 from common import (by_problem, end_round, evaluate, fail, final_table, launch, make_example, make_prompt, prepare,
-                    read, sample, say, sequence_logprobs, show_answers, spread_evenly, train, worked_examples)
+                    read, report, sample, say, sequence_logprobs, show_answers, spread_evenly, train, worked_examples)
 import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
 
 # What to run
@@ -233,29 +233,30 @@ def make_examples(tokenizer, selection, by_id, responses):
 def report_selection(run, t, selection, responses):
     """Per level: problems, draws, share correct, mean answer length in tokens (is L at work?), answers chosen."""
     by_id = by_problem(responses)
-    rows = []
-    values = {}
+    levels = {}
     for level in "EMHU":
-        chosen = [s for s in selection if s["level"] == level]
+        of_level = [s for s in selection if s["level"] == level]
         drawn = []
-        for s in chosen:
+        for s in of_level:
             drawn += by_id[s["id"]]
-        values[level] = {"problems": len(chosen), "draws": len(drawn),
+        levels[level] = {"problems": len(of_level), "draws": len(drawn),
                          "correct": sum(r["correct"] for r in drawn) / max(1, len(drawn)),
                          "mean_tokens": sum(r["tokens"] for r in drawn) / max(1, len(drawn)),
-                         "chosen": sum(len(s["chosen"]) for s in chosen)}
-        rows.append("{} {problems:,} problems {correct:.0%} of {draws:,}, {mean_tokens:.0f} tokens, {chosen:,} kept"
-                    .format(level, **values[level]))
-    run.log(t, "select", levels=values, augmented=sum(sum(s["copies"]) for s in selection))
-    say(f"  round {t}  select   " + " | ".join(rows))
+                         "chosen": sum(len(s["chosen"]) for s in of_level)}
+    report(run, t, "select", **levels, augmented=sum(sum(s["copies"]) for s in selection))
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if (PROMPT == "zero_shot" or SHOTS == 0) and "L" in VARIANT:
         fail("without examples in the prompt L can do nothing; choose --variant P or ''")
     if not 1 > CUTS[0] >= CUTS[1] > 0:
         fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
     check_controls()
+
+
+def main():
+    check_constants()
     run, tokenizer, problems, held_out, tests = prepare(globals())
     tests = held_out + tests
     by_id = {p["id"]: p for p in problems}

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from common import (MAY_DIFFER, YES_NO, Checker, accuracy, bar, by_problem, fail, final_answer, hold_out, label_of,
-                    launch, letter_of, load_problems, load_tokenizer, make_prompt, normalize, piece_of, print_row,
+                    launch, letter_of, load_problems, load_solved, load_tokenizer, make_prompt, normalize, piece_of, print_row,
                     print_table, rank, read, read_problem, sample, say, score, seed_of, setup, start_run,
                     threads_per_process, wilson_interval, worked_examples)
 
@@ -244,7 +244,7 @@ class Past:
                  "flops": sum(m.get("flops", 0) for m in phases)}
         costs |= {kind: sum(m.get("seconds", 0) for m in until if re.match(names, m["phase"]))
                   for kind, names in SECONDS.items()}
-        return costs | {"outside": sum(m.get("outside_seconds", 0) for m in until)}
+        return costs
 
     def at(self, what, amount):
         """{problem id: 0..1}, the answers when so much of `what` was spent: on the straight line between two rounds."""
@@ -329,7 +329,7 @@ def compare(folders):
     print_texts("what it cost", {name: costs(arm) for name, arm in arms.items()})
     left_out = len({i for past in runs for i in past.end["right"]}) - len(ids)
     say(f"(on the {len(ids):,} problems that all were scored on" + f", without {left_out:,} others" * (left_out > 0)
-        + "; 95 % intervals, for one run exact, for several\nbootstrapped over seeds and problems; "
+        + "; 95 % intervals: of one run Wilson's, of several\nbootstrapped over seeds and problems; "
         f"{amount:,}: the most tokens that all have generated; costs: means of the seeds, up to the\nround that is "
         "shown; trained on: tokens, prompts too; times: how often each problem that was trained on was, and the\n"
         "standard deviation)")
@@ -389,7 +389,7 @@ def costs(arm):
     names = {"generated": "generated", "all drawn": "drawn", "trained on": "trained"}
     return {"round": ",".join(map(str, sorted({past.end["round"] for past in arm}))),
             **{name: f"{mean[what]:,.0f}" for name, what in names.items()}, "FLOPs": f"{mean['flops']:.2e}",
-            **{kind: f"{mean[kind]:.1f} s" for kind in (*SECONDS, "outside")},
+            **{kind: f"{mean[kind]:.1f} s" for kind in SECONDS},
             "problems": f"{np.count_nonzero(times) / len(arm):,.0f}",
             "times": f"{times.mean():.1f} ({times.std():.1f})"}
 
@@ -545,9 +545,9 @@ def main():
         sets = {"held out": hold_out([p for problems in sets.values() for p in problems], HELD_OUT, SEED)[1]}
     examples = []
     if EXAMPLES_FROM:
-        examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p]
-        if PROMPT != "few_shot" or not examples:
-            fail("--examples-from needs --prompt few_shot, and problems with solutions")
+        examples = load_solved(EXAMPLES_FROM, DATA)
+        if PROMPT != "few_shot":
+            fail("--examples-from needs --prompt few_shot")
         examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
     name = NAME or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]
     run = start_run({**globals(), "NAME": name, "COMPARE": None}, *sets.values(), examples)

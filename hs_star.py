@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 
 from common import (bar, by_problem, compute_dtype, device, encode, end_round, evaluate, fail, final_table, gather,
-                    give_memory_back, hidden_states, launch, lines_of, load_network, load_problems, load_tokenizer,
-                    local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank,
+                    give_memory_back, hidden_states, launch, lines_of, load_network, load_solved, load_tokenizer,
+                    local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank, report,
                     round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly, threads_per_process,
                     torn_lines, train, weight_files, worked_examples, world_size, write_line)
 import torch  # behind common, which keeps torch's threads from spinning
@@ -388,45 +388,39 @@ def select(problems, difficulties, counts, responses, run, t):
 
 def report_rewards(run, t, difficulties):
     """phi_r of the problems by phi_a, as quantiles: what thresholds can be chosen by."""
-    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
     found = {}
-    say(f"  round {t}  phi_r    by phi_a: problems, " + ", ".join(f"{q:.0%}" for q in levels) + " quantile")
     for phi_a in sorted({a for a, _, _ in difficulties}):
         phi_r = [r for a, r, _ in difficulties if a == phi_a]
-        quantiles = np.quantile(phi_r, levels).tolist()
-        found[f"{phi_a:.3f}"] = {"problems": len(phi_r), "quantiles": quantiles}
-        say(f"           phi_a {phi_a:.3f} {len(phi_r):>7,}  " + "  ".join(f"{q:.3f}" for q in quantiles))
-    run.log(t, "phi_r", levels=levels, by_phi_a=found)
+        quantiles = {f"{q:.0%}": float(np.quantile(phi_r, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+        found[f"phi_a {phi_a:.3f}"] = {"problems": len(phi_r), **quantiles}
+    report(run, t, "phi_r", **found)
 
 
 def report_selection(run, t, selection):
     """Per class: problems, answers drawn, share right; and the pairs."""
-    rows = []
-    values = {}
+    classes = {}
     for name in ("inlier", "boundary", "outlier"):
         outcomes = [s["outcomes"] for s in selection if s["class"] == name]
         drawn = sum(len(o) for o in outcomes)
         correct = sum(o.count(1) for o in outcomes) / max(1, drawn)
-        values[name] = {"problems": len(outcomes), "draws": drawn, "correct": correct}
-        rows.append(f"{name} {len(outcomes):,} problems {correct:.0%} of {drawn:,}")
-    pairs = sum(len(s["pairs"]) for s in selection)
-    run.log(t, "select", classes=values, pairs=pairs)
-    say(f"  round {t}  select   " + " | ".join(rows) + f" | {pairs:,} pairs")
+        classes[name] = {"problems": len(outcomes), "draws": drawn, "correct": correct}
+    report(run, t, "select", **classes, pairs=sum(len(s["pairs"]) for s in selection))
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if PRE_SAMPLES > BUDGET:
         fail(f"--pre-samples {PRE_SAMPLES} are more than --budget {BUDGET}")
     if not PRM and (DIFFICULTY != "accuracy" or PAIRING != "random"):
         fail("without --prm there are no rewards: only --difficulty accuracy with --pairing random can do without")
+
+
+def main():
+    check_constants()
     global TAU_LOW, TAU_HIGH  # so that the run stores those in use
     TAU_LOW, TAU_HIGH = thresholds()
     prm = RewardModel(PRM) if PRM else None
-    solved = []
-    if STEP_SET:
-        solved = [p for p in load_problems(STEP_SET, "train", DATA) if "solution" in p]
-        if not solved:
-            fail(f"--step-set {STEP_SET}: no problem in it has a solution")
+    solved = load_solved(STEP_SET, DATA)
     run, tokenizer, problems, held_out, tests = prepare(globals(), solved, models=[PRM] if PRM else [])
     tests = held_out + tests
     aside = {p["problem"] for p in held_out}

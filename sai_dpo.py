@@ -34,7 +34,7 @@ import numpy as np
 
 from common import (MACHINE, by_problem, device, end_round, evaluate, fail, final_table, launch, load_network,
                     load_problems, load_tokenizer, local_folder, make_example, make_prompt, outcomes_of, prepare, rank,
-                    read, sample, say, seed_of, sequence_logprobs, show_answers, start_run, train, worked_examples)
+                    read, report, sample, say, seed_of, sequence_logprobs, show_answers, start_run, train, worked_examples)
 import torch  # behind common, which keeps torch's threads from spinning
 import torch.nn.functional as F
 from transformers import AutoModel
@@ -499,52 +499,53 @@ def typical_words(words, clusters, n=4):
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
-def select(problems, facts, shares, responses, run, t):
-    """selection.jsonl: for each problem of a round all that was decided, with the numbers it was decided from. facts:
-    those of its cluster (`weight` is what was drawn by, null where at random), parallel to problems."""
+def select(problems, clusters, masses, shares, weights, responses, run, t):
+    """selection.jsonl: for each problem of a round all that was decided, with the numbers it was decided from.
+
+    clusters: that of each problem; masses, shares, weights: of each cluster (weights None: drawn at random)."""
     by_id = by_problem(responses)
     rows = []
-    for problem, of_cluster in zip(problems, facts):
+    for problem, j in zip(problems, clusters.tolist()):
         drawn = by_id[problem["id"]]
         outcomes = outcomes_of(drawn)
         steps = [steps_of(r["text"]) for r in drawn]
         tokens = [r["tokens"] for r in drawn]
         p, mean_steps, length = difficulty_of(outcomes, steps, tokens)
-        rows.append({"id": problem["id"], **of_cluster, "outcomes": outcomes, "p": p, "steps": mean_steps,
+        weight = None if weights is None else weights[j]
+        rows.append({"id": problem["id"], "cluster": j, "mass": masses[j], "share": shares[j], "weight": weight,
+                     "outcomes": outcomes, "p": p, "steps": mean_steps,
                      "length": length, "pair": None})
     for i in keep(rows, shares, run.rng(t, "keep")):
         rows[i]["pair"] = choose_pair(rows[i]["outcomes"], run.rng(t, "pair", rows[i]["id"]))
     return rows
 
 
-def report_clusters(run, t, names, sizes, rates, shares, weights, selection):
-    """Per cluster: problems, probed, share, drawn, learnable, trained on; error in the probe of each round; tags."""
-    found = []
+def report_clusters(run, t, names, sizes, rates, selection):
+    """Per cluster: problems, share in the draw, drawn, learnable, trained on, error in the probe, typical tags."""
+    clusters = {}
     for j, tags in enumerate(names):
         drawn = [s for s in selection if s["cluster"] == j]
         learnable = [s for s in drawn if 0 in s["outcomes"] and 1 in s["outcomes"]]
-        found.append({"tags": tags, "problems": int(sizes[j]), "probed": len(rates[j]),
-                      "share": None if weights is None else weights[j], "drawn": len(drawn),
-                      "learnable": len(learnable), "kept": sum(s["pair"] is not None for s in drawn),
-                      "error": 1 - statistics.fmean(rates[j])})
-    run.log(t, "select", clusters=found)
-    say(f"  round {t}  select  cluster  problems    probed     share     drawn learnable      kept  error, by round; "
-        "typical tags")
-    for j, c in enumerate(found):
-        past = [run.metrics[s, "select"]["clusters"][j]["error"] for s in range(1, t + 1)]
-        errors = " ".join(f"{error:>4.0%}" for error in past)
-        share = "random" if c["share"] is None else f"{c['share']:.1%}"
-        say(f"{j:>24} {c['problems']:>9,} {c['probed']:>9,} {share:>9} {c['drawn']:>9,} {c['learnable']:>9,} "
-            f"{c['kept']:>9,}  {errors}  {', '.join(c['tags'])}"[:160])
-    if sum(c["learnable"] for c in found) == sum(c["kept"] for c in found):
+        clusters[f"cluster {j}"] = {"problems": int(sizes[j]), "probed": len(rates[j]),
+                                    "error": 1 - statistics.fmean(rates[j]), "drawn": len(drawn),
+                                    "learnable": len(learnable), "kept": sum(s["pair"] is not None for s in drawn),
+                                    "tags": ", ".join(tags)}
+    pairs = sum(s["pair"] is not None for s in selection)
+    report(run, t, "select", **clusters, pairs=pairs)
+    if pairs == sum(c["learnable"] for c in clusters.values()):
         say("           all that is learnable is kept, so its order has no say (--pairs-per-round)")
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if DIFFICULTY_BEFORE and SELECT not in ("both", "static"):
         fail(f"--difficulty-before is for --select both or static, not {SELECT}")
     if PREFER == "middle" and SELECT in ("knowledge", "random"):
         fail(f"--prefer middle is for a --select that looks at difficulty, not {SELECT}")
+
+
+def main():
+    check_constants()
     if TAG:
         return tag_problems(load_problems(TRAIN_DATA, "train", DATA, N_TRAIN))
     if EMBEDDER != "tfidf":
@@ -602,12 +603,9 @@ def main():
 
         # 3. Roll out, filter, order
         responses = sample(run, f"round_{t}/responses.jsonl", model, own, K_SAMPLES, ask, **drawn)
-        facts = []
-        for j in clusters[chosen]:
-            facts.append({"cluster": int(j), "mass": masses[j], "share": shares[j],
-                          "weight": None if weights is None else weights[j]})
-        selection = run.once(f"round_{t}/selection.jsonl", select, own, facts, shares, responses, run, t)
-        report_clusters(run, t, names, np.bincount(clusters), rates, shares, weights, selection)
+        selection = run.once(f"round_{t}/selection.jsonl", select, own, clusters[chosen], masses, shares, weights,
+                             responses, run, t)
+        report_clusters(run, t, names, np.bincount(clusters), rates, selection)
         show_answers(own, responses)
 
         # 4. pi_t = DPO of pi_{t-1} on the pairs
