@@ -1,4 +1,4 @@
-"""Losses, log-probabilities, packing, the plan and the trainer: against closed forms and float64, at other sizes."""
+"""Losses, log-probabilities, packing, plan and trainer: against closed forms and float64, at other sizes."""
 import json
 import math
 import shutil

@@ -1,5 +1,5 @@
-"""The four methods' rules against tables worked out by hand, golden traces and oracles; reward models, taggers
-and encoders against references; short real runs of what only one method has."""
+"""The four methods' rules against tables worked out by hand, golden traces and oracles; reward models,
+taggers and encoders against references; short real runs of what only one method has."""
 import json
 import math
 import shutil
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel,
-                          BertTokenizerFast, Qwen2Model)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast,
+                          Qwen2Model)
 
 import adastar
 import common
@@ -140,32 +140,6 @@ def test_examples_of_dast_are_others_of_the_level_then_of_easier_ones(problem, l
         assert len(set(ids) - {problem}) == len(ids)
 
 
-def dast_selection(size=0):
-    """selection.jsonl of two problems, M and U; the second has a solution."""
-    problems = [{"id": "a"}, {"id": "b", "solution": "s"}]
-    probe = [{**r, "id": i} for i, notes in (("a", "r x"), ("b", "x x")) for r in drawn(*notes.split())]
-    responses = [{**r, "id": i} for i, notes in (("a", "q x r"), ("b", "x x")) for r in drawn(*notes.split())]
-    return dast.select(problems, probe, responses, [(2, 4), (4, 8)], size, Seeds(), 1)
-
-
-def test_selection_of_dast_has_pairs_with_dpo(monkeypatch):
-    set_constants(monkeypatch, dast, LOSS="dpo")
-    first, second = dast_selection()
-    assert (first["pairs"], first["copies"]) == ([(0, 1)], [1])
-    [(better, worse)] = second["pairs"]
-    assert better is None
-    assert worse in (0, 1)
-
-
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_selection_of_dast_has_as_many_copies_as_another_run(monkeypatch, size):
-    set_constants(monkeypatch, dast, SIZE_LIKE="runs/other")
-    first, second = dast_selection(size)
-    assert sum(first["copies"]) == size
-    assert max(first["copies"]) - min(first["copies"]) <= 1
-    assert second["copies"] == []
-
-
 # AdaSTaR ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("order, places", [
@@ -250,9 +224,9 @@ def iterate(numbers, betas, outcomes):
     alpha = 0.5
     found = []
     for t, (beta, right) in enumerate(zip(betas, outcomes), 1):
-        def draw(block, places):
+        def draw(block):
             responses = {}
-            for i in places:
+            for i in block:
                 notes = ["r" if outcome else "x" for outcome in right[numbers[i]]]
                 enough = adastar.RETRY and notes[0] == "r"
                 responses[i] = drawn(*notes[:1] if enough else notes)
@@ -414,10 +388,9 @@ def test_walk_draws_what_the_block_rule_says(share, rate):
     right = rng(2).random(3000) < share
     blocks = []
 
-    def draw(block, places):
-        assert block == len(blocks)
-        blocks.append(places.tolist())
-        return {i: drawn("r" if right[i] else "x") for i in places}
+    def draw(block):
+        blocks.append(block.tolist())
+        return {i: drawn("r" if right[i] else "x") for i in block}
 
     visited = list(adastar.walk(order, 200, rate, draw))
     asked = sum(blocks, [])
@@ -426,19 +399,19 @@ def test_walk_draws_what_the_block_rule_says(share, rate):
     assert right[visited].sum() == min(200, right.sum())
     assert len(visited) > len(asked) - len(blocks[-1])
     known = []
-    for places in blocks:
+    for block in blocks:
         expected = 1.1 * (200 - right[known].sum()) / max(0.1, right[known].mean() if known else rate)
-        assert expected <= len(places) < expected + common.GROUP or len(known + places) == 3000
-        known += places
+        assert expected <= len(block) < expected + common.GROUP + 1 or len(known + block) == 3000
+        known += block
 
 
 def test_walk_without_stop_draws_all_at_once(monkeypatch):
     set_constants(monkeypatch, adastar, STOP_AT_BETA=False)
     asked = []
 
-    def draw(block, places):
-        asked.append(len(places))
-        return {i: drawn("r") for i in places}
+    def draw(block):
+        asked.append(len(block))
+        return {i: drawn("r") for i in block}
 
     assert len(adastar.walk(np.arange(100), 5, 0.5, draw)) == 100
     assert asked == [100]
@@ -477,10 +450,10 @@ def test_no_correct_answer_leaves_the_model_as_it_is(tmp_path):
 
 
 def test_hint_changes_the_second_draws_alone_and_is_never_trained_on(tmp_path):
-    easy_problems(tmp_path / "p.jsonl", 12, range(0, 12, 2))
+    shutil.copy(TOY / "train.jsonl", tmp_path / "p.jsonl")
     drawn_by = {}
     for flag in "--hint", "--no-hint":
-        launch(tmp_path, "adastar.py", *TINY, flag, "--no-stop-at-beta", "--name", flag[2:])
+        launch(tmp_path, "adastar.py", *TINY, flag, "--no-stop-at-beta", "--n-train", 16, "--name", flag[2:])
         run = tmp_path / "runs" / flag[2:]
         drawn_by[flag] = {(r["id"], r["draw"]): r["text"] for r in lines(run / "round_1/responses_0.jsonl")}
         assert not any("(Answer:" in e["prompt"] for e in lines(run / "round_1/train.jsonl"))
@@ -750,9 +723,10 @@ def report(tmp_path_factory):
 def test_report_only_shows_rewards_and_stops(report):
     folder, said = report
     run = folder / "runs/report"
-    assert "phi_r    by phi_a: problems, 5%, 25%, 50%, 75%, 95% quantile" in said
-    [phi_r] = [m for m in lines(run / "metrics.jsonl") if m["phase"] == "phi_r"]
-    assert sum(of["problems"] for of in phi_r["by_phi_a"].values()) == 12
+    [logged] = [m for m in lines(run / "metrics.jsonl") if m["phase"] == "phi_r"]
+    groups = {name: values for name, values in logged.items() if name.startswith("phi_a")}
+    assert all(name in said for name in groups)
+    assert sum(values["problems"] for values in groups.values()) == 12
     assert sorted(path.name for path in run.glob("round_*/*")) == ["prerewards.jsonl", "presamples.jsonl"]
 
 
@@ -959,7 +933,8 @@ ROWS = [  # of what a round drew: ten problems, six of them learnable
     {"cluster": j, "outcomes": outcomes, "p": outcomes.count(1) / len(outcomes), "steps": steps, "length": n}
     for j, outcomes, steps, n in [
         (0, [1, 1, 1, 0], 2, 9), (0, [1, 0, 0, 0, 0], 2, 9), (0, [1, 0, 0, 0, 0], 3, 9),
-        (0, [1, 1, 0, 0], 9, 9), (1, [1, 1, 1, 0], 5, 5), (1, [1, 1, 1, 0], 5, 6), (1, [1, 1, 1, 1], 9, 9), (1, [0, 0, 0, 0], 9, 9),
+        (0, [1, 1, 0, 0], 9, 9), (1, [1, 1, 1, 0], 5, 5), (1, [1, 1, 1, 0], 5, 6), (1, [1, 1, 1, 1], 9, 9),
+        (1, [0, 0, 0, 0], 9, 9),
         (1, [1, 1, -1, -1], 9, 9), (2, [-1, -1, -1, -1], None, None)]]
 SHARES = np.array([0.5, 0.25, 0.25])
 
@@ -1004,7 +979,7 @@ def test_kmeans_finds_separated_groups():
 def test_kmeans_is_as_good_as_scikit_learns(shared):
     """On tf-idf of MATH's problems."""
     from sklearn.cluster import KMeans
-    problems = common.load_problems("math", "train", str(shared / "data"), 3000)
+    problems = common.load_problems("math", "train", str(shared / "data"), 1000)
     points = sai_dpo.tfidf([problem["problem"] for problem in problems])
     theirs = KMeans(20, n_init=10, random_state=0).fit(points).inertia_
     assert sai_dpo.kmeans(points, 20, rng())[1] < 1.01 * theirs
@@ -1082,17 +1057,6 @@ def write_encoder(folder, pooling="mean", layer="Normalize"):
 TEXTS = ["sums", "area of a trapezoid, geometry", "x" * 500, "Find the number of " * 40, "", "modulus"] * 20
 
 
-def test_embeddings_in_batches_equal_those_one_by_one(tmp_path, alone):
-    folder = write_encoder(tmp_path / "encoder")
-    vectors = sai_dpo.embed(str(folder), TEXTS)
-    body, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    for text, vector in zip(TEXTS, vectors):
-        ids = tokenizer(text, truncation=True, max_length=24, return_tensors="pt")
-        with torch.inference_mode():
-            mean = body(**ids).last_hidden_state[0].mean(0)
-        assert np.abs(vector - (mean / mean.norm()).numpy()).max() < 1e-5
-
-
 @pytest.mark.parametrize("published", [False, True])
 def test_embeddings_equal_sentence_transformers(tmp_path, alone, published):
     """Of a small random encoder, and of all-mpnet-base-v2 where it is on this machine."""
@@ -1149,7 +1113,7 @@ def tagger(tmp_path_factory):
 
 
 def some_problems(folder):
-    """Write 40 toy problems, of which the first eight alone have tags, to data/some.jsonl; its path from there."""
+    """Write 40 toy problems, of which the first eight alone have tags; the file's path from there."""
     problems = lines(TOY / "train.jsonl")[100:140]
     for problem in problems[8:]:
         del problem["tags"]
@@ -1158,8 +1122,9 @@ def some_problems(folder):
 
 
 def tag_flags(folder, tagger):
-    return ["--toy", "--train-data", some_problems(folder), "--n-test", "4", "--rounds", "0", "--tagger", tagger,
-            "--tag-tokens", "24"]
+    path = some_problems(folder)
+    return ["--toy", "--train-data", path, "--n-test", 4, "--rounds", 0, "--tagger", tagger,
+            "--tag-tokens", 24]
 
 
 @pytest.fixture
