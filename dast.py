@@ -342,9 +342,8 @@ def check_controls():
     for other in (DRAWS_LIKE, SIZE_LIKE):
         if other and "P" in VARIANT:
             fail("--draws-like and --size-like make controls without P; with it, levels decide both")
-        for t in range(1, ROUNDS + 1):
-            if other:
-                of_other_run(other, t)
+        if other:
+            of_other_run(other, ROUNDS)
 
 
 def of_other_run(folder, t):

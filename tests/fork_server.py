@@ -1,9 +1,11 @@
 """Runs scripts in forks of one process that has imported their libraries: spares each run the seven seconds of that.
 
-A line of JSON in, {"folder", "command", "out", "err", "bytes", "processes", "variables"}; the exit status out. `bytes`
-limits the size of files (0: no limit), as a full disk would. `variables` are of the environment. With `processes` it
-does what torchrun does: that many of them, a store for them to meet at, and an end of all when one fails.
+A line of JSON in, {"folder", "command", "out", "err", "bytes", "processes", "variables"}; out come the id of the process
+(it leads a process group, so that all it starts can be killed) and, when it has ended, its exit status. `bytes` limits the
+size of files (0: no limit), as a full disk would. `variables` are of the environment. With `processes` it does what
+torchrun does: that many of them, a store for them to meet at, and an end of all when one fails.
 """
+import contextlib
 import json
 import os
 import resource
@@ -73,5 +75,9 @@ for line in sys.stdin:
     processes = request.pop("processes")
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         torchrun(processes, **request) if processes else run(**request)
+    with contextlib.suppress(OSError):  # it has ended
+        os.setpgid(child, child)  # whoever of the two comes first
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
