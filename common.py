@@ -1439,8 +1439,8 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     """Draw answers with a model and check them: responses in the order of problems, then of draws.
 
     draws: how many per problem (a number, or a list parallel to problems). prompt(problem, draw): the text to continue.
-    enough(responses): whether a problem's first responses are enough, with which it stays so; then draws go in waves (1,
-    1, 2, 4, ...), and what was drawn behind the first that are enough is dropped, but counted as spent.
+    enough(responses): whether a problem's first responses are enough, with which it stays so; then draws go in waves
+    (1, 1, 2, 4, ...), and what was drawn behind the first that are enough is dropped, but counted as spent.
     grade(problem, answer) -> (correct, reason), in place of the checker. style: the form of the prompts. sampling:
     temperature (0 is greedy) and where wanted top_p, top_k.
     Each request depends on the seed, the round, the problem and the draw, not on the number of processes."""
@@ -1559,7 +1559,8 @@ def report_sampling(run, round, phase, known, loading, began):
         costs[f"spent_{name}"] = spent[name]
     run.log(round, phase, **costs, **loading, parameters=run.engine.parameters, seconds=seconds)
     say(f"  round {round}  {phase:<10}{len(responses):>7,} answers of {len(drawn):,} drawn, "
-        f"{costs['correct'] / max(1, len(responses)):.1%} correct, {spent['tokens'] / seconds:,.0f} tok/s, {seconds:.1f} s")
+        f"{costs['correct'] / max(1, len(responses)):.1%} correct, {spent['tokens'] / seconds:,.0f} tok/s, "
+        f"{seconds:.1f} s")
     odd = {reason: n for reason, n in costs["verdicts"].items() if reason in NO_VERDICT}
     if odd:
         say(f"           counted as wrong without a comparison: {odd}")
@@ -1762,7 +1763,8 @@ class VllmEngine(TransformersEngine):
         and by log-probabilities of a row of tokens that the trainer left, as far as rounding allows."""
         compared, wrong = self.llm.apply_model(functools.partial(compare_weights, self.folder))[0]
         if wrong or not compared:
-            fail(f"vLLM does not have the weights of {self.folder}: {len(wrong)} of {compared} tensors differ {wrong[:1]}")
+            fail(f"vLLM does not have the weights of {self.folder}: {len(wrong)} of {compared} tensors differ, "
+                 f"{wrong[:1]}")
         path = Path(self.folder) / ROW
         if not path.exists():
             return {"tensors_equal": compared}

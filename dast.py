@@ -335,7 +335,7 @@ def main():
     final_table(run, scores)
 
 
-# Controls of a study: arms without P that draw or train on as much as another run --------------------------------------
+# Controls of a study: arms without P that draw or train on as much as another run -------------------------------------
 
 def check_controls():
     """End the program where DRAWS_LIKE and SIZE_LIKE cannot be followed."""

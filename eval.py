@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from common import (MAY_DIFFER, YES_NO, Checker, accuracy, bar, by_problem, fail, final_answer, hold_out, label_of,
-                    launch, letter_of, load_problems, load_solved, load_tokenizer, make_prompt, normalize, piece_of, print_row,
-                    print_table, rank, read, read_problem, sample, say, score, seed_of, setup, start_run,
+                    launch, letter_of, load_problems, load_solved, load_tokenizer, make_prompt, normalize, piece_of,
+                    print_row, print_table, rank, read, read_problem, sample, say, score, seed_of, setup, start_run,
                     threads_per_process, wilson_interval, worked_examples)
 
 # What to score

@@ -33,8 +33,8 @@ import numpy as np
 
 from common import (bar, by_problem, compute_dtype, device, encode, end_round, evaluate, fail, final_table, gather,
                     give_memory_back, hidden_states, launch, lines_of, load_network, load_solved, load_tokenizer,
-                    local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank, report,
-                    round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly, threads_per_process,
+                    local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank,
+                    report, round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly, threads_per_process,
                     torn_lines, train, weight_files, worked_examples, world_size, write_line)
 import torch  # behind common, which keeps torch's threads from spinning
 import torch.nn.functional as F
@@ -496,8 +496,7 @@ def main():
             start = model if START == "previous" else m_0
             model = train(run, f"round_{t}/model", start, pairs, dpo_nll_loss, lr=LR_DPO, reference=True, **training)
         else:
-            say(f"  round {t}  no problem at the boundary was answered both right and wrong: no pair, the model stays as "
-                "it is")
+            say(f"  round {t}  no boundary problem was answered both right and wrong: no pair, the model stays as it is")
         scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, **greedy)
         end_round(run, t, keep=[m_0, model])
     final_table(run, scores)

@@ -34,7 +34,8 @@ import numpy as np
 
 from common import (MACHINE, by_problem, device, end_round, evaluate, fail, final_table, launch, load_network,
                     load_problems, load_tokenizer, local_folder, make_example, make_prompt, outcomes_of, prepare, rank,
-                    read, report, sample, say, seed_of, sequence_logprobs, show_answers, start_run, train, worked_examples)
+                    read, report, sample, say, seed_of, sequence_logprobs, show_answers, start_run, train,
+                    worked_examples)
 import torch  # behind common, which keeps torch's threads from spinning
 import torch.nn.functional as F
 from transformers import AutoModel
@@ -174,8 +175,8 @@ def shares_of(masses):
 
 
 def weights_of(shares, rates):
-    """What clusters are drawn by, (k,), or None: all problems alike. With DIFFICULTY_BEFORE most where the model is right
-    half of the time."""
+    """What clusters are drawn by, (k,), or None: all problems alike. With DIFFICULTY_BEFORE most where the model is
+    right half of the time."""
     if SELECT in ("difficulty", "random"):
         return None
     if not DIFFICULTY_BEFORE:
@@ -276,7 +277,7 @@ def parse_tags(output):
 
 
 def tags_name(problems):
-    """The run folder under runs/ that keeps the tags of these problems, held-out ones too: all seeds and arms share it."""
+    """The folder under runs/ that keeps the tags of these problems, held-out ones too: all seeds and arms share it."""
     requests = sorted((problem["id"], tag_request(problem)) for problem in problems)
     return f"tags/{seed_of(TAGGER, TAG_TOKENS, requests):x}"
 
@@ -316,14 +317,14 @@ def tags_of(problems, held_out):
         own = problem.get("tags", []) if OWN_TAGS else []
         tags.append(own or found.get(problem["id"], []))
     if [] in tags:
-        say(f"  tags     {tags.count([]):,} problems have none, and are grouped by their text (python sai_dpo.py --tag, with "
-            "the same data, has them tagged first)")
+        say(f"  tags     {tags.count([]):,} problems have none, and are grouped by their text (python sai_dpo.py --tag, "
+            "with the same data, has them tagged first)")
     return tags
 
 
 def group(problems, tags, run):
-    """round_0/clusters.jsonl: {id, tags, cluster, probed} of each problem. Where there are no tags, the text of the problem
-    is embedded in their place."""
+    """round_0/clusters.jsonl: {id, tags, cluster, probed} of each problem. Where there are no tags, the text of the
+    problem is embedded in their place."""
     texts = [", ".join(own) or p["problem"] for p, own in zip(problems, tags)]
     clusters = cluster_texts(EMBEDDER, texts, N_CLUSTERS, run.rng("clusters"))
     probed = set(probe_of(clusters, run.rng("probe")))
@@ -425,8 +426,8 @@ def first_centres(points, k, rng):
 
 
 def kmeans(points, k, rng, starts=10, steps=100):
-    """Return the cluster of each point (n,), 0 the largest, at most k, of points (n, H): Lloyd's algorithm; of all starts
-    that with the smallest sum of squared distances to the centres."""
+    """Return the cluster of each point (n,), 0 the largest, at most k, of points (n, H): Lloyd's algorithm; of all
+    starts that with the smallest sum of squared distances to the centres."""
     points = torch.from_numpy(points)
     best = math.inf
     for _ in range(starts):
