@@ -24,7 +24,7 @@ SMALL = {  # two rounds in a few seconds
     "dast.py": [*BRIEF, "--n-train", "14", "--k-probe", "3", "--budgets", "1", "2", "3", "4"],
     "adastar.py": [*BRIEF, "--n-train", "84", "--held-out", "4", "--steps", "2"],
     "hs_star.py": [*BRIEF, "--n-train", "32", "--slice", "16"],
-    "sai_dpo.py": [*BRIEF, "--n-train", "48", "--n-clusters", "3", "--samples-per-round", "24", "--k-samples", "4"]}
+    "sai_dpo.py": [*BRIEF, "--n-train", "48", "--n-clusters", "3", "--samples-per-round", "20", "--k-samples", "4"]}
 SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--rounds", "1"]  # of dast.py: one round
 
 
@@ -111,7 +111,7 @@ def run_of(folder, script, flags):
 def killed_when(folder, script, flags, there, processes=0, one=False, how=signal.SIGKILL, **options):
     """Start a script, and kill all its processes as soon as there(run folder) is true; the finished process.
 
-    one: only rank 0 is killed, and the others have to end by themselves. how: another signal.
+    one: only the last rank is killed, and the others have to end by themselves. how: another signal.
     """
     run = run_of(folder, script, flags)
     started = Started(folder, script, *flags, processes=processes, **options)
@@ -122,7 +122,8 @@ def killed_when(folder, script, flags, there, processes=0, one=False, how=signal
             raise AssertionError(f"it ended before the kill: {done.stdout[-3000:]}{done.stderr[-3000:]}")
         time.sleep(0.002)
     if one:
-        os.kill(int((run / "lock").read_text().split()[1]), how)
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        os.kill(int(children[-1]), how)
     else:
         os.killpg(started.pid, how)
     done = started.wait()

@@ -79,7 +79,7 @@ def main():
 
     small = train("small", new, 5e-7)
     large = train("large", new, 1e-2)
-    caught = [status_without("", small), status_without("", large), status_without("proj", large)]
+    caught = [status_without("", small), status_without("", large), status_without("proj.weight", large)]
     common.say("RESULT " + json.dumps(dict(found=found, wrong=wrong, caught=caught)))
 
 if __name__ == "__main__":
