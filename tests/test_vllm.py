@@ -1,4 +1,4 @@
-"""The real engine, vLLM's CPU build: new weights without a restart, its self-test, whole runs, an engine that fails."""
+"""The real engine, vLLM's CPU build: new weights without a restart, its self-test, whole runs, a failure."""
 import json
 import os
 import shutil
@@ -51,8 +51,8 @@ def main():
         return common.make_prompt(tokenizer, "zero_shot", problem)
 
     def draw(name, model, draws=2, **options):
-        return common.sample(run, f"round_0/{{name}}.jsonl", model, problems, draws, prompt, style="zero_shot",
-                             temperature=0.7, max_new_tokens=24, **options)
+        return common.sample(run, f"round_0/{{name}}.jsonl", model, problems, draws, prompt,
+                             style="zero_shot", temperature=0.7, max_new_tokens=24, **options)
 
     def train(name, start, lr):
         return common.train(run, f"round_0/{{name}}", start, examples, dast.sft_loss, lr=lr, warmup=0.0,
@@ -89,13 +89,14 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """{name: folder}: the toy as it is (its head is the embedding), with a head of its own, saved in bfloat16."""
+    """{name: folder}: the toy as it is, its head the embedding; with a head of its own; saved in bfloat16."""
     folder = tmp_path_factory.mktemp("models")
     weights = load_file(TOY / "model" / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
-    changed = {"untied": ({**weights, "lm_head.weight": embedding + 0.01 * noise}, {"tie_word_embeddings": False}),
-               "half": ({name: tensor.bfloat16() for name, tensor in weights.items()}, {"dtype": "bfloat16"})}
+    untied = {**weights, "lm_head.weight": embedding + 0.01 * noise}
+    half = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    changed = {"untied": (untied, {"tie_word_embeddings": False}), "half": (half, {"dtype": "bfloat16"})}
     for name, (tensors, settings) in changed.items():
         shutil.copytree(TOY / "model", folder / name)
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
@@ -108,7 +109,7 @@ def models(tmp_path_factory):
 def test_new_weights_are_taken_over_and_forgotten_ones_caught(tmp_path, models, model, processes):
     """Forgotten: an update at a learning rate of 5e-7, a large one, and of a large one the matrices alone.
 
-    The CPU build packs matrices away: of small updates only those of norms, biases and embeddings can be seen."""
+    The CPU build packs matrices away: only small updates of norms, biases and embeddings can be seen."""
     (tmp_path / "updates.py").write_text(UPDATES)
     done = launch(tmp_path, tmp_path / "updates.py", models[model], processes=processes)
     result = json.loads(done.stdout.partition("RESULT ")[2].splitlines()[0])
@@ -116,7 +117,7 @@ def test_new_weights_are_taken_over_and_forgotten_ones_caught(tmp_path, models, 
     assert done.stderr.count("tensors differ") == 2 * max(1, processes)
     assert "log-probabilities of runs/u/round_0/large are not the trainer's" in done.stderr
     run = tmp_path / "runs" / "u"
-    before, after = ([r["text"] for r in lines(run / "round_0" / f"{name}.jsonl")] for name in ("before", "after"))
+    before, after = (lines(run / "round_0" / f"{name}.jsonl") for name in ("before", "after"))
     assert len(before) == len(after) == 12 and before != after
     assert [r["draw"] for r in lines(run / "round_0" / "enough.jsonl")] == 6 * [*range(9)]
     metrics = {m["phase"]: m for m in lines(run / "metrics.jsonl")}
@@ -130,7 +131,8 @@ def test_whole_loop_under_vllm_is_killed_and_resumed(tmp_path):
     flags = [*SMALL["dast.py"], "--rounds", "1", "--name", "v"]
     run = tmp_path / "runs" / "v"
     path = run / "unfinished" / "round_0-probe@0.jsonl"
-    killed_when(tmp_path, "dast.py", [*flags, "--engine", "vllm"], lambda run: path.exists() and path.stat().st_size > 400)
+    killed_when(tmp_path, "dast.py", [*flags, "--engine", "vllm"],
+                lambda run: path.exists() and path.stat().st_size > 400)
     kept = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     kept[0]["text"] = "this was kept"
     path.write_text("".join(json.dumps(answer) + "\n" for answer in kept) + '{"id": "toy/tra')
@@ -207,6 +209,6 @@ def test_eval_refuses_models_of_two_shapes(tmp_path):
                          num_key_value_heads=1, vocab_size=512, tie_word_embeddings=True)
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "other")
-    done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,other", "--sets", TOY / "test.jsonl", "--n-test", "4",
-                  "--max-new-tokens", "16", "--engine", "vllm", check=False)
-    assert "other: vLLM's engine was built for a model of another shape; score them one by one" in error_of(done)
+    done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,other", "--sets", TOY / "test.jsonl",
+                  "--n-test", "4", "--max-new-tokens", "16", "--engine", "vllm", check=False)
+    assert "vLLM's engine was built for a model of another shape; score them one by one" in error_of(done)
