@@ -25,7 +25,7 @@ iteration to report is chosen on training problems that are held out for it, nev
 import numpy as np
 
 from common import (GROUP, by_problem, count_only, end_round, evaluate, fail, final_table, last_boxed, launch,
-                    load_problems, make_example, make_prompt, prepare, report, sample, say, show_answers, train,
+                    load_solved, make_example, make_prompt, prepare, report, sample, say, show_answers, train,
                     worked_examples)
 
 # What to run
@@ -246,18 +246,19 @@ def report_iteration(run, scores, validation):
     report(run, 0, "reported", **values)
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if TRAIN_ON_ALL and STOP_AT_BETA:
         fail("--train-on-all needs --no-stop-at-beta: a walk that stops has no more than beta_t")
     if (TRACES != 1 and RETRY) or TRACES > K_SAMPLES:
         fail(f"--traces {TRACES} needs --no-retry and as many --k-samples: else a problem has fewer correct answers")
     if HINT and K_SAMPLES == 1:
         fail("--hint needs --k-samples above 1: it is for draws after the first")
-    examples = []
-    if EXAMPLES_FROM:
-        examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p]
-        if not examples:
-            fail(f"--examples-from {EXAMPLES_FROM}: no problem in it has a solution")
+
+
+def main():
+    check_constants()
+    examples = load_solved(EXAMPLES_FROM, DATA)
     run, tokenizer, problems, held_out, tests = prepare(globals(), examples)
     by_id = {p["id"]: p for p in problems}
     place = {p["id"]: i for i, p in enumerate(problems)}

@@ -1129,6 +1129,16 @@ def load_problems(names, split, folder, limit=0):
     return problems
 
 
+def load_solved(names, folder):
+    """The problems with solutions of the train splits of sets, as load_problems has them; none of no set."""
+    if not names:
+        return []
+    solved = [p for p in load_problems(names, "train", folder) if "solution" in p]
+    if not solved:
+        fail(f"{names}: no problem in it has a solution")
+    return solved
+
+
 def _records_of_file(path):
     """(number, record) of a .jsonl file's lines, or of the list that a .json file is (or has under "data")."""
     try:

@@ -246,12 +246,17 @@ def report_selection(run, t, selection, responses):
     report(run, t, "select", **levels, augmented=sum(sum(s["copies"]) for s in selection))
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if (PROMPT == "zero_shot" or SHOTS == 0) and "L" in VARIANT:
         fail("without examples in the prompt L can do nothing; choose --variant P or ''")
     if not 1 > CUTS[0] >= CUTS[1] > 0:
         fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
     check_controls()
+
+
+def main():
+    check_constants()
     run, tokenizer, problems, held_out, tests = prepare(globals())
     tests = held_out + tests
     by_id = {p["id"]: p for p in problems}
@@ -337,9 +342,8 @@ def check_controls():
     for other in (DRAWS_LIKE, SIZE_LIKE):
         if other and "P" in VARIANT:
             fail("--draws-like and --size-like make controls without P; with it, levels decide both")
-        for t in range(1, ROUNDS + 1):
-            if other:
-                of_other_run(other, t)
+        if other:
+            of_other_run(other, ROUNDS)
 
 
 def of_other_run(folder, t):

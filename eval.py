@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from common import (MAY_DIFFER, YES_NO, Checker, accuracy, bar, by_problem, fail, final_answer, hold_out, label_of,
-                    launch, letter_of, load_problems, load_tokenizer, make_prompt, normalize, piece_of, print_row,
+                    launch, letter_of, load_problems, load_solved, load_tokenizer, make_prompt, normalize, piece_of, print_row,
                     print_table, rank, read, read_problem, sample, say, score, seed_of, setup, start_run,
                     threads_per_process, wilson_interval, worked_examples)
 
@@ -545,9 +545,9 @@ def main():
         sets = {"held out": hold_out([p for problems in sets.values() for p in problems], HELD_OUT, SEED)[1]}
     examples = []
     if EXAMPLES_FROM:
-        examples = [p for p in load_problems(EXAMPLES_FROM, "train", DATA) if "solution" in p]
-        if PROMPT != "few_shot" or not examples:
-            fail("--examples-from needs --prompt few_shot, and problems with solutions")
+        examples = load_solved(EXAMPLES_FROM, DATA)
+        if PROMPT != "few_shot":
+            fail("--examples-from needs --prompt few_shot")
         examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
     name = NAME or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]
     run = start_run({**globals(), "NAME": name, "COMPARE": None}, *sets.values(), examples)

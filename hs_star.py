@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from common import (bar, by_problem, compute_dtype, device, encode, end_round, evaluate, fail, final_table, gather,
-                    give_memory_back, hidden_states, launch, lines_of, load_network, load_problems, load_tokenizer,
+                    give_memory_back, hidden_states, launch, lines_of, load_network, load_solved, load_tokenizer,
                     local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank, report,
                     round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly, threads_per_process,
                     torn_lines, train, weight_files, worked_examples, world_size, write_line)
@@ -407,19 +407,20 @@ def report_selection(run, t, selection):
     report(run, t, "select", **classes, pairs=sum(len(s["pairs"]) for s in selection))
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if PRE_SAMPLES > BUDGET:
         fail(f"--pre-samples {PRE_SAMPLES} are more than --budget {BUDGET}")
     if not PRM and (DIFFICULTY != "accuracy" or PAIRING != "random"):
         fail("without --prm there are no rewards: only --difficulty accuracy with --pairing random can do without")
+
+
+def main():
+    check_constants()
     global TAU_LOW, TAU_HIGH  # so that the run stores those in use
     TAU_LOW, TAU_HIGH = thresholds()
     prm = RewardModel(PRM) if PRM else None
-    solved = []
-    if STEP_SET:
-        solved = [p for p in load_problems(STEP_SET, "train", DATA) if "solution" in p]
-        if not solved:
-            fail(f"--step-set {STEP_SET}: no problem in it has a solution")
+    solved = load_solved(STEP_SET, DATA)
     run, tokenizer, problems, held_out, tests = prepare(globals(), solved, models=[PRM] if PRM else [])
     tests = held_out + tests
     aside = {p["problem"] for p in held_out}

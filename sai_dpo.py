@@ -260,7 +260,6 @@ def dpo_loss(logprobs, batch):
 
 TFIDF_SIZE = 512  # numbers in a tf-idf vector
 EMBED_BATCH = 64  # texts that the encoder reads at once
-START_POINTS = 50_000  # points that the starts of k-means are tried on
 
 
 def tag_request(problem):
@@ -285,48 +284,38 @@ def tags_name(problems):
 def tag_problems(problems):
     """Have TAGGER name the knowledge points of problems, at most two tries each; resumes like any run."""
     tagger = load_tokenizer(TAGGER, "chat")
-    machine = {name: globals()[name] for name in MACHINE}
-    run = start_run({**machine, "__file__": __file__, "MODEL": TAGGER, "SEED": 0, "GRADER": "",
-                     "NAME": tags_name(problems)}, problems)
+    constants = {name: globals()[name] for name in MACHINE}
+    constants |= {"MODEL": TAGGER, "SEED": 0, "GRADER": "", "NAME": tags_name(problems), "__file__": __file__}
+    run = start_run(constants, problems)
     untagged = [p for p in problems if not (OWN_TAGS and p.get("tags"))]
-    if not untagged:
-        fail("--tag: no problem lacks tags (--no-own-tags would ignore those that problems bring)")
 
     def request(problem, draw):
         return make_prompt(tagger, "chat", {"problem": tag_request(problem)})
 
     def enough(outputs):
-        return outputs[-1]["correct"]
+        return any(output["correct"] for output in outputs)
 
     def grade(problem, output):
-        found = bool(parse_tags(output))
-        return found, "tags" if found else "no tags"
+        return parse_tags(output) != [], "tags"
 
-    outputs = sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat",
-                     temperature=0.6, top_p=0.95, max_new_tokens=TAG_TOKENS)
-    tagged = 0
-    tags = []
-    for i, own in by_problem(outputs).items():
-        tags.append({"id": i, "tags": parse_tags(own[-1])})
-        tagged += own[-1]["correct"]
-    run.once("round_0/tags.jsonl", list, tags)
-    say(f"{tagged:,} of {len(untagged):,} problems have tags now: {run.folder}/round_0/tags.jsonl")
+    sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat", temperature=0.6,
+           top_p=0.95, max_new_tokens=TAG_TOKENS)
+    say(f"correct are outputs with tags; runs on these problems use them: {run.folder}/round_0/outputs.jsonl")
 
 
 def tags_of(problems, held_out):
     """The tags of each problem: its own, else those that --tag has found, else none."""
-    path = Path("runs") / tags_name(problems + held_out) / "round_0" / "tags.jsonl"
+    path = Path("runs") / tags_name(problems + held_out) / "round_0" / "outputs.jsonl"
     found = {}
     if path.exists():
-        found = {record["id"]: record["tags"] for record in read(path)}
+        found = {output["id"]: parse_tags(output) for output in read(path)}
     tags = []
     for problem in problems:
         own = problem.get("tags", []) if OWN_TAGS else []
         tags.append(own or found.get(problem["id"], []))
-    missing = tags.count([])
-    if missing:
-        say(f"  tags     {missing:,} problems have none, and are grouped by their text (python sai_dpo.py --tag, with the "
-            "same data, has them tagged first)")
+    if [] in tags:
+        say(f"  tags     {tags.count([]):,} problems have none, and are grouped by their text (python sai_dpo.py --tag, with "
+            "the same data, has them tagged first)")
     return tags
 
 
@@ -366,7 +355,7 @@ def cluster_texts(encoder, texts, k, rng):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order: the same clusters however many cores there are
     vectors = tfidf(texts) if encoder == "tfidf" else embed(encoder, texts)
-    clusters, _ = kmeans(vectors, k, rng)
+    clusters = kmeans(vectors, k, rng)
     torch.set_num_threads(threads)
     return clusters
 
@@ -419,49 +408,29 @@ def embed(name, texts):
     return F.normalize(vectors).numpy()
 
 
-def kmeans(points, k, rng, starts=10):
-    """Return (clusters (n,), 0 the largest, at most k; sum of squared distances) of points (n, H)."""
+def kmeans(points, k, rng, starts=10, steps=100):
+    """Return the cluster of each point (n,), 0 the largest, at most k, of points (n, H): Lloyd's algorithm, from different
+    random points as centres; of all starts that with the smallest sum of squared distances to the centres."""
     points = torch.from_numpy(points)
-    subset = points[rng.permutation(len(points))[:START_POINTS]]
-    runs = [lloyd(subset, first_centres(subset, k, rng)) for _ in range(starts)]
-    _, centres, _ = min(runs, key=lambda run: run[2])
-    clusters, _, inertia = lloyd(points, centres)
+    different = points.unique(dim=0)
+    best = math.inf
+    for _ in range(starts):
+        centres = different[rng.permutation(len(different))[:k]]
+        before = None
+        for _ in range(steps):
+            distances, closest = torch.cdist(points, centres).min(1)
+            if before is not None and torch.equal(closest, before):
+                break
+            before = closest
+            sizes = torch.bincount(closest, minlength=len(centres))[:, None]
+            sums = torch.zeros_like(centres).index_add_(0, closest, points)
+            centres = torch.where(sizes > 0, sums / sizes, centres)
+        inertia = float(distances.square().sum())
+        if inertia < best:
+            best = inertia
+            clusters = closest
     by_size = torch.bincount(clusters).argsort(descending=True, stable=True)
-    return by_size.argsort()[clusters].numpy(), inertia
-
-
-def squared_distances(points, centres):
-    """Return the squared distances (n, k) between points (n, H) and centres (k, H)."""
-    squares = points.square().sum(1)[:, None] + centres.square().sum(1)
-    return F.threshold(squares - 2 * points @ centres.T, 1e-5, 0)  # rounding makes up to 1e-6 of equal unit vectors
-
-
-def first_centres(points, k, rng):
-    """Choose at most k centres (k, H) among points by k-means++ (Arthur & Vassilvitskii 2007)."""
-    centres = points[[rng.integers(len(points))]]
-    nearest = squared_distances(points, centres)[:, 0].double()
-    while len(centres) < k and nearest.any():  # else the centres are all the points there are
-        chosen = rng.choice(len(points), p=(nearest / nearest.sum()).numpy())
-        centres = torch.cat([centres, points[[chosen]]])
-        nearest = torch.minimum(nearest, squared_distances(points, centres[-1:])[:, 0])
-    return centres
-
-
-def lloyd(points, centres, steps=100):
-    """Move centres (k, H) until no point changes its cluster; return (clusters (n,), centres, sum of squared distances).
-
-    An empty cluster restarts at a point far from its centre."""
-    clusters = None
-    for _ in range(steps):
-        nearest, closest = squared_distances(points, centres).min(1)
-        if clusters is not None and torch.equal(closest, clusters):
-            break
-        clusters = closest
-        sizes = torch.bincount(clusters, minlength=len(centres))
-        centres = torch.zeros_like(centres).index_add_(0, clusters, points) / sizes.clamp(min=1)[:, None]
-        empty = sizes == 0
-        centres[empty] = points[nearest.topk(int(empty.sum())).indices]
-    return clusters, centres, nearest.sum().item()
+    return by_size.argsort()[clusters].numpy()
 
 
 def last_list(text):
@@ -477,23 +446,14 @@ def last_list(text):
     return []
 
 
-def words_of(problem, tags):
-    """What a problem is told by: its tags, else the longer words of its text; a set."""
-    if tags:
-        return set(tags)
-    return set(re.findall(r"[^\W\d_]{4,}", problem["problem"].lower()))
-
-
-def typical_words(words, clusters, n=4):
-    """Return the n words of each cluster that are frequent in it and rare outside; `words`: a set per text."""
-    inside = [Counter() for _ in range(max(clusters) + 1)]
-    for of_text, cluster in zip(words, clusters):
-        inside[cluster].update(of_text)
-    overall = sum(inside, Counter())
+def typical_tags(groups, k, n=4):
+    """Return the n most frequent tags of each of k clusters."""
+    counts = [Counter() for _ in range(k)]
+    for g in groups:
+        counts[g["cluster"]].update(g["tags"])
     typical = []
-    for counts in inside:
-        ranked = sorted(counts, key=lambda word: (-counts[word] ** 2 / overall[word], word))
-        typical.append(ranked[:n])
+    for count in counts:
+        typical.append([tag for tag, _ in count.most_common(n)])
     return typical
 
 
@@ -536,11 +496,16 @@ def report_clusters(run, t, names, sizes, rates, selection):
         say("           all that is learnable is kept, so its order has no say (--pairs-per-round)")
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if DIFFICULTY_BEFORE and SELECT not in ("both", "static"):
         fail(f"--difficulty-before is for --select both or static, not {SELECT}")
     if PREFER == "middle" and SELECT in ("knowledge", "random"):
         fail(f"--prefer middle is for a --select that looks at difficulty, not {SELECT}")
+
+
+def main():
+    check_constants()
     if TAG:
         return tag_problems(load_problems(TRAIN_DATA, "train", DATA, N_TRAIN))
     if EMBEDDER != "tfidf":
@@ -564,7 +529,8 @@ def main():
     tags = tags_of(problems, held_out)
     groups = run.once("round_0/clusters.jsonl", group, problems, tags, run)
     clusters = np.array([g["cluster"] for g in groups])
-    names = typical_words([words_of(p, g["tags"]) for p, g in zip(problems, groups)], clusters)
+    k = 1 + max(clusters)
+    names = typical_tags(groups, k)
     probe = [i for i, g in enumerate(groups) if g["probed"]]
     probed_texts = {problems[i]["problem"] for i in probe}  # never trained on, nor what says the same
     pool = np.array([i for i, p in enumerate(problems) if p["problem"] not in probed_texts], dtype=int)
@@ -572,7 +538,7 @@ def main():
         fail("the probe takes all problems, 2 of each cluster at least; lower --n-clusters, or --probe")
     n = min(SAMPLES_PER_ROUND, len(pool))
     untagged = sum(g["tags"] == [] for g in groups)
-    say(f"  clusters {len(names)} ({untagged:,} problems without a tag, by their text), with {len(probe):,} problems in the "
+    say(f"  clusters {k} ({untagged:,} problems without a tag, by their text), with {len(probe):,} problems in the "
         "probe")
     if ROUNDS * n > len(pool):
         say(f"           from round {len(pool) // n + 1} on some problems are drawn again")
@@ -584,11 +550,11 @@ def main():
     for t in range(1, ROUNDS + 1):
         # 1. Probe: where does the policy fail?
         answers = sample(run, f"round_{t}/probe.jsonl", model, [problems[i] for i in probe], K_SAMPLES, ask, **drawn)
-        rates = rates_of(answers, groups, len(names))
+        rates = rates_of(answers, groups, k)
         if t == 1 or SELECT != "static":
             seen = rates  # with "static" those of the first probe
         unused = np.setdiff1d(pool, used)
-        masses = error_masses(seen, np.bincount(clusters[unused if len(unused) >= n else pool], minlength=len(names)))
+        masses = error_masses(seen, np.bincount(clusters[unused if len(unused) >= n else pool], minlength=k))
         shares = shares_of(masses)
 
         # 2. Draw problems to match
