@@ -1,4 +1,4 @@
-"""eval.py: scores against values worked out by hand, how often intervals cover the truth, the program itself."""
+"""eval.py: scores against values worked out by hand, how often intervals cover the truth, the program."""
 import functools
 import json
 import math
@@ -31,7 +31,8 @@ def test_pass_at_is_unbiased():
 
 @pytest.mark.parametrize("votes, k, expected", [
     ([T, "a", "a", T], 4, 1 / 2), ([T, "a", "a", T], 2, 1 / 2), ([T, T, "a", None], 4, 1),
-    ([T, T, "a", None], 2, 1 / 2), ([None, None], 2, 0), (["a", "b", T, T], 3, 1 / 3), (["a", "a", T, T, T, "b"], 3, 1 / 2),
+    ([T, T, "a", None], 2, 1 / 2), ([None, None], 2, 0), (["a", "b", T, T], 3, 1 / 3),
+    (["a", "a", T, T, T, "b"], 3, 1 / 2),
     ([T, None, None, None], 4, 1), (["a", "a", "a", T], 4, 0), (["a", T], 1, 1 / 2)])
 def test_maj_at(votes, k, expected):
     assert eval.maj_at([votes], k) == pytest.approx([expected])
@@ -115,7 +116,7 @@ SEVERAL = [*FLAGS, "--sets", ",".join(SETS), "--n-test", "12", "--samples", "3",
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """A folder with the run "e", three draws of twelve problems of three sets; what it said. Only for reading."""
+    """A folder with the run "e", three draws of twelve problems of three sets; what it said. For reading."""
     folder = tmp_path_factory.mktemp("several")
     return folder, launch(folder, "eval.py", *SEVERAL).stdout
 

@@ -1,5 +1,5 @@
-"""Two nodes: network namespaces of this machine, joined by a cable of their own, where that is allowed (root on
-Linux); else two agents of torchrun on loopback."""
+"""Two nodes: network namespaces of this machine, joined by a cable of their own, where that is allowed (root
+on Linux); else two agents of torchrun on loopback."""
 import json
 import os
 import shutil

@@ -33,7 +33,7 @@ each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """whole(script): a finished run with SMALL; whole(script, n): its second round by n processes. For reading."""
+    """whole(script): a finished run with SMALL; whole(script, n): its second round by n processes."""
     @functools.cache
     def run_of(script, processes=0):
         folder = tmp_path_factory.mktemp("whole")
@@ -464,12 +464,12 @@ def test_escaped_exception_is_one_line_with_a_log(whole, tmp_path):
 
 def test_failed_start_is_no_run(tmp_path):
     """What was wrong may be fixed under the same name."""
-    shutil.copytree(TOY / "model", tmp_path / "m")
-    path = tmp_path / "m" / "model.safetensors"
-    save_file({name: tensor * math.nan for name, tensor in load_file(path).items()}, path, {"format": "pt"})
-    flags = [*SMALL["hs_star.py"], "--rounds", "0", "--model"]
-    assert "is not finite" in error_of(launch(tmp_path, "hs_star.py", *flags, "m", check=False))
-    assert "hs_star.py starts in" in launch(tmp_path, "hs_star.py", *flags, TOY / "model").stdout
+    config = json.loads((shutil.copytree(TOY / "model", tmp_path / "m") / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 150}))
+    flags = [*SMALL["adastar.py"], "--rounds", "0", "--model"]
+    line = error_of(launch(tmp_path, "adastar.py", *flags, "m", check=False))
+    assert "exceeds the context of 150" in line
+    assert "adastar.py starts in" in launch(tmp_path, "adastar.py", *flags, TOY / "model").stdout
 
 
 def test_loss_that_is_not_a_number_stops_with_the_examples(tmp_path):
@@ -587,7 +587,8 @@ def test_chat_prompts_and_problems_without_solutions(tmp_path, script):
     write_problems(tmp_path / "p.jsonl", 20)
     (tmp_path / "odd.py").write_text("def grade(problem, text):\n    return len(text) % 2 == 1, 'odd'\n")
     done = launch(tmp_path, script, *SMALL[script], "--name", "one", "--rounds", "1", "--prompt", "chat",
-                  "--shots", "1", "--train-data", "p.jsonl", "--max-new-tokens", "24", "--grader", "odd.py:grade")
+                  "--shots", "1", "--train-data", "p.jsonl", "--max-new-tokens", "24",
+                  "--grader", "odd.py:grade")
     run = tmp_path / "runs" / "one"
     for example in lines(run / "round_1" / "train.jsonl"):
         assert example["prompt"].endswith("<|im_start|>assistant\n") and example["end"] == "<|im_end|>"
@@ -599,8 +600,8 @@ def test_chat_prompts_and_problems_without_solutions(tmp_path, script):
 def test_model_stays_where_nothing_is_correct(tmp_path, script):
     write_problems(tmp_path / "p.jsonl", 12)
     (tmp_path / "never.py").write_text("def grade(problem, text):\n    return False, 'no'\n")
-    done = launch(tmp_path, script, *SMALL[script], "--name", "one", "--rounds", "1", "--max-new-tokens", "24",
-                  "--train-data", "p.jsonl", "--grader", "never.py:grade")
+    flags = [*SMALL[script], "--name", "one", "--rounds", "1", "--train-data", "p.jsonl"]
+    done = launch(tmp_path, script, *flags, "--max-new-tokens", "24", "--grader", "never.py:grade")
     assert "the model stays as it is" in done.stdout
     names = {path.name for path in (tmp_path / "runs" / "one" / "round_1").iterdir()}
     assert "eval.json" in names and "model" not in names
@@ -641,20 +642,22 @@ def test_hs_star_trains_m_0_on_the_step_set(tmp_path):
 
 
 def test_sai_dpo_tags_serve_later_runs(tmp_path):
-    """--tag asks twice at most and writes what it found; runs on the same problems say what they lack."""
+    """--tag asks twice at most; runs on the same problems take what the last list of an output says."""
     write_problems(tmp_path / "p.jsonl", 12)
     flags = ["--toy", "--train-data", "p.jsonl", "--n-test", "2", "--tagger", TOY / "model",
              "--tag-tokens", "9"]
     launch(tmp_path, "sai_dpo.py", *flags, "--tag")
-    [tags] = tmp_path.glob("runs/tags/*/round_0/tags.jsonl")
-    outputs = lines(tags.with_name("outputs.jsonl"))
-    assert len({o["id"] for o in outputs}) == len(lines(tags)) == 12 and len(outputs) <= 24
-    found = [{"id": record["id"], "tags": ["a", "b"][:i % 3]} for i, record in enumerate(lines(tags))]
-    tags.write_text("".join(json.dumps(record) + "\n" for record in found))
+    [path] = tmp_path.glob("runs/tags/*/round_0/outputs.jsonl")
+    outputs = lines(path)
+    ids = list(dict.fromkeys(o["id"] for o in outputs))
+    assert len(ids) == 12 and len(outputs) <= 24
+    tags = [["even", "odd"][:i % 3] for i in range(12)]
+    said = [{"id": i, "draw": 0, "finish": "stop", "text": f"So: {json.dumps(own)}"} for i, own in zip(ids, tags)]
+    path.write_text("".join(json.dumps(output) + "\n" for output in said))
     done = launch(tmp_path, "sai_dpo.py", *flags, "--rounds", "0", "--seed", "5", "--n-clusters", "2")
     assert "4 problems have none, and are grouped by their text" in done.stdout
     groups = lines(tmp_path / "runs" / "sai_dpo-5" / "round_0" / "clusters.jsonl")
-    assert [g["tags"] for g in groups] == [record["tags"] for record in found]
+    assert [g["tags"] for g in groups] == tags
 
 
 @pytest.mark.parametrize("script, flags, words", [
