@@ -39,7 +39,7 @@ HELD_OUT = 200  # training problems put aside, which choose the iteration to rep
 ROUNDS = 20  # iterations (ours; the paper reports the best of its own, between 2 and 23)
 SEED = 0  # of everything random (ours)
 
-# The method: tests/results.md has the values that make STaR, STaR-Acc-Full-K, ReST-EM, AdaD and the other arms
+# The method: tests/studies/results.md has the values that make STaR, STaR-Acc-Full-K, ReST-EM, AdaD and the other arms
 ORDER = "adaptive"  # "adaptive" | "stale" | "hardest" | "random": by (t~, w), t~ alone, (w, t~), chance (paper)
 STEPS = 40  # sigma_1: optimizer steps of the first iteration; beta_t is BATCH_SIZE times sigma_t (paper)
 GROWTH = 1.2  # of the steps, per iteration (paper)

@@ -26,6 +26,7 @@ never read off as the last number; AIME24 and AMC23 are for eval.py (--samples 3
 """
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ SLICE = 4900  # N: problems of a round, no round's the same while they last (our
 ROUNDS = 3  # after round 0 (code)
 SEED = 0  # of everything random (ours)
 
-# The method: tests/results.md has the values that make the other arms
+# The method: tests/studies/results.md has the values that make the other arms
 BUDGET = 8  # n: answers per problem in a round, on average (code)
 PRE_SAMPLES = 3  # n_p: of them before anything is decided; as many as BUDGET is uniform iterative DPO (code)
 DIFFICULTY = "both"  # "both" | "accuracy" | "reward": what tells them apart: phi_a and phi_r, or one (paper: both)
@@ -195,7 +196,7 @@ def dpo_nll_loss(logprobs, batch):
 # Process rewards: how right each step of a response looks to a process reward model (PRM) -----------------------------
 
 PRM_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what "score" was trained with
-PRM_BATCH = 16  # responses read together: fixed, because what is in a batch shows in the rewards' last digits
+PRM_BATCH = 64  # responses read together: fixed, because what is in a batch shows in the rewards' last digits
 
 
 class RewardModel:
@@ -292,17 +293,21 @@ def read_responses(run, name, prm, problems, responses):
     by_id = {problem["id"]: problem for problem in problems}
     different = {key_of(response): response for response in responses}
     keys = sorted(different, key=len, reverse=True)
+    batches = [keys[start:start + PRM_BATCH] for start in range(0, len(keys), PRM_BATCH)]
+    due = [batch for batch in batches[rank()::world_size()] if set(batch) - found.keys()]
+
+    def read(batch):
+        return prm.read(by_id, [different[key] for key in batch])
+
     run.unfinished.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # on CPU their number shows in the last digits too
-    with open(run.unfinished / f"{name}@{rank()}.jsonl", "a") as file, bar(len(keys), name) as shown:
-        for start in range(rank() * PRM_BATCH, len(keys), world_size() * PRM_BATCH):
-            batch = keys[start:start + PRM_BATCH]
-            if set(batch) - found.keys():
-                part = dict(zip(batch, prm.read(by_id, [different[key] for key in batch])))
-                found.update(part)
-                write_line(file, part)
-            shown.update(world_size() * len(batch))
-    torch.set_num_threads(threads_per_process())
+    cores = 1 if device().type == "cuda" else threads_per_process()  # each reads a batch of its own, with one thread
+    with (open(run.unfinished / f"{name}@{rank()}.jsonl", "a") as file, bar(len(due), name) as shown,
+          ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool):
+        for batch, rewards in zip(due, pool.map(read, due)):
+            part = dict(zip(batch, rewards))
+            found.update(part)
+            write_line(file, part)
+            shown.update()
     for part in gather(found):
         found.update(part)
     return found

@@ -1,0 +1,390 @@
+"""Long runs whose results stand in README: seeds and arms, resumable (each run is), outside CI.
+
+  python tests/studies/study.py NAME           with three seeds, where there are any
+  python tests/studies/study.py dast --seeds 0   with one
+
+  dast           DAST against vanilla self-training at the same number of draws
+  dast-dpo       the same with --loss dpo
+  adastar        AdaSTaR, its ablations and baselines, accuracy at equal FLOPs
+  hs_star        HS-STaR, uniform DPO and the ablations at the same budget
+  sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs
+  head_to_head   base, controls, the four methods and their ablations at the same tokens
+  kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
+  fuzz           texts made at random through all of checking
+  soak           hundreds of short iterations: memory, open files, threads, temporary files
+  disk           disks that run full at many moments (root only: it mounts them)
+  exact          how often vLLM's answers differ from run to run
+"""
+import argparse
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+
+import withstand
+
+from pieces import ROOT, lines
+
+sys.path.insert(0, str(ROOT))
+import eval as evaluation  # noqa: E402
+
+
+def run(script, name, *flags):
+    """One real run, as a user starts it, if the same command has not been to its end yet. The run folder."""
+    command = [sys.executable, script, "--toy", "--name", name, *map(str, flags)]
+    folder = ROOT / "runs" / name
+    ended = folder / "study.txt"  # the command that ended well
+    if not ended.exists() or ended.read_text() != " ".join(command[1:]):
+        print(f"== {name}", flush=True)
+        subprocess.run(command, cwd=ROOT, check=True)
+        ended.write_text(" ".join(command[1:]))
+        return folder
+    for source in (script, "common.py"):
+        if (folder / source).read_bytes() != (ROOT / source).read_bytes():
+            print(f"== {name}: as it was made, by another {source}", flush=True)
+    return folder
+
+
+def name_of(arm):
+    """An arm's name as part of a folder's."""
+    return re.sub("[^a-z]+", "-", arm.lower()).strip("-")
+
+
+def correct(folder, path):
+    """{problem id: 0 or 1} of one eval.json."""
+    return json.loads((folder / path).read_text())["correct"]
+
+
+def difference(scores, others, rng):
+    """Mean difference of two arms, a {problem id: 0..1} per seed each, in points, with its 95 % interval."""
+    if scores is others:
+        return "-"
+    ids = [i for i in scores[0] if all(i in of for of in (*scores, *others))]
+    both = [evaluation.table_of(of, ids) for of in (scores, others)]
+    return evaluation.percent(evaluation.mean_over_seeds(both[0], rng, both[1]), sign="+")
+
+
+def dast(seeds, loss):
+    """Base and round 0, DAST (PL), vanilla at DAST's draws, and vanilla at its number of examples (pairs)
+    too."""
+    study = "study" if loss == "sft" else f"study-{loss}"
+    arms = {arm: [] for arm in ("base, examples in prompt", "round 0", "DAST", "vanilla, same draws",
+                                "vanilla, same draws and size")}
+    for seed in seeds:
+        flags = ["--seed", seed, "--loss", loss]
+        one = run("dast.py", f"{study}-dast-{seed}", *flags)
+        flags += ["--variant", "", "--draws-like", f"runs/{one.name}"]
+        vanilla = run("dast.py", f"{study}-vanilla-{seed}", *flags)
+        sized = run("dast.py", f"{study}-sized-{seed}", *flags, "--size-like", f"runs/{one.name}")
+        arms["base, examples in prompt"].append(correct(one, "round_0/eval_base.json"))
+        arms["round 0"].append(correct(one, "round_0/eval.json"))
+        arms["DAST"].append(correct(one, "round_3/eval.json"))
+        arms["vanilla, same draws"].append(correct(vanilla, "round_3/eval.json"))
+        arms["vanilla, same draws and size"].append(correct(sized, "round_3/eval.json"))
+    for reference in ("round 0", "vanilla, same draws"):
+        print_arms("after three rounds", arms, reference)
+
+
+ADASTAR = {  # arm: (iterations, flags); of each as many as spend about as much
+    "AdaSTaR": (10, []),
+    "random order, stop at beta": (10, ["--order", "random"]),
+    "AdaD (no AdaC)": (10, ["--curriculum-power", 0]),
+    "without w": (10, ["--order", "stale"]),
+    "w first (PF)": (10, ["--order", "hardest"]),
+    "STaR": (9, ["--order", "random", "--no-stop-at-beta", "--start", "base"]),
+    "STaR-Acc": (9, ["--order", "random", "--no-stop-at-beta"]),
+    "STaR-Full": (9, ["--order", "random", "--no-stop-at-beta", "--start", "base", "--train-on-all"]),
+    "STaR-Acc-Full": (9, ["--order", "random", "--no-stop-at-beta", "--train-on-all"]),
+    "STaR-Acc-Full-K": (3, ["--order", "random", "--no-stop-at-beta", "--train-on-all", "--k-samples", 5,
+                            "--no-retry", "--traces", 0]),
+    "ReST-EM": (2, ["--order", "random", "--no-stop-at-beta", "--start", "base", "--train-on-all",
+                    "--k-samples", 11, "--no-retry", "--traces", 3]),
+}
+
+
+def adastar_arm(arm, seed):
+    """One arm with one seed: its run folder."""
+    rounds, flags = ADASTAR[arm]
+    return run("adastar.py", f"study-adastar-{name_of(arm)}-{seed}", "--seed", seed, "--rounds", rounds,
+               *flags)
+
+
+def at(past, flops):
+    """{problem id: 0..1} of a run for so many FLOPs of the draws that count; None before its first
+    iteration's end."""
+    return past.at("flops", flops) if past.rounds[1]["flops"] <= flops else None
+
+
+def chosen(past, flops):
+    """That of the iteration with the best accuracy on held-out problems, of those that cost at most so
+    much."""
+    rounds = [r["round"] for r in past.rounds[1:] if r["flops"] <= flops]
+    best = max(rounds, default=None,
+               key=lambda t: sum(correct(past.folder, f"round_{t}/eval_held_out.json").values()))
+    return past.rounds[best]["right"] if rounds else None
+
+
+def print_arms(title, arms, reference):
+    """A table of {arm: a {problem id: 0..1} per seed, or None}, with differences to one of them."""
+    rng = np.random.default_rng(0)
+    print(f"\n{title:<32}{'accuracy by seed':<26}{'mean':<8}against {reference}")
+    for arm, scores in arms.items():
+        if not all(scores):
+            continue
+        accuracies = [np.mean(list(s.values())) for s in scores]
+        by_seed = " ".join(f"{accuracy:.1%}" for accuracy in accuracies)
+        print(f"{arm:<32}{by_seed:<26}{np.mean(accuracies):<8.1%}{difference(scores, arms[reference], rng)}")
+
+
+def adastar(seeds):
+    """The toy run against its first iteration and the control; then all arms at the FLOPs that all have
+    reached, and at half of them (a seed's prompts show other examples, of other lengths: so each seed has its
+    own amount)."""
+    control = "random order, stop at beta"
+    runs = {}
+    for arm in ADASTAR:
+        runs[arm] = [evaluation.Past(adastar_arm(arm, seed)) for seed in seeds]
+    mine = runs["AdaSTaR"]
+    ends = [past.rounds[6]["flops"] for past in mine]  # --toy has six iterations
+    toy = {"first iteration": [past.rounds[1]["right"] for past in mine],
+           "AdaSTaR": [past.rounds[6]["right"] for past in mine],
+           "AdaSTaR, chosen": [chosen(past, end) for past, end in zip(mine, ends)],
+           control: [at(past, end) for past, end in zip(runs[control], ends)]}
+    print_arms(f"--toy: {min(ends):.2g}-{max(ends):.2g} FLOPs", toy, "first iteration")
+    print_arms("--toy", toy, control)
+    most = [min(of_arm[s].rounds[-1]["flops"] for of_arm in runs.values()) for s in range(len(seeds))]
+    print("\nall arms:", " ".join(f"{flops:.3g}" for flops in most), "FLOPs by seed")
+    for title, part in (("half of that", 0.5), ("all of that", 1.0)):
+        reached = {}
+        for arm, of_arm in runs.items():
+            reached[arm] = [at(past, part * flops) for past, flops in zip(of_arm, most)]
+        print_arms(title, reached, control)
+    best = {}
+    for arm, of_arm in runs.items():
+        best[arm] = [chosen(past, flops) for past, flops in zip(of_arm, most)]
+    print_arms("the iteration chosen within it", best, control)
+    print("\nproblems visited, by iteration; the first in which one is met again although it was committed")
+    for past, seed in zip(mine, seeds):
+        sizes = []
+        again = None
+        for t in range(1, len(past.rounds)):
+            walk = lines(past.folder / f"round_{t}" / "selection.jsonl")
+            sizes.append(len(walk))
+            if again is None and any(s["last"] for s in walk):
+                again = t
+        print(f"seed {seed}:", *sizes, f"; iteration {again}")
+
+
+HS_STAR = {"HS-STaR": [], "uniform": ["--pre-samples", 8], "accuracy only": ["--difficulty", "accuracy"],
+           "reward only": ["--difficulty", "reward"], "random pairs": ["--pairing", "random"],
+           "uniform, random pairs": ["--pre-samples", 8, "--pairing", "random"]}
+
+
+def runs_of(script, arms, seeds):
+    """{arm: its run folders, by seed}."""
+    folders = {}
+    for arm, flags in arms.items():
+        name = f"study-{script.removesuffix('.py')}-{name_of(arm)}"
+        folders[arm] = [run(script, f"{name}-{seed}", "--seed", seed, *flags) for seed in seeds]
+    return folders
+
+
+def scores_of(folders, first, base):
+    """{arm: accuracies after round 3, a {problem id: 0 or 1} per seed}, and before them those of round 0."""
+    arms = {base: [correct(folder, "round_0/eval.json") for folder in folders[first]]}
+    for arm, of_arm in folders.items():
+        arms[arm] = [correct(folder, "round_3/eval.json") for folder in of_arm]
+    return arms
+
+
+def hs_star(seeds):
+    """M_0, and all arms after the toy run's three rounds, with as many answers drawn by each."""
+    folders = runs_of("hs_star.py", HS_STAR, seeds)
+    arms = scores_of(folders, "HS-STaR", "M_0")
+    for reference in ("M_0", "uniform", "uniform, random pairs"):
+        print_arms("after three rounds", arms, reference)
+    print(f"\n{'by seed':<24}{'answers':<22}{'pairs':<20}boundary problems, by round")
+    for arm, of_arm in folders.items():
+        answers = []
+        pairs = []
+        boundary = []
+        for folder in of_arm:
+            rounds = [lines(folder / f"round_{t}" / "selection.jsonl") for t in (1, 2, 3)]
+            answers.append(sum(len(s["outcomes"]) for selection in rounds for s in selection))
+            pairs.append(sum(len(s["pairs"]) for selection in rounds for s in selection))
+            boundary.append([sum(s["class"] == "boundary" for s in selection) for selection in rounds])
+        print(f"{arm:<24}{str(answers)[1:-1]:<22}{str(pairs)[1:-1]:<20}{str(boundary)[1:-1]}")
+
+
+SAI_DPO = {"SAI-DPO": [], "knowledge only": ["--select", "knowledge"], "difficulty only": ["--select",
+                                                                                           "difficulty"],
+           "static": ["--select", "static"], "random": ["--select", "random"], "middle first": ["--prefer",
+                                                                                                "middle"]}
+
+
+def sai_dpo(seeds):
+    """pi_0, and all arms after the toy run's three rounds; what each drew of the skill that was planted
+    weak."""
+    folders = runs_of("sai_dpo.py", SAI_DPO, seeds)
+    arms = scores_of(folders, "SAI-DPO", "pi_0")
+    for reference in ("pi_0", "random", "static"):
+        print_arms("after three rounds", arms, reference)
+    costs = set()  # answers and pairs of a run: of all the same
+    print(
+        f"\n{'by seed':<20}{'answers':<22}{'pairs':<16}of 'remainders', by round: error in the probe, drawn")
+    for arm, of_arm in folders.items():
+        answers = []
+        pairs = []
+        weak = []
+        for folder in of_arm:
+            metrics = lines(folder / "metrics.jsonl")
+            rounds = [m["clusters"] for m in metrics if m["phase"] == "select"]
+            answers.append(sum(m["draws"] for m in metrics if m["phase"] in ("probe", "responses")))
+            pairs.append(sum(c["kept"] for clusters in rounds for c in clusters))
+            found = [c for clusters in rounds for c in clusters if c["tags"] == ["remainders"]]
+            weak.append(" ".join(f"{c['error']:.0%} {c['drawn']}" for c in found))
+        costs.update(zip(answers, pairs))
+        assert len(costs) == 1, f"the arms are not at equal cost: {costs}"
+        print(f"{arm:<20}{str(answers)[1:-1]:<22}{str(pairs)[1:-1]:<16}{'; '.join(weak)}")
+
+
+# All from the same model, on the same 300 training problems, without examples in the prompt (but for L, which
+# is about these), scored on all 600 test problems; in so many rounds that each makes 140,000 tokens or more
+EQUAL = "--n-train 300 --n-test 0 --prompt zero_shot"
+DAST = f"dast.py {EQUAL} --rounds 3"
+ADASTAR_EQUAL = f"adastar.py {EQUAL} --held-out 0 --rounds 16"
+HS_STAR_EQUAL = f"hs_star.py {EQUAL} --slice 150 --rounds 5"
+SAI_DPO_EQUAL = f"sai_dpo.py {EQUAL} --samples-per-round 150 --rounds 5"
+UNSOLVED = "--rounds 4 --train-data runs/toy/train.jsonl"  # the same without worked solutions
+HEAD_TO_HEAD = {
+    "vanilla rejection sampling": f"{DAST} {UNSOLVED} --variant= --k-probe 1 --k-samples 6",
+    "vanilla iterative DPO": f"{HS_STAR_EQUAL} --prm= --difficulty accuracy --pre-samples 8 --pairing random",
+    "DAST": f"{DAST} --prompt few_shot --k-samples 1",
+    "DAST, P only": f"{DAST} --variant P --k-samples 1",
+    "DAST, L only": f"{DAST} --variant L --prompt few_shot --k-samples 5",
+    "DAST, neither": f"{DAST} --variant= --k-probe 1 --k-samples 6",
+    "DAST, P only, without solutions": f"{DAST} {UNSOLVED} --variant P --k-samples 1",
+    "DAST, DPO": f"{DAST} --prompt few_shot --loss dpo --k-samples 1",
+    "AdaSTaR": ADASTAR_EQUAL,
+    "AdaSTaR, no curriculum": f"{ADASTAR_EQUAL} --curriculum-power 0",
+    "AdaSTaR, random order": f"{ADASTAR_EQUAL} --order random",
+    "STaR-Acc": f"{ADASTAR_EQUAL} --order random --no-stop-at-beta",
+    "HS-STaR": HS_STAR_EQUAL,
+    "HS-STaR, accuracy only": f"{HS_STAR_EQUAL} --difficulty accuracy",
+    "HS-STaR, random pairs": f"{HS_STAR_EQUAL} --pairing random",
+    "HS-STaR, uniform": f"{HS_STAR_EQUAL} --pre-samples 8",
+    "SAI-DPO": SAI_DPO_EQUAL,
+    "SAI-DPO, static": f"{SAI_DPO_EQUAL} --select static",
+    "SAI-DPO, knowledge only": f"{SAI_DPO_EQUAL} --select knowledge",
+    "SAI-DPO, random": f"{SAI_DPO_EQUAL} --select random",
+}
+MAIN = ("vanilla rejection sampling", "vanilla iterative DPO", "DAST", "AdaSTaR", "HS-STaR", "SAI-DPO")
+AGAINST = [  # a method and the control that lacks what sets it apart
+    ("DAST", "DAST, neither"), ("DAST, P only", "DAST, neither"), ("DAST, L only", "DAST, neither"),
+    ("DAST, P only, without solutions", "vanilla rejection sampling"), ("AdaSTaR", "AdaSTaR, random order"),
+    ("AdaSTaR", "AdaSTaR, no curriculum"), ("AdaSTaR, random order", "STaR-Acc"), ("AdaSTaR", "STaR-Acc"),
+    ("HS-STaR", "vanilla iterative DPO"), ("HS-STaR", "HS-STaR, uniform"),
+    ("HS-STaR, random pairs", "vanilla iterative DPO"), ("HS-STaR", "HS-STaR, random pairs"),
+    ("SAI-DPO", "SAI-DPO, random"), ("SAI-DPO", "SAI-DPO, static"),
+    ("SAI-DPO, knowledge only", "SAI-DPO, random")]
+
+
+def without_solutions():
+    """The toy's training problems with answers only, under the same ids: runs/toy/train.jsonl."""
+    file = ROOT / "runs/toy/train.jsonl"
+    text = ""
+    for problem in lines(ROOT / "tests/toy/train.jsonl"):
+        problem.pop("solution")
+        text += json.dumps(problem) + "\n"
+    if not file.exists() or file.read_text() != text:  # another seed's study may be reading it
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+
+
+def spent_at(pasts, what, amount):
+    """The mean over runs of what was spent when `amount` tokens were generated, between rounds on a straight
+    line."""
+    spent = []
+    for past in pasts:
+        generated = [r["generated"] for r in past.rounds]
+        spent.append(np.interp(amount, generated, [r[what] for r in past.rounds]))
+    return np.mean(spent)
+
+
+def head_to_head(seeds):
+    """All arms at the most generated tokens that all have reached with all seeds; and pictures of the main
+    ones."""
+    without_solutions()
+    arms = {}
+    for arm in HEAD_TO_HEAD:
+        arms[arm] = []
+    for seed in seeds:
+        for arm, command in HEAD_TO_HEAD.items():
+            script, *flags = command.split()
+            arms[arm].append(evaluation.Past(run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed",
+                                                 seed)))
+    amount = min(past.rounds[-1]["generated"] for of_arm in arms.values() for past in of_arm)
+    reached = {"base": [past.rounds[0]["right"] for past in arms["HS-STaR"]]}
+    for arm, of_arm in arms.items():
+        reached[arm] = [past.at("generated", amount) for past in of_arm]
+    rng = np.random.default_rng(0)
+    title = f"at {amount:,} generated tokens"
+    print(f"\n{title:<33}{'accuracy by seed':<39}{'mean':<20}{'trained on':<12}{'FLOPs':<9}"
+          "against rejection sampling")
+    for arm, scores in reached.items():
+        table = evaluation.table_of(scores, scores[0])
+        by_seed = " ".join(f"{accuracy:.1%}" for accuracy in table.mean(1))
+        mean = evaluation.percent(evaluation.mean_over_seeds(table, rng))
+        spent = f"{'':<21}"
+        if arm in arms:
+            trained = spent_at(arms[arm], "trained", amount)
+            flops = spent_at(arms[arm], "flops", amount)
+            spent = f"{trained:<12,.0f}{flops:<9.2g}"
+        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[MAIN[0]], rng)}")
+    print("\ndifferences there")
+    for arm, control in AGAINST:
+        print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control], rng)}")
+    main = {arm: arms[arm] for arm in MAIN}
+    print(
+        "\ntimes trained on own answers, at the ends: problems with below 25 %, to 50 %, to 75 %, more right")
+    for arm, (_, trained) in evaluation.effort(main).items():
+        print(f"{arm:<33}" + "  ".join(f"{np.mean(times):.1f}" for times in trained))
+    draw(main, amount, list(reached["base"][0]))
+
+
+def draw(arms, amount, ids):
+    """Pictures of some arms in runs/head_to_head/."""
+    import matplotlib
+    matplotlib.use("Agg")
+    folder = ROOT / "runs" / "head_to_head"
+    folder.mkdir(exist_ok=True)
+    evaluation.draw_accuracy(arms, amount, ids, folder / "accuracy.png")
+    evaluation.draw_problems(arms, folder / "problems.png")
+    evaluation.draw_flow(arms, folder / "flow.png")
+    print(f"\n{folder}: accuracy.png, problems.png, flow.png")
+
+
+def main():
+    studies = {"dast": dast, "adastar": adastar, "hs_star": hs_star, "sai_dpo": sai_dpo,
+               "head_to_head": head_to_head}
+    others = {"kills": withstand.kills, "fuzz": withstand.fuzz, "soak": withstand.soak,
+              "disk": withstand.disk, "exact": withstand.exact}
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=[*studies, "dast-dpo", *others])
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated, of the first five [0,1,2]")
+    arguments = parser.parse_args()
+    (ROOT / "runs").mkdir(exist_ok=True)
+    seeds = list(map(int, arguments.seeds.split(",")))
+    if arguments.name in others:
+        others[arguments.name]()
+    elif arguments.name.startswith("dast"):
+        dast(seeds, "dpo" if arguments.name == "dast-dpo" else "sft")
+    else:
+        studies[arguments.name](seeds)
+
+
+if __name__ == "__main__":
+    main()
