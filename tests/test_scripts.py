@@ -662,7 +662,7 @@ def test_sai_dpo_tags_serve_later_runs(tmp_path):
 
 @pytest.mark.parametrize("script, flags, words", [
     ("dast.py", ["--draws-like", "runs/one"], "--draws-like and --size-like make controls without P"),
-    ("dast.py", ["--variant", "", "--draws-like", "runs/x"], "runs/x/round_1/selection.jsonl: no such file"),
+    ("dast.py", ["--variant", "", "--draws-like", "runs/x"], "runs/x/round_2/selection.jsonl: no such file"),
     ("dast.py", ["--prompt", "zero_shot"], "L can do nothing"),
     ("dast.py", ["--cuts", "0.4", "0.7"], "the higher one"),
     ("adastar.py", ["--train-on-all"], "--train-on-all needs --no-stop-at-beta"),

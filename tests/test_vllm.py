@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from conftest import ROOT, SMALL, TOY, error_of, killed_when, launch, lines
+from conftest import ROOT, SMALL, TOY, killed_when, launch, lines
 
 BUILDS = packages_distributions().get("vllm", [])
 if not any("cpu" in name + version(name) for name in BUILDS):  # the official wheel runs on GPUs only
@@ -87,6 +87,12 @@ if __name__ == "__main__":
 """
 
 
+def errors_of(done):
+    """What a script said of its failure, a line a process; the libraries' own warnings are left out."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    return [line for line in done.stderr.splitlines() if ".py: error: " in line]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """{name: folder}: the toy as it is, its head the embedding; with a head of its own; saved in bfloat16."""
@@ -115,19 +121,18 @@ def test_new_weights_are_taken_over_and_forgotten_ones_caught(tmp_path, models, 
     result = json.loads(done.stdout.partition("RESULT ")[2].splitlines()[0])
     assert result == {"found": 12, "wrong": [], "caught": [1, 1, 1]}
     assert done.stderr.count("tensors differ") == 2 * max(1, processes)
-    assert "log-probabilities of runs/u/round_0/large are not the trainer's" in done.stderr
+    assert "vLLM's log-probabilities of runs/u/round_0/large are " in done.stderr
     run = tmp_path / "runs" / "u"
     before, after = (lines(run / "round_0" / f"{name}.jsonl") for name in ("before", "after"))
     assert len(before) == len(after) == 12 and before != after
     assert [r["draw"] for r in lines(run / "round_0" / "enough.jsonl")] == 6 * [*range(9)]
     metrics = {m["phase"]: m for m in lines(run / "metrics.jsonl")}
-    assert metrics["before"]["start_seconds"] > 0 and metrics["before"]["tensors_equal"] > 10
-    assert metrics["after"]["load_seconds"] > 0
+    assert metrics["before"]["tensors_equal"] > 10 and metrics["after"]["load_seconds"] > 0
     assert metrics["after"]["logprob_error"] <= (0.5 if model == "half" else 1e-4)
 
 
 def test_whole_loop_under_vllm_is_killed_and_resumed(tmp_path):
-    """One engine for the whole run; what was answered before the kill is not asked again."""
+    """What was answered before the kill is not asked again; the engine loads new weights, and only these."""
     flags = [*SMALL["dast.py"], "--rounds", "1", "--name", "v"]
     run = tmp_path / "runs" / "v"
     path = run / "unfinished" / "round_0-probe@0.jsonl"
@@ -138,10 +143,10 @@ def test_whole_loop_under_vllm_is_killed_and_resumed(tmp_path):
     path.write_text("".join(json.dumps(answer) + "\n" for answer in kept) + '{"id": "toy/tra')
     done = launch(tmp_path, "dast.py", *flags)
     assert "sampler  vllm (as this folder was begun)" in done.stdout
-    assert done.stderr == "" and "INFO" not in done.stdout
+    assert "INFO" not in done.stdout + done.stderr
     metrics = lines(run / "metrics.jsonl")
-    assert [m["phase"] for m in metrics if "start_seconds" in m] == ["probe"]
-    assert [(m["round"], m["phase"]) for m in metrics if "load_seconds" in m] == [(0, "eval"), (1, "eval")]
+    loaded = [(m["round"], m["phase"]) for m in metrics if "load_seconds" in m]
+    assert loaded == [(0, "probe"), (0, "eval"), (1, "eval")]
     probe = {(r["id"], r["draw"]): r["text"] for r in lines(run / "round_0" / "probe.jsonl")}
     assert len(probe) == 14 * 3
     assert all(probe[r["id"], r["draw"]] == r["text"] for r in kept)  # the changed one too
@@ -194,7 +199,7 @@ def test_engine_that_fails_is_one_line_and_a_rerun_resumes(tmp_path, processes):
     (tmp_path / "failing.py").write_text(FAILING)
     flags = [*SMALL["adastar.py"], "--rounds", "1", "--engine", "vllm", "--name", "f"]
     options = {"processes": processes}
-    line = error_of(launch(tmp_path, tmp_path / "failing.py", *flags, **options, check=False, FAILS="1"))
+    [line] = errors_of(launch(tmp_path, tmp_path / "failing.py", *flags, **options, check=False, FAILS="1"))
     assert "error: RuntimeError: CUDA error: an illegal memory access" in line and "runs/f/error.log" in line
     run = tmp_path / "runs" / "f"
     assert "Traceback" in (run / "error.log").read_text()
@@ -211,4 +216,5 @@ def test_eval_refuses_models_of_two_shapes(tmp_path):
     AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "other")
     done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,other", "--sets", TOY / "test.jsonl",
                   "--n-test", "4", "--max-new-tokens", "16", "--engine", "vllm", check=False)
-    assert "vLLM's engine was built for a model of another shape; score them one by one" in error_of(done)
+    [line] = errors_of(done)
+    assert "other: vLLM's engine was built for a model of another shape; score them one by one" in line
