@@ -149,7 +149,7 @@ def block_size(missing, rate):
     if not STOP_AT_BETA:
         return 10**9  # all
     expected = 1.1 * missing / max(rate, 0.1)
-    return GROUP * int(np.ceil(expected / GROUP))
+    return GROUP * int(np.ceil(round(expected / GROUP, 6)))
 
 
 def spread(total, beta, rng):

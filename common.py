@@ -2042,7 +2042,8 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
             values = optimizer_step(policy, optimizer, loss, tokenized, references, micro_batches, clip)
             history.append({"step": step + 1, **values})
             if not math.isfinite(values["loss"]) or not math.isfinite(values["norm"]):
-                stop_training(examples, plan[step], f"round {round}, training step {step + 1} of {len(plan)}: {values}")
+                stop_training(examples, plan[step], f"round {round}, training step {step + 1} of {len(plan)}: loss "
+                              f"{values['loss']}, gradient norm {values['norm']}")
             if gather(time.time() - saved >= 60 * run.constants["SAVE_MINUTES"])[0]:
                 save_progress(run, round, policy, optimizer, history)
                 saved = time.time()

@@ -277,7 +277,7 @@ def parse_tags(output):
 
 def tags_name(problems):
     """The run folder under runs/ that keeps the tags of these problems, held-out ones too: all seeds and arms share it."""
-    requests = sorted(tag_request(problem) for problem in problems)
+    requests = sorted((problem["id"], tag_request(problem)) for problem in problems)
     return f"tags/{seed_of(TAGGER, TAG_TOKENS, requests):x}"
 
 
@@ -288,6 +288,8 @@ def tag_problems(problems):
     constants |= {"MODEL": TAGGER, "SEED": 0, "GRADER": "", "NAME": tags_name(problems), "__file__": __file__}
     run = start_run(constants, problems)
     untagged = [p for p in problems if not (OWN_TAGS and p.get("tags"))]
+    if not untagged:
+        fail("--tag: all problems have tags (--no-own-tags ignores those that they bring)")
 
     def request(problem, draw):
         return make_prompt(tagger, "chat", {"problem": tag_request(problem)})
@@ -408,14 +410,27 @@ def embed(name, texts):
     return F.normalize(vectors).numpy()
 
 
+def first_centres(points, k, rng):
+    """Return at most k different points as centres (k, H), each next one with a chance in proportion to its squared
+    distance to those before (k-means++; Arthur & Vassilvitskii 2007)."""
+    centres = points[[rng.integers(len(points))]]
+    while len(centres) < k:
+        squares = torch.cdist(points, centres).min(1).values.double().square()
+        squares[squares < 1e-5] = 0  # rounding
+        if not squares.any():
+            break
+        chosen = rng.choice(len(points), p=(squares / squares.sum()).numpy())
+        centres = torch.cat([centres, points[[chosen]]])
+    return centres
+
+
 def kmeans(points, k, rng, starts=10, steps=100):
-    """Return the cluster of each point (n,), 0 the largest, at most k, of points (n, H): Lloyd's algorithm, from different
-    random points as centres; of all starts that with the smallest sum of squared distances to the centres."""
+    """Return the cluster of each point (n,), 0 the largest, at most k, of points (n, H): Lloyd's algorithm; of all starts
+    that with the smallest sum of squared distances to the centres."""
     points = torch.from_numpy(points)
-    different = points.unique(dim=0)
     best = math.inf
     for _ in range(starts):
-        centres = different[rng.permutation(len(different))[:k]]
+        centres = first_centres(points, k, rng)
         before = None
         for _ in range(steps):
             distances, closest = torch.cdist(points, centres).min(1)
