@@ -704,7 +704,7 @@ def start_run(g, *problem_sets, models=()):
     if rank() == 0:
         Run.folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(Run.folder)
-        resumed = path.exists() and any(Run.folder.glob("*/*"))
+        resumed = path.exists() and any(kept.stat().st_size for kept in Run.folder.glob("*/*"))
         about = {"script": script.name, "constants": constants, "code": [code], "engine": ""}
         about = resume(read(path), about, g["KEEP"]) if resumed else about | circumstances()
         about["engine"], about["why"] = choose_engine(constants["ENGINE"], about["engine"])

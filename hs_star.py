@@ -331,7 +331,7 @@ def step_rewards(run, file, prm, problems, responses):
     seconds = time.time() - began
     run.log(round, phase, responses=len(responses), different=len(found), steps=steps, tokens=tokens,
             filled_context=lengths.count(prm.context), unread=rewards.count([]), flops=cost * tokens,
-            spent_flops=cost * tokens, padded_flops=cost * len(found) * max(lengths), seconds=seconds, **slept)
+            spent_flops=cost * tokens, padded_flops=cost * len(found) * max(lengths, default=0), seconds=seconds, **slept)
     say(f"  round {round}  {phase:<9} {len(responses):>7,} answers, {len(found):,} different, of {steps:,} steps, "
         f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
     records = []

@@ -24,8 +24,9 @@ SMALL = {  # two rounds in a few seconds
     "dast.py": [*BRIEF, "--n-train", "14", "--k-probe", "3", "--budgets", "1", "2", "3", "4"],
     "adastar.py": [*BRIEF, "--n-train", "84", "--held-out", "4", "--steps", "2"],
     "hs_star.py": [*BRIEF, "--n-train", "32", "--slice", "16"],
-    "sai_dpo.py": [*BRIEF, "--n-train", "48", "--n-clusters", "3", "--samples-per-round", "24", "--k-samples", "4"]}
-SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--rounds", "1"]  # of dast.py: one round
+    "sai_dpo.py": [*BRIEF, "--n-train", "48", "--n-clusters", "3", "--samples-per-round", "20",
+                   "--k-samples", "4"]}
+SMOKE = ["--toy", "--n-train", "18", "--n-test", "12", "--k-probe", "3", "--rounds", "1"]  # of dast.py
 
 
 def pytest_collection_modifyitems(items):
@@ -34,7 +35,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
-# Starting scripts -----------------------------------------------------------------------------------------------------
+# Starting scripts -------------------------------------------------------------------------------------------
 
 def environment():
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -43,14 +44,14 @@ def environment():
 @functools.cache
 def fork_server():
     program = str(ROOT / "tests" / "fork_server.py")
-    return subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                            env=environment())
+    return subprocess.Popen([sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            text=True, env=environment())
 
 
 class Started:
-    """A script at work, in a process group of its own: `pid` leads it, `wait()` gives what a finished process is.
+    """A script at work, in a process group of its own, which `pid` leads.
 
-    In a fork of a process that has the libraries (see fork_server.py), or by torchrun, which takes ten seconds longer.
+    In a fork of a process that has the libraries (see fork_server.py), or by torchrun, ten seconds longer.
     """
 
     def __init__(self, folder, script, *flags, processes=0, torchrun=False, bytes=0, **variables):
@@ -61,7 +62,8 @@ class Started:
         self.err = folder / "stderr.txt"
         self.torchrun = None
         if torchrun:
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                     f"--nproc-per-node={processes}"]
             with open(self.out, "w") as out, open(self.err, "w") as err:
                 self.torchrun = subprocess.Popen([*start, *self.command], cwd=folder, stdout=out, stderr=err,
                                                  env=environment() | variables, start_new_session=True)
@@ -69,8 +71,8 @@ class Started:
         else:
             self.out.write_text("")
             self.err.write_text("")
-            request = {"folder": str(folder), "command": self.command, "out": str(self.out), "err": str(self.err),
-                       "bytes": bytes, "processes": processes, "variables": variables}
+            request = {"folder": str(folder), "command": self.command, "out": str(self.out),
+                       "err": str(self.err), "bytes": bytes, "processes": processes, "variables": variables}
             print(json.dumps(request), file=fork_server().stdin, flush=True)
             self.pid = int(fork_server().stdout.readline())
 
@@ -92,8 +94,8 @@ class Started:
 def launch(folder, script, *flags, check=True, **options):
     """Run a script of the project in `folder`, where its runs/ will be, to its end.
 
-    processes: 0 is plain python, without a process group of torchrun's. torchrun: the real one. bytes: the largest file
-    it may write. Other options are variables of its environment.
+    processes: 0 is plain python, without a process group of torchrun's. torchrun: the real one. bytes: the
+    largest file it may write. Other options are variables of its environment.
     """
     done = Started(folder, script, *flags, **options).wait()
     if check:
@@ -111,7 +113,7 @@ def run_of(folder, script, flags):
 def killed_when(folder, script, flags, there, processes=0, one=False, how=signal.SIGKILL, **options):
     """Start a script, and kill all its processes as soon as there(run folder) is true; the finished process.
 
-    one: only rank 0 is killed, and the others have to end by themselves. how: another signal.
+    one: only the last rank is killed, and the others have to end by themselves. how: another signal.
     """
     run = run_of(folder, script, flags)
     started = Started(folder, script, *flags, processes=processes, **options)
@@ -122,7 +124,8 @@ def killed_when(folder, script, flags, there, processes=0, one=False, how=signal
             raise AssertionError(f"it ended before the kill: {done.stdout[-3000:]}{done.stderr[-3000:]}")
         time.sleep(0.002)
     if one:
-        os.kill(int((run / "lock").read_text().split()[1]), how)
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        os.kill(int(children[-1]), how)
     else:
         os.killpg(started.pid, how)
     done = started.wait()
@@ -130,7 +133,7 @@ def killed_when(folder, script, flags, there, processes=0, one=False, how=signal
     return done
 
 
-# What they leave ------------------------------------------------------------------------------------------------------
+# What they leave --------------------------------------------------------------------------------------------
 
 def lines(path):
     """The records of a .jsonl file."""
@@ -138,7 +141,7 @@ def lines(path):
 
 
 def files(run):
-    """{name: bytes} of what must be the same after a kill: all but times, the machine, and copies of the code."""
+    """{name: bytes} of what must be the same after a kill: not times, the machine, or copies of the code."""
     apart = ("constants.json", "metrics.jsonl", "steps.jsonl", "lock", "error.log")
     found = {}
     for path in sorted(run.rglob("*")):

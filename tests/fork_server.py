@@ -1,9 +1,9 @@
-"""Runs scripts in forks of one process that has imported their libraries: spares each run the seven seconds of that.
+"""Runs scripts in forks of one process that has imported their libraries: spares each run seven seconds.
 
-A line of JSON in, {"folder", "command", "out", "err", "bytes", "processes", "variables"}; out come the id of the process
-(it leads a process group, so that all it starts can be killed) and, when it has ended, its exit status. `bytes` limits the
-size of files (0: no limit), as a full disk would. `variables` are of the environment. With `processes` it does what
-torchrun does: that many of them, a store for them to meet at, and an end of all when one fails.
+A line of JSON in, {"folder", "command", "out", "err", "bytes", "processes", "variables"}; out come the id of
+the process (it leads a process group, so that all it starts can be killed) and, when it has ended, its exit
+status. `bytes` limits the size of files (0: no limit), as a full disk would; `variables` are of the environment.
+With `processes` it does what torchrun does: that many, a store to meet at, and an end of all when one fails.
 """
 import contextlib
 import json
@@ -53,8 +53,8 @@ def torchrun(processes, **request):
     for number in map(str, range(processes)):
         child = os.fork()
         if child == 0:
-            os.environ |= {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-                           "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            os.environ |= {"RANK": number, "LOCAL_RANK": number, "MASTER_ADDR": "localhost",
+                           "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
             run(**request)
         children.add(child)

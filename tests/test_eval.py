@@ -1,4 +1,4 @@
-"""eval.py: scores against values worked out by hand, how often intervals cover the truth, and the program itself."""
+"""eval.py: scores against values worked out by hand, how often intervals cover the truth, the program."""
 import functools
 import json
 import math
@@ -15,8 +15,9 @@ T = True
 
 
 @pytest.mark.parametrize("right, k, expected", [
-    ([1, 1, 0, 0], 1, 1 / 2), ([1, 1, 0, 0], 2, 5 / 6), ([1, 1, 0, 0], 3, 1), ([0, 0, 0, 0], 4, 0),  # 1 - C(2,2)/C(4,2)
-    ([0, 0, 0, 1, 0], 3, 6 / 10), ([1, 0, 1, 1, 0], 2, 9 / 10), ([1], 1, 1)])  # 1 - C(4,3)/C(5,3); 1 - C(2,2)/C(5,2)
+    ([1, 1, 0, 0], 1, 1 / 2), ([1, 1, 0, 0], 2, 5 / 6),  # 1 - C(2,2)/C(4,2)
+    ([1, 1, 0, 0], 3, 1), ([0, 0, 0, 0], 4, 0), ([1], 1, 1),
+    ([0, 0, 0, 1, 0], 3, 6 / 10), ([1, 0, 1, 1, 0], 2, 9 / 10)])  # 1 - C(4,3)/C(5,3); 1 - C(2,2)/C(5,2)
 def test_pass_at(right, k, expected):
     assert eval.pass_at(np.array([right, right[::-1]]), k) == pytest.approx([expected] * 2)
 
@@ -29,8 +30,9 @@ def test_pass_at_is_unbiased():
 
 
 @pytest.mark.parametrize("votes, k, expected", [
-    ([T, "a", "a", T], 4, 1 / 2), ([T, "a", "a", T], 2, 1 / 2), ([T, T, "a", None], 4, 1), ([T, T, "a", None], 2, 1 / 2),
-    ([None, None], 2, 0), (["a", "b", T, T], 3, 1 / 3), (["a", "a", T, T, T, "b"], 3, 1 / 2),
+    ([T, "a", "a", T], 4, 1 / 2), ([T, "a", "a", T], 2, 1 / 2), ([T, T, "a", None], 4, 1),
+    ([T, T, "a", None], 2, 1 / 2), ([None, None], 2, 0), (["a", "b", T, T], 3, 1 / 3),
+    (["a", "a", T, T, T, "b"], 3, 1 / 2),
     ([T, None, None, None], 4, 1), (["a", "a", "a", T], 4, 0), (["a", T], 1, 1 / 2)])
 def test_maj_at(votes, k, expected):
     assert eval.maj_at([votes], k) == pytest.approx([expected])
@@ -53,7 +55,8 @@ def test_votes():
 def test_score_of_several_draws():
     problems = []
     for i in range(4):
-        problems.append({"id": f"s/test/{i}", "level": 1 + i // 2, "tags": ["odd"] if i % 2 else [], "kind": "math"})
+        tags = ["odd"] if i % 2 else []
+        problems.append({"id": f"s/test/{i}", "level": 1 + i // 2, "tags": tags, "kind": "math"})
     responses = []
     for draw, said in enumerate((1, 1, 2, 1, 3, 3, 3, 2)):  # 1 is right; 3 is cut
         responses.append({"id": f"s/test/{draw // 2}", "text": f"\\boxed{{{said}}}", "correct": said == 1,
@@ -77,19 +80,21 @@ def test_table_of_shares():
     assert found == {"accuracy": 0, "interval": [0, 0], "n": 3}
 
 
-@pytest.mark.parametrize("right, n, low, high", [  # (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), by hand
-    (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (5, 10, 0.2366, 0.7634), (1, 20, 0.0089, 0.2361), (90, 100, 0.8256, 0.9448)])
+@pytest.mark.parametrize("right, n, low, high", [  # by hand
+    (0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (5, 10, 0.2366, 0.7634), (1, 20, 0.0089, 0.2361),
+    (90, 100, 0.8256, 0.9448)])
 def test_wilson_interval(right, n, low, high):
     assert common.wilson_interval(right, n) == pytest.approx([low, high], abs=1e-4)
 
 
 def test_intervals_cover_the_truth():
-    """In 93-97 % of 1,000 simulated evaluations: Wilson's of greedy answers, bootstrapped ones of several draws."""
+    """In 93-97 % of 1,000 evaluations: Wilson's of greedy answers, bootstrapped ones of several draws."""
     rng = np.random.default_rng(0)
     interval = functools.cache(lambda right: common.wilson_interval(right, 500))
-    covered = [low <= 0.62 <= high for low, high in map(interval, rng.binomial(500, 0.62, size=1000).tolist())]
+    right = rng.binomial(500, 0.62, size=1000).tolist()
+    covered = [low <= 0.62 <= high for low, high in map(interval, right)]
     assert 0.93 <= np.mean(covered) <= 0.97
-    a, b, n, samples = 0.6, 0.9, 150, 8  # problems differ: how easy they are is Beta-distributed, 0.4 on average
+    a, b, n, samples = 0.6, 0.9, 150, 8  # how easy problems are is Beta-distributed, 0.4 on average
     covered = {"mean": [], "pass@4": []}
     truth = {"mean": a / (a + b), "pass@4": 1 - np.prod([(b + i) / (a + b + i) for i in range(4)])}
     for _ in range(1000):
@@ -97,19 +102,21 @@ def test_intervals_cover_the_truth():
         for name, values in {"mean": correct.mean(1), "pass@4": eval.pass_at(correct, 4)}.items():
             low, high = eval.mean_of(values, rng)["interval"]
             covered[name].append(low <= truth[name] <= high)
-    assert all(0.93 <= np.mean(c) <= 0.97 for c in covered.values()), {name: np.mean(c) for name, c in covered.items()}
+    shares = {name: np.mean(of) for name, of in covered.items()}
+    assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
 
 
-# The program ----------------------------------------------------------------------------------------------------------
+# The program ------------------------------------------------------------------------------------------------
 
-FLAGS = ["--model", TOY / "model", "--max-new-tokens", "96"]
+FLAGS = ["--model", TOY / "model", "--max-new-tokens", "48"]
 SETS = [f"{TOY}/{name}" for name in ("test.jsonl", "train.jsonl", "deep.json")]
-SEVERAL = [*FLAGS, "--sets", ",".join(SETS), "--n-test", "12", "--samples", "3", "--temperature", "0.7", "--name", "e"]
+SEVERAL = [*FLAGS, "--sets", ",".join(SETS), "--n-test", "12", "--samples", "3", "--temperature", "0.7",
+           "--name", "e"]
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """A folder with the run "e": three draws of twelve problems of each of three sets; and what it said. For reading."""
+    """A folder with the run "e", three draws of twelve problems of three sets; what it said. For reading."""
     folder = tmp_path_factory.mktemp("several")
     return folder, launch(folder, "eval.py", *SEVERAL).stdout
 
@@ -147,8 +154,8 @@ def test_program_killed_and_resumed_on_two_processes_scores_the_same(several, tm
 
 def test_program_scores_several_models(tmp_path):
     shutil.copytree(TOY / "model", tmp_path / "other")
-    done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,{tmp_path}/other", "--sets", TOY / "test.jsonl",
-                  "--max-new-tokens", "96", "--n-test", "6", "--name", "two")
+    done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,{tmp_path}/other", "--n-test", "6",
+                  "--sets", TOY / "test.jsonl", "--max-new-tokens", "48", "--name", "two")
     first, second = json.loads((tmp_path / "runs" / "two" / "eval.json").read_text()).values()
     assert first == second and "+0.0 [+0.0, +0.0] points against" in done.stdout
     assert len(lines(tmp_path / "runs" / "two" / "metrics.jsonl")) == 2
@@ -171,7 +178,8 @@ def test_program_shows_examples_and_scores_what_was_held_out(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--samples", "2"], "--temperature"), (["--model", "."], "no letter or digit"),
     (["--examples-from", TOY / "train.jsonl"], "--prompt few_shot"),
-    (["--held-out", "6", "--sets", "gsm8k"], "--split train"), (["--sets", "a/b.jsonl,a-b.jsonl"], "share a file"),
+    (["--held-out", "6", "--sets", "gsm8k"], "--split train"),
+    (["--sets", "a/b.jsonl,a-b.jsonl"], "share a file"),
     (["--regrade", "none.jsonl"], "no such .jsonl file")])
 def test_flags_that_contradict_are_one_line(tmp_path, flags, words):
     line = error_of(launch(tmp_path, "eval.py", *FLAGS, "--sets", TOY / "test.jsonl", *flags, check=False))
@@ -183,7 +191,8 @@ STORED = [  # (record, correct, reason)
     ({"answer": 7.0, "text": "the answer is 8."}, False, "different"),
     ({"answer": "B", "text": "I think (B)", "choices": ["cat", "dog"]}, True, "equal"),
     ({"answer": "dog", "text": "\\boxed{A}", "choices": ["cat", "dog"]}, False, "different"),
-    ({"answer": "", "text": "\\boxed{}"}, False, "bad_gold"), ({"answer": "yes", "text": "Yes."}, True, "equal"),
+    ({"answer": "", "text": "\\boxed{}"}, False, "bad_gold"),
+    ({"answer": "yes", "text": "Yes."}, True, "equal"),
     ({"answer": "She has 3\n#### 3", "text": "A: 3"}, True, "equal"),
     ({"answer": "2", "text": "\ud800\n"}, False, "different"),
     ({"answer": "2", "text": "none\nat all"}, False, "no_answer"),
@@ -204,7 +213,8 @@ def test_regrade_adds_verdicts_to_stored_answers(tmp_path):
 def test_regrade_with_a_grader_of_ones_own(tmp_path):
     (tmp_path / "answers.jsonl").write_text(STORED_TEXT)
     (tmp_path / "mine.py").write_text("def never(problem, text):\n    return False, problem['answer']\n")
-    launch(tmp_path, "eval.py", "--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl", "--grader", "mine.py:never")
+    launch(tmp_path, "eval.py", "--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl", "--grader",
+           "mine.py:never")
     graded = lines(tmp_path / "answers.graded.jsonl")
     assert not any(r["correct"] for r in graded)
     assert (graded[0]["reason"], graded[-1]["reason"]) == ("1/2", "15")
@@ -215,6 +225,6 @@ def test_regrade_with_a_grader_of_ones_own(tmp_path):
     ('{"answer": "C", "text": "", "choices": ["a"]}', "none of the choices")])
 def test_regrade_refuses_a_file_with_a_damaged_line(tmp_path, line, words):
     (tmp_path / "answers.jsonl").write_text(STORED_TEXT + line + "\n")
-    done = launch(tmp_path, "eval.py", "--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl", check=False)
-    assert words in error_of(done)
+    flags = ["--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl"]
+    assert words in error_of(launch(tmp_path, "eval.py", *flags, check=False))
     assert not (tmp_path / "answers.graded.jsonl").exists()

@@ -1,4 +1,4 @@
-"""The real engine, vLLM's CPU build: new weights without a restart, its self-test, whole runs, an engine that fails."""
+"""The real engine, vLLM's CPU build: new weights without a restart, its self-test, whole runs, a failure."""
 import json
 import os
 import shutil
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from conftest import ROOT, SMALL, TOY, error_of, killed_when, launch, lines
+from conftest import ROOT, SMALL, TOY, killed_when, launch, lines
 
 BUILDS = packages_distributions().get("vllm", [])
 if not any("cpu" in name + version(name) for name in BUILDS):  # the official wheel runs on GPUs only
@@ -51,8 +51,8 @@ def main():
         return common.make_prompt(tokenizer, "zero_shot", problem)
 
     def draw(name, model, draws=2, **options):
-        return common.sample(run, f"round_0/{{name}}.jsonl", model, problems, draws, prompt, style="zero_shot",
-                             temperature=0.7, max_new_tokens=24, **options)
+        return common.sample(run, f"round_0/{{name}}.jsonl", model, problems, draws, prompt,
+                             style="zero_shot", temperature=0.7, max_new_tokens=24, **options)
 
     def train(name, start, lr):
         return common.train(run, f"round_0/{{name}}", start, examples, dast.sft_loss, lr=lr, warmup=0.0,
@@ -79,7 +79,7 @@ def main():
 
     small = train("small", new, 5e-7)
     large = train("large", new, 1e-2)
-    caught = [status_without("", small), status_without("", large), status_without("proj", large)]
+    caught = [status_without("", small), status_without("", large), status_without("proj.weight", large)]
     common.say("RESULT " + json.dumps(dict(found=found, wrong=wrong, caught=caught)))
 
 if __name__ == "__main__":
@@ -87,15 +87,22 @@ if __name__ == "__main__":
 """
 
 
+def errors_of(done):
+    """What a script said of its failure, a line a process; the libraries' own warnings are left out."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    return [line for line in done.stderr.splitlines() if ".py: error: " in line]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """{name: folder}: the toy as it is (its head is the embedding), with a head of its own, saved in bfloat16."""
+    """{name: folder}: the toy as it is, its head the embedding; with a head of its own; saved in bfloat16."""
     folder = tmp_path_factory.mktemp("models")
     weights = load_file(TOY / "model" / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
-    changed = {"untied": ({**weights, "lm_head.weight": embedding + 0.01 * noise}, {"tie_word_embeddings": False}),
-               "half": ({name: tensor.bfloat16() for name, tensor in weights.items()}, {"dtype": "bfloat16"})}
+    untied = {**weights, "lm_head.weight": embedding + 0.01 * noise}
+    half = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    changed = {"untied": (untied, {"tie_word_embeddings": False}), "half": (half, {"dtype": "bfloat16"})}
     for name, (tensors, settings) in changed.items():
         shutil.copytree(TOY / "model", folder / name)
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
@@ -108,38 +115,38 @@ def models(tmp_path_factory):
 def test_new_weights_are_taken_over_and_forgotten_ones_caught(tmp_path, models, model, processes):
     """Forgotten: an update at a learning rate of 5e-7, a large one, and of a large one the matrices alone.
 
-    The CPU build packs matrices away: of small updates only those of norms, biases and embeddings can be seen."""
+    The CPU build packs matrices away: only small updates of norms, biases and embeddings can be seen."""
     (tmp_path / "updates.py").write_text(UPDATES)
     done = launch(tmp_path, tmp_path / "updates.py", models[model], processes=processes)
     result = json.loads(done.stdout.partition("RESULT ")[2].splitlines()[0])
     assert result == {"found": 12, "wrong": [], "caught": [1, 1, 1]}
     assert done.stderr.count("tensors differ") == 2 * max(1, processes)
-    assert "log-probabilities of runs/u/round_0/large are not the trainer's" in done.stderr
+    assert "vLLM's log-probabilities of runs/u/round_0/large are " in done.stderr
     run = tmp_path / "runs" / "u"
-    before, after = ([r["text"] for r in lines(run / "round_0" / f"{name}.jsonl")] for name in ("before", "after"))
+    before, after = (lines(run / "round_0" / f"{name}.jsonl") for name in ("before", "after"))
     assert len(before) == len(after) == 12 and before != after
     assert [r["draw"] for r in lines(run / "round_0" / "enough.jsonl")] == 6 * [*range(9)]
     metrics = {m["phase"]: m for m in lines(run / "metrics.jsonl")}
-    assert metrics["before"]["start_seconds"] > 0 and metrics["before"]["tensors_equal"] > 10
-    assert metrics["after"]["load_seconds"] > 0
+    assert metrics["before"]["tensors_equal"] > 10 and metrics["after"]["load_seconds"] > 0
     assert metrics["after"]["logprob_error"] <= (0.5 if model == "half" else 1e-4)
 
 
 def test_whole_loop_under_vllm_is_killed_and_resumed(tmp_path):
-    """One engine for the whole run; what was answered before the kill is not asked again."""
+    """What was answered before the kill is not asked again; the engine loads new weights, and only these."""
     flags = [*SMALL["dast.py"], "--rounds", "1", "--name", "v"]
     run = tmp_path / "runs" / "v"
     path = run / "unfinished" / "round_0-probe@0.jsonl"
-    killed_when(tmp_path, "dast.py", [*flags, "--engine", "vllm"], lambda run: path.exists() and path.stat().st_size > 400)
+    killed_when(tmp_path, "dast.py", [*flags, "--engine", "vllm"],
+                lambda run: path.exists() and path.stat().st_size > 400)
     kept = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     kept[0]["text"] = "this was kept"
     path.write_text("".join(json.dumps(answer) + "\n" for answer in kept) + '{"id": "toy/tra')
     done = launch(tmp_path, "dast.py", *flags)
     assert "sampler  vllm (as this folder was begun)" in done.stdout
-    assert done.stderr == "" and "INFO" not in done.stdout
+    assert "INFO" not in done.stdout + done.stderr
     metrics = lines(run / "metrics.jsonl")
-    assert [m["phase"] for m in metrics if "start_seconds" in m] == ["probe"]
-    assert [(m["round"], m["phase"]) for m in metrics if "load_seconds" in m] == [(0, "eval"), (1, "eval")]
+    loaded = [(m["round"], m["phase"]) for m in metrics if "load_seconds" in m]
+    assert loaded == [(0, "probe"), (0, "eval"), (1, "eval")]
     probe = {(r["id"], r["draw"]): r["text"] for r in lines(run / "round_0" / "probe.jsonl")}
     assert len(probe) == 14 * 3
     assert all(probe[r["id"], r["draw"]] == r["text"] for r in kept)  # the changed one too
@@ -192,7 +199,7 @@ def test_engine_that_fails_is_one_line_and_a_rerun_resumes(tmp_path, processes):
     (tmp_path / "failing.py").write_text(FAILING)
     flags = [*SMALL["adastar.py"], "--rounds", "1", "--engine", "vllm", "--name", "f"]
     options = {"processes": processes}
-    line = error_of(launch(tmp_path, tmp_path / "failing.py", *flags, **options, check=False, FAILS="1"))
+    [line] = errors_of(launch(tmp_path, tmp_path / "failing.py", *flags, **options, check=False, FAILS="1"))
     assert "error: RuntimeError: CUDA error: an illegal memory access" in line and "runs/f/error.log" in line
     run = tmp_path / "runs" / "f"
     assert "Traceback" in (run / "error.log").read_text()
@@ -207,6 +214,7 @@ def test_eval_refuses_models_of_two_shapes(tmp_path):
                          num_key_value_heads=1, vocab_size=512, tie_word_embeddings=True)
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(tmp_path / "other")
-    done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,other", "--sets", TOY / "test.jsonl", "--n-test", "4",
-                  "--max-new-tokens", "16", "--engine", "vllm", check=False)
-    assert "other: vLLM's engine was built for a model of another shape; score them one by one" in error_of(done)
+    done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,other", "--sets", TOY / "test.jsonl",
+                  "--n-test", "4", "--max-new-tokens", "16", "--engine", "vllm", check=False)
+    [line] = errors_of(done)
+    assert "other: vLLM's engine was built for a model of another shape; score them one by one" in line
