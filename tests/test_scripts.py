@@ -295,10 +295,10 @@ def stepped(run):
 
 
 @pytest.mark.parametrize("script, processes, places", [
-    ("dast.py", 0, [answered, selected, stepped]), ("dast.py", 2, [answered, stepped]),
+    ("dast.py", 0, [answered, selected, stepped]), ("dast.py", 2, [stepped]),
     ("adastar.py", 0, [answered, selected, stepped]), ("adastar.py", 2, [answered, stepped]),
     ("hs_star.py", 0, [answered, rewarded, selected, stepped]), ("hs_star.py", 2, [rewarded, stepped]),
-    ("sai_dpo.py", 0, [answered, selected, stepped]), ("sai_dpo.py", 2, [answered, stepped])])
+    ("sai_dpo.py", 0, [answered, selected, stepped]), ("sai_dpo.py", 2, [stepped])])
 def test_killed_in_each_kind_of_phase(whole, tmp_path, script, processes, places):
     """While it samples, while it trains, in between: the last rerun leaves the same files and counts."""
     run = before_round(whole(script), tmp_path, 2)
