@@ -1,11 +1,13 @@
 """The engine before and after training, and with updates that are forgotten, by real vLLM, for gpu_check.py.
 
   python tests/studies/updates.py MODEL        in an empty folder; prints one line, RESULT and JSON
+  python tests/studies/updates.py MODEL 20     so many healthy updates at 5e-7 in a row, then a forgotten one
 
 A forgotten update is vLLM's own: it is asked to load new weights, and loads those that it had.
 """
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -31,8 +33,8 @@ def draw(name, model, draws=2, temperature=0.7, enough=None):
                          style="zero_shot", temperature=temperature, max_new_tokens=24)
 
 
-def train(name, start, lr):
-    return common.train(run, f"round_0/{name}", start, examples, dast.sft_loss, lr=lr, warmup=0.0, epochs=2,
+def train(name, start, lr, epochs=2):
+    return common.train(run, f"round_0/{name}", start, examples, dast.sft_loss, lr=lr, warmup=0.0, epochs=epochs,
                         batch_size=6, weight_decay=0.0, clip=1.0)
 
 
@@ -77,6 +79,36 @@ def main():
                                        "same_as_transformers": same}))
 
 
+def many(n):
+    """n healthy updates of one small step each, which must pass, and one that is forgotten, which must not."""
+    model = MODEL
+    figures = []
+    for k in range(n):
+        new = train(f"healthy_{k}", model, 5e-7, epochs=1)
+        if model != MODEL:
+            shutil.rmtree(model)
+        model = new
+        draw(f"drawn_{k}", model, 1)
+        figures.append(run.metrics[0, f"drawn_{k}"])
+    forgotten = train("forgotten", model, 5e-7, epochs=1)
+    rpc = run.engine.llm.collective_rpc
+
+    def forget(method, *arguments, **options):
+        if method == "reload_weights":
+            options["kwargs"] = {"weights_iterator": common.read_weights(model)}
+        return rpc(method, *arguments, **options)
+
+    run.engine.llm.collective_rpc = forget
+    common.say("RESULT " + json.dumps({
+        "healthy": n, "tensors_compared": figures[0]["tensors_equal"], "caught": status_of("drawn", forgotten),
+        "largest_error": max(f["logprob_error"] for f in figures),
+        "largest_median": max(f["logprob_error_median"] for f in figures),
+        "load_seconds": sum(f["load_seconds"] for f in figures) / n}))
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 2:
+        many(int(sys.argv[2]))
+    else:
+        main()
     os._exit(0)  # vLLM's finalizers may abort after a successful run
