@@ -2,8 +2,9 @@
 
 A line of JSON in, {"folder", "command", "out", "err", "bytes", "processes", "variables"}; out come the id of
 the process (it leads a process group, so that all it starts can be killed) and, when it has ended, its exit
-status. `bytes` limits the size of files (0: no limit), as a full disk would; `variables` are of the environment.
-With `processes` it does what torchrun does: that many, a store to meet at, and an end of all when one fails.
+status. `bytes` limits the size of files (0: no limit), as a full disk would; `variables` are of the
+environment. With `processes` it does what torchrun does: that many, a store to meet at, and an end of all when
+one fails.
 """
 import contextlib
 import json
