@@ -2053,7 +2053,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
             if gather(time.time() - saved >= 60 * run.constants["SAVE_MINUTES"])[0]:
                 save_progress(run, round, policy, optimizer, history)
                 saved = time.time()
-            shown.set_description(f"round {round} train, loss {values['loss']:.3f}", refresh=False)
+            shown.set_description_str(f"round {round} train, loss {values['loss']:.3f}", refresh=False)
             shown.update()
     trained = time.time()
     row = row_logprobs(policy, max((sequence for example in tokenized for sequence in example), key=len_of))
