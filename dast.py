@@ -342,7 +342,7 @@ def check_controls():
     for other in (DRAWS_LIKE, SIZE_LIKE):
         if other and "P" in VARIANT:
             fail("--draws-like and --size-like make controls without P; with it, levels decide both")
-        if other:
+        if other and ROUNDS:
             of_other_run(other, ROUNDS)
 
 
