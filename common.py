@@ -1775,8 +1775,10 @@ class VllmEngine(TransformersEngine):
                                          use_tqdm=False)
         engines = [found[token].logprob for token, found in zip(tokens[1:], output.prompt_logprobs[1:])]
         errors = np.abs(np.subtract(engines, row["logprobs"][:len(engines)]))
-        # In bfloat16 single tokens differ by 1, their median by 0.02 (measured): only other weights differ by more
-        if not np.median(errors) <= 0.2:
+        limit = 0.2  # in bfloat16 single tokens differ by 5, their median by 0.07 (measured); other weights by more
+        if self.llm.llm_engine.model_config.dtype == compute_dtype() == torch.float32:
+            limit = 0.001  # 0.00001 (measured)
+        if not np.median(errors) <= limit:
             fail(f"vLLM's log-probabilities of {self.folder} are {np.median(errors):.2g} off the trainer's (median)")
         return {"tensors_equal": compared, "logprob_error": float(errors.max()),
                 "logprob_error_median": float(np.median(errors))}
