@@ -16,7 +16,7 @@ From the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; th
 rules that make them work (draw until T; examples from D_o). Each constant says where its value is from.
 Where it differs from the paper we cannot know, as we have not read the rest.
 
-  python dast.py --toy                                                   2 CPU cores: 2 min, 1.2 GB, 54 % (measured)
+  python dast.py --toy                                                   2 CPU cores: 3 min, 54 % (measured)
   python dast.py --model Qwen/Qwen2.5-1.5B                               one GPU: not measured yet
   torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
 """

@@ -20,7 +20,7 @@ phi_r is a mean over all n_p answers, not over the different ones; exactly the b
 more and drops it; an answer that was cut counts as wrong, and is in no pair; answers are checked by math-verify, and
 never read off as the last number; AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's words as --first).
 
-  python hs_star.py --toy                                     2 CPU cores: 1 min, 1.1 GB, 58 % (measured)
+  python hs_star.py --toy                                     2 CPU cores: 1 min, 57 % (measured)
   python hs_star.py --model Qwen/Qwen2.5-7B                   one GPU: not measured yet
   torchrun --nproc-per-node 8 hs_star.py                      eight GPUs: not measured yet
 """
