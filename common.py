@@ -790,7 +790,7 @@ def lock_folder(folder):
 def choose_engine(wanted, before):
     """("vllm" or "transformers", why): what samples. A rerun keeps the engine its folder was begun with."""
     installed = packages_distributions().get("vllm", [])
-    if "vllm" in (wanted, before) and not installed:
+    if (wanted or before) == "vllm" and not installed:
         fail("--engine vllm needs the package vllm: pip install -r requirements.txt")
     if wanted:
         return wanted, "asked for"
@@ -844,7 +844,8 @@ class Run:
                         flush(file)
                     half.rename(path)
                     flush(path.parent)
-                shutil.rmtree(self.unfinished, ignore_errors=True)
+                if path.parent != self.folder:  # what is kept beside the rounds may be made while one is unfinished
+                    shutil.rmtree(self.unfinished, ignore_errors=True)
             barrier()
         await_file(path)
         return read(path) if path.suffix else str(path)
@@ -1496,8 +1497,10 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
             if not engine.streams:
                 share(known, mine)
     share(known, mine)
-    report_sampling(run, round, phase, known, loading, began)
-    return known.counted()
+    responses = known.counted()
+    drawn = list(itertools.chain(*(answers.values() for answers in known.answers)))
+    report_sampling(run, round, phase, responses, drawn, loading, began)
+    return responses
 
 
 class Draws:
@@ -1548,11 +1551,9 @@ def share(known, mine):
     mine.clear()
 
 
-def report_sampling(run, round, phase, known, loading, began):
+def report_sampling(run, round, phase, responses, drawn, loading, began):
     """Log and print what a sampling phase gave, and what it spent on all that was drawn."""
     seconds = time.time() - began
-    responses = known.counted()
-    drawn = [answer for answers in known.answers for answer in answers.values()]
     costs = costs_of(responses, run.engine.parameters)
     spent = costs_of(drawn, run.engine.parameters)
     for name in ("draws", "tokens", "prompt_tokens", "flops"):

@@ -312,6 +312,16 @@ def test_killed_in_each_kind_of_phase(whole, tmp_path, script, processes, places
     assert counts(run) == counts(whole(script, processes))
 
 
+def test_training_killed_on_two_processes_resumes_on_one(whole, tmp_path):
+    """What was saved inside the training is not lost when the number of processes changes."""
+    run = before_round(whole("adastar.py", 2), tmp_path, 2)
+    (run / "max_tokens_1.json").unlink(missing_ok=True)  # made anew on one process, while the training is unfinished
+    flags = [*SMALL["adastar.py"], "--name", "one", "--save-minutes", "0"]
+    killed_when(tmp_path, "adastar.py", flags, stepped, processes=2)
+    done = launch(tmp_path, "adastar.py", *flags)
+    assert "training resumes after step" in done.stdout
+
+
 def test_one_of_two_killed_ends_the_other(whole, tmp_path):
     """Under the real torchrun; the same command then leaves the same files."""
     run = before_round(whole("sai_dpo.py"), tmp_path, 2)

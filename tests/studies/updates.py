@@ -47,6 +47,18 @@ def status_of(name, model):
     return "not noticed"
 
 
+def forget_updates(old):
+    """From now on vLLM loads the weights of the folder `old`, whatever it is asked to load."""
+    rpc = run.engine.llm.collective_rpc
+
+    def forget(method, *arguments, **options):
+        if method == "reload_weights":
+            options["kwargs"] = {"weights_iterator": common.read_weights(old)}
+        return rpc(method, *arguments, **options)
+
+    run.engine.llm.collective_rpc = forget
+
+
 def texts(responses):
     return [r["text"] for r in responses]
 
@@ -60,14 +72,7 @@ def main():
     greedy = texts(draw("greedy", new, 1, temperature=0.0))
     small = train("small", new, 5e-7)
     large = train("large", new, 1e-2)
-    rpc = run.engine.llm.collective_rpc
-
-    def forget(method, *arguments, **options):
-        if method == "reload_weights":
-            options["kwargs"] = {"weights_iterator": common.read_weights(new)}
-        return rpc(method, *arguments, **options)
-
-    run.engine.llm.collective_rpc = forget
+    forget_updates(new)
     caught = [status_of("forgotten_small", small), status_of("forgotten_large", large)]
     common.compare_weights = lambda folder, model: (1, [])  # and by the log-probabilities alone
     caught.append(status_of("forgotten_logprobs", large))
@@ -91,14 +96,7 @@ def many(n):
         draw(f"drawn_{k}", model, 1)
         figures.append(run.metrics[0, f"drawn_{k}"])
     forgotten = train("forgotten", model, 5e-7, epochs=1)
-    rpc = run.engine.llm.collective_rpc
-
-    def forget(method, *arguments, **options):
-        if method == "reload_weights":
-            options["kwargs"] = {"weights_iterator": common.read_weights(model)}
-        return rpc(method, *arguments, **options)
-
-    run.engine.llm.collective_rpc = forget
+    forget_updates(model)
     common.say("RESULT " + json.dumps({
         "healthy": n, "tensors_compared": figures[0]["tensors_equal"], "caught": status_of("drawn", forgotten),
         "largest_error": max(f["logprob_error"] for f in figures),
