@@ -104,9 +104,7 @@ def level_of(correct, draws):
         return "E"
     if p >= CUTS[1]:
         return "M"
-    if p > 0:
-        return "H"
-    return "U"
+    return "H" if p > 0 else "U"
 
 
 def target_and_budget(level):
@@ -156,10 +154,8 @@ def draw_examples(problem, level, pools, shots, rng):
     pools: {level: problems with solutions}. What a level lacks comes from the next easier ones, then from harder ones.
     """
     hardness = "EMHU".index(level)
-    easier = "EMHU"[:hardness + 1]
-    harder = "EMHU"[hardness + 1:]
     examples = []
-    for near in easier[::-1] + harder:
+    for near in "EMHU"[hardness::-1] + "EMHU"[hardness + 1:]:
         pool = pools.get(near, [])
         missing = shots - len(examples)
         if missing and pool:
@@ -252,7 +248,11 @@ def check_constants():
         fail("without examples in the prompt L can do nothing; choose --variant P or ''")
     if not 1 > CUTS[0] >= CUTS[1] > 0:
         fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
-    check_controls()
+    for other in filter(None, (DRAWS_LIKE, SIZE_LIKE)):
+        if "P" in VARIANT:
+            fail("--draws-like and --size-like make controls without P; with it, levels decide both")
+        if ROUNDS:
+            of_other_run(other, ROUNDS)
 
 
 def main():
@@ -336,15 +336,6 @@ def main():
 
 
 # Controls of a study: arms without P that draw or train on as much as another run -------------------------------------
-
-def check_controls():
-    """End the program where DRAWS_LIKE and SIZE_LIKE cannot be followed."""
-    for other in (DRAWS_LIKE, SIZE_LIKE):
-        if other and "P" in VARIANT:
-            fail("--draws-like and --size-like make controls without P; with it, levels decide both")
-        if other and ROUNDS:
-            of_other_run(other, ROUNDS)
-
 
 def of_other_run(folder, t):
     """The selection that another run made in round t; ends the program if it has not got so far."""
