@@ -2362,33 +2362,25 @@ def end_round(run, t, keep=()):
 
 
 def print_table(scores, first):
-    """Print {name: score} as rows: accuracy, its interval, accuracy by level; below a row its sets, if it has several,
-    and pass@k and maj@k."""
+    """Print {name: score} as rows: accuracy, its interval, accuracy by level; below a row its sets, if it has several."""
     rows = []
     levels = set()
     for name, score in scores.items():
         rows.append((name, score))
-        levels.update(score["by_level"])
-        if len(score["by_set"]) > 1:
-            rows += [(f"  {part}", score["by_set"][part]) for part in score["by_set"]]
-        for what in ("pass", "maj"):
-            found = score.get(f"{what}_at", {})
-            rows += [(f"  {what}@{k}", found[k]) for k in found]
+        levels.update(score.get("by_level", {}))
+        by_set = score.get("by_set", {})
+        if len(by_set) > 1:
+            rows += [(f"  {part}", by_set[part]) for part in by_set]
     levels = sorted(levels, key=int)
     width = max(len(name) for name, _ in [(first, None), *rows]) + 4
     say(f"\n{first:<{width}}problems  accuracy  95 % interval    cut  {''.join(f'level {n:<4}' for n in levels)}")
     for name, score in rows:
-        cells = f"{score['cut']:>7.1%}  " if "cut" in score else ""
+        low, high = score["interval"]
+        cells = f"{score['cut']:>7.1%}  " if "cut" in score else " " * 9
         for level in levels:
             of_level = score.get("by_level", {}).get(level)
             cells += f"{of_level['accuracy']:<10.1%}" if of_level else " " * 10
-        print_row(name, score, width, cells)
-
-
-def print_row(name, score, width, cells=""):
-    """Print one row of a table."""
-    low, high = score["interval"]
-    say(f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>5.1%} - {high:>5.1%}{cells}".rstrip())
+        say(f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>5.1%} - {high:>5.1%}{cells}".rstrip())
 
 
 def final_table(run, scores):

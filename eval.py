@@ -4,28 +4,27 @@
   torchrun --nproc-per-node 8 eval.py --model runs/dast-0/round_0/model,runs/dast-0/round_3/model --sets gsm8k,math500
   python eval.py --model Qwen/Qwen2.5-1.5B --sets gsm8k --prompt few_shot --samples 16 --temperature 0.7
   python eval.py --regrade responses.jsonl
-  python eval.py --compare runs/dast-0 runs/adastar-*
+  python eval.py --compare runs/dast-0 runs/dast-1 runs/adastar-0 runs/adastar-1
 
-Greedy by default. Writes every answer to runs/<name>/<model>/<set>.jsonl and the scores to runs/<name>/eval.json; a
-rerun resumes where the last one stopped. --regrade checks stored answers, of any origin: lines {answer, text} (and
-choices, where the answer is a letter); or with the id of a problem of --sets in place of its answer. It writes the same
-lines with `correct` and `reason` to responses.graded.jsonl. --compare prints what runs of the method scripts reached,
-and what it cost, and draws it (with matplotlib). The method scripts score each round with `evaluate`.
+Greedy by default. Every answer is written to runs/<name>/<model>/<set>.jsonl and the scores to runs/<name>/eval.json; a
+rerun resumes where the last one stopped. --regrade checks stored answers of any origin, a JSON object a line: {text,
+answer}, with `kind` or `choices` where the answer is not mathematics, or {text, id} with the id of a problem of --sets.
+Where `finish` is "length" the answer was cut and is wrong. The same lines with `correct` and `reason` are written to
+responses.graded.jsonl. --compare prints what runs of the method scripts reached and what it cost, and draws it (with
+matplotlib). Runs whose names differ only in the seed at the end are one arm; the others are compared with the first.
 """
-import functools
 import json
 import math
 import re
-from collections import Counter, defaultdict, deque
-from fractions import Fraction
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from common import (MAY_DIFFER, YES_NO, Checker, accuracy, bar, by_problem, fail, final_answer, hold_out, label_of,
-                    launch, letter_of, load_problems, load_solved, load_tokenizer, make_prompt, normalize, piece_of,
-                    print_row, print_table, rank, read, read_problem, sample, say, score, seed_of, setup, start_run,
-                    threads_per_process, wilson_interval, worked_examples)
+from common import (MAY_DIFFER, Checker, accuracy, constants_of, fail, final_answer, hold_out, launch, load_problems,
+                    load_solved, load_tokenizer, make_prompt, normalize, piece_of, print_table, rank, read,
+                    read_problem, sample, say, seed_of, setup, start_run, text_of, threads_per_process,
+                    wilson_interval, worked_examples, write)
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
@@ -35,7 +34,7 @@ N_TEST = 0  # problems of each set, drawn at random once and for all; 0 is all
 HELD_OUT = 0  # score what a method put aside: its HELD_OUT, SEED, TRAIN_DATA (SETS), N_TRAIN (N_TEST); 0 scores all
 SEED = 0  # of the draws, of which examples are shown, and of what is put aside
 REGRADE = ""  # a .jsonl file of answers to check again; no model is used then
-COMPARE = ()  # folders of runs to compare to the first; seeds of one (name-0, name-1) are pooled; no model is used then
+COMPARE = ()  # folders of runs to compare with the first; no model is used then
 
 # How
 PROMPT = "zero_shot"  # "few_shot" | "zero_shot" | "chat": form of the prompts
@@ -50,7 +49,7 @@ MAX_NEW_TOKENS = 1024  # an answer is cut there
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that
 
 # Machine: may differ when a run resumes
-NAME = ""  # the folder under runs/; empty is made from the names of models and sets
+NAME = ""  # the folder under runs/; empty is made from models, sets and a number for all other settings
 DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl
 ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower
@@ -64,522 +63,437 @@ LEGAL = dict(SPLIT=("test", "train"), PROMPT=("few_shot", "zero_shot", "chat"), 
              ENGINE=("", "vllm", "transformers"))
 
 
-def pass_at(correct, k):
-    """P(at least one of k answers is right) of each problem, (problems,), from correct (problems, n), 0 or 1, where c
-    are right: unbiased, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
-    n, c = correct.shape[1], correct.sum(1).astype(int)
-    return np.array([1 - math.comb(n - right, k) / math.comb(n, k) for right in c])
+# Means and their 95 % intervals ---------------------------------------------------------------------------------------
+
+def mean_of(values):
+    """{accuracy, interval, n} of values between 0 and 1, (seeds, problems).
+
+    The interval is Wilson's, for as many zeros and ones as would give the mean its variance. For one greedy answer to
+    each problem, that is the number of problems."""
+    mean = values.mean()
+    effective = values.shape[1]
+    variance = values.mean(0).var() / effective + variance_between_seeds(values)
+    if variance > 0:
+        effective = mean * (1 - mean) / variance
+    return {"accuracy": mean, "interval": wilson_interval(mean * effective, effective), "n": values.shape[1]}
 
 
-def maj_at(votes, k):
-    """Share right of the majority of k answers, of each problem, (problems,): the mean over the n // k groups of k
-    consecutive draws. votes: for each problem n votes, True where right, None (no vote) or a wrong answer. Where
-    answers tie, the right one counts as its share of them."""
-    def majority(group):
-        counts = Counter(vote for vote in group if vote is not None)
-        first = [vote for vote, n in counts.items() if n == max(counts.values())]
-        return (True in first) / len(first) if first else 0.0
-
-    return np.array([np.mean([majority(row[at:at + k]) for at in range(0, len(row) - k + 1, k)]) for row in votes])
+def gain_of(values, others):
+    """Paired mean difference of two arms (seeds, problems), in points: (gain, half of its 95 % interval)."""
+    gains = values.mean(0) - others.mean(0)
+    variance = gains.var() / len(gains) + variance_between_seeds(values) + variance_between_seeds(others)
+    return 100 * gains.mean(), 195.9964 * math.sqrt(variance)
 
 
-def vote_of(problem, response):
-    """What a response votes for: all right answers are one, wrong ones are told apart by their value, if that is a
-    plain number or a letter, else by their normalized text."""
-    answer = True if response["correct"] else final_answer(response["text"])
-    if answer in (True, None):
-        return answer
-    if problem["kind"] == "choice":
-        return letter_of(answer, problem.get("choices", ())) or answer
-    if problem["kind"] != "math":
-        return label_of(answer, problem.get("choices", YES_NO)) or answer
-    answer = normalize(piece_of(answer[:1000]))
-    number = re.sub(r"\\[dt]?frac\{(-?\d+)\}\{(\d+)\}", r"\1/\2", answer)
-    plain = re.fullmatch(r"-?\d{1,20}(\.\d{1,20}|/0*[1-9]\d{0,19})?", number)
-    return f"= {Fraction(number)}" if plain else answer
-
-
-def mean_of(values, rng):
-    """{accuracy, interval, n} of one number per problem; the 95 % interval is bootstrapped over problems."""
-    means = values[rng.integers(len(values), size=(2000, len(values)))].mean(1)
-    return {"accuracy": float(values.mean()), "interval": np.quantile(means, [0.025, 0.975]).tolist(), "n": len(values)}
-
-
-def score_samples(problems, responses, rng):
-    """What is said of responses, as many to each problem: as common.score, and by_subject; of several to a problem also
-    pass_at and maj_at {k: ...} for k = 1, 2, 4, ..., samples, and means over the problems in place of shares."""
-    samples = len(responses) // len(problems)
-    correct = np.array([r["correct"] for r in responses], dtype=float).reshape(len(problems), samples)
-
-    def accuracy_of(rows):
-        return mean_of(rows.mean(1), rng) if samples > 1 else accuracy(rows[:, 0].astype(int).tolist())
-
-    found = score(problems, responses) | accuracy_of(correct) | {"samples": samples}
-    groups = {"by_level": [[p["level"]] if "level" in p else [] for p in problems],
-              "by_subject": [p.get("tags", []) for p in problems],
-              "by_set": [[p["id"].rsplit("/", 1)[0]] for p in problems]}
-    for by, names in groups.items():
-        found[by] = {str(name): accuracy_of(correct[[name in own for own in names]])
-                     for name in sorted({name for own in names for name in own})}
-    if samples > 1:
-        votes = [[vote_of(p, r) for r in responses[i * samples:(i + 1) * samples]] for i, p in enumerate(problems)]
-        ks = sorted({2 ** i for i in range(samples.bit_length())} | {samples})
-        found["pass_at"] = {str(k): mean_of(pass_at(correct, k), rng) for k in ks}
-        found["maj_at"] = {str(k): mean_of(maj_at(votes, k), rng) for k in ks[1:]}
-    return found | {"correct": {p["id"]: int(n) for p, n in zip(problems, correct.sum(1))}}
-
-
-def print_subjects(scores):
-    """Print the accuracy by subject of each set that has up to 30 of them."""
-    for name, s in scores.items():
-        if 1 < len(s["by_subject"]) <= 30:
-            width = max(map(len, [name, *s["by_subject"]])) + 4
-            say(f"\n{name:<{width}}problems  accuracy  95 % interval")
-            for subject, of in s["by_subject"].items():
-                print_row(subject, of, width)
-
-
-def stored_problem(record, known):
-    """The problem that a stored record {answer, text} (choices, kind) answers; one without `answer` is looked up by its
-    id in `known`. ValueError if it cannot be used."""
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError("not a JSON object with a text under 'text'")
-    if "answer" not in record:
-        if str(record.get("id")) not in known:
-            raise ValueError("no 'answer', and no problem of --sets has its id")
-        return known[str(record["id"])]
-    text = record.get("problem")
-    problem = read_problem({"problem": text if isinstance(text, str) and text.strip() else "-", **{
-        key: record[key] for key in ("answer", "choices", "kind") if key in record}})
-    return {"id": str(record.get("id", "")), **(problem or {"answer": "", "problem": "", "kind": "math"})}
-
-
-def stored_lines(path):
-    """(number, text) of the lines of a file that are not blank."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-
-
-def regrade(path):
-    """Check the answers of a file of records again: the same records, with `correct` and `reason`, beside it."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        fail(f"--regrade {path}: no such .jsonl file")
-    known, count = {}, 0
-    for number, line in stored_lines(path):  # all of it is looked at before any is checked
-        try:
-            record = json.loads(line)
-            if isinstance(record, dict) and "answer" not in record and "id" in record and not known:
-                known = {p["id"]: p for name in SETS.split(",") for p in load_problems(name, SPLIT, DATA)}
-            stored_problem(record, known)
-        except (ValueError, RecursionError) as error:
-            fail(f"{path}:{number}: {error}; mend or remove the line")
-        count += 1
-    setup()
-    if rank() > 0:
-        return
-    checker, waiting, reasons = Checker(threads_per_process(), GRADER), deque(), Counter()
-    graded = path.with_suffix(".graded.jsonl")
-    half = graded.with_name(graded.name + ".part")
-    with open(half, "w") as out, bar(count, "checked") as progress:
-        def write_known(most):
-            """Write the verdicts that are known, in the order of the records, until at most `most` are awaited."""
-            while waiting and (len(waiting) > most or waiting[0][1].done()):
-                record, verdict = waiting.popleft()
-                correct, reason = verdict.result()
-                out.write(json.dumps({**record, "correct": correct, "reason": reason}) + "\n")
-                reasons.update({reason: 1, True: correct})
-                progress.set_postfix_str(f"{reasons[True] / max(1, progress.n):.1%} correct", refresh=False)
-                progress.update()
-
-        for _, line in stored_lines(path):
-            record = json.loads(line)
-            waiting.append((record, checker.submit(stored_problem(record, known), record["text"])))
-            write_known(10_000)
-        write_known(0)
-    right = reasons.pop(True, 0)
-    half.rename(graded)
-    low, high = wilson_interval(right, count) if count else (0, 1)
-    say(f"{right:,} of {count:,} correct ({right / max(1, count):.1%}, 95 % interval {low:.1%} - {high:.1%}): "
-        + ", ".join(f"{reason} {n:,}" for reason, n in reasons.most_common()) + f"; {graded}")
-
-
-# Comparing runs -------------------------------------------------------------------------------------------------------
-
-SECONDS = {"sampling": "(probe|presamples|resamples|responses(_\\d+)?)$", "rewards": "(pre|re)rewards$",
-           "training": "train$", "scoring": "eval"}  # kinds of phases
-CLASSES = {"not met yet": "#cccccc", "unsolved (none right)": "#d55e00", "hard (below 40 %)": "#e69f00",
-           "medium (to 70 %)": "#56b4e9", "easy (above)": "#0072b2"}
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe's and Ito's
-
-
-class Past:
-    """What a run of a method script left: of each round that is finished, its answers to the test problems and what was
-    spent up to its end; and of each training problem, what became of it."""
-
-    def __init__(self, folder):
-        self.folder, self.rounds, self.levels = Path(folder), [], {}
-        for name in ("constants.json", "metrics.jsonl"):
-            if not (self.folder / name).is_file():
-                fail(f"--compare {folder}: no {name} in it; it takes folders of runs, such as runs/dast-0")
-        self.constants, self.metrics = read(self.folder / "constants.json"), read(self.folder / "metrics.jsonl")
-        self.constants = self.constants.get("constants", {})
-        for t in sorted(m["round"] for m in self.metrics if m["phase"] == "round"):
-            files = [self.folder / f"round_{t}" / f"eval{which}.json" for which in ("", "_base", "_held_out")]
-            if scored := next((read(file) for file in files if file.exists()), None):
-                self.rounds.append({"round": t, "right": scored["correct"], **self.spent(t)})
-                self.levels = scored.get("level", {})
-        if not self.rounds or "SEED" not in self.constants:
-            fail(f"--compare {folder}: no round of it is finished and scored")
-        reported = [m["iteration"] for m in self.metrics if m["phase"] == "reported"]  # by adastar.py
-        self.end = next((r for r in self.rounds if [r["round"]] == reported), self.rounds[-1])
-
-    def spent(self, t):
-        """Up to the end of round t, without scoring: tokens generated (in draws that count, and in all that were
-        drawn), tokens trained on (prompts too), FLOPs, and seconds by kind of phase."""
-        until = [m for m in self.metrics if m["round"] <= t]
-        phases = [m for m in until if not re.match("eval|round|reported", m["phase"])]
-        costs = {"generated": sum(m["tokens"] for m in phases if "draws" in m),
-                 "drawn": sum(m["spent_tokens"] for m in phases if "draws" in m),
-                 "trained": sum(m["tokens"] for m in phases if m["phase"] == "train"),
-                 "flops": sum(m.get("flops", 0) for m in phases)}
-        costs |= {kind: sum(m.get("seconds", 0) for m in until if re.match(names, m["phase"]))
-                  for kind, names in SECONDS.items()}
-        return costs
-
-    def at(self, what, amount):
-        """{problem id: 0..1}, the answers when so much of `what` was spent: on the straight line between two rounds."""
-        late = next((i for i, r in enumerate(self.rounds) if r[what] >= amount), None)
-        if late is None or not late and self.rounds[0][what] > amount:
-            return None
-        before, after = self.rounds[max(0, late - 1)], self.rounds[late]
-        part = (amount - before[what]) / ((after[what] - before[what]) or 1)
-        return {i: (1 - part) * before["right"][i] + part * right for i, right in after["right"].items()}
-
-    @functools.cached_property
-    def problems(self):
-        """{id: {round: (draws, right ones, times trained on)}} of the training problems that were met, up to the round
-        that is shown, probes too (DAST's in round 0); trained on: with own answers, in all epochs."""
-        found = defaultdict(dict)
-        for t in (r["round"] for r in self.rounds if r["round"] <= self.end["round"]):
-            probe, selection = (self.folder / f"round_{t}" / f"{name}.jsonl" for name in ("probe", "selection"))
-            for i, drawn in by_problem(read(probe) if probe.exists() else []).items():
-                found[i][t] = len(drawn), sum(r["correct"] for r in drawn), 0
-            for s in read(selection) if selection.exists() else ():
-                used = sum(s["copies"]) if "copies" in s else len(s["pairs"]) if "pairs" in s else bool(s["pair"])
-                if s["outcomes"]:
-                    found[s["id"]][t] = (len(s["outcomes"]), sum(o > 0 for o in s["outcomes"]),
-                                         used * self.constants.get("EPOCHS", 1))
-        return found
-
-
-def arms_of(folders):
-    """{name: runs} of run folders, in their order. Those of one name, but for the seed at its end, that differ in
-    nothing else that counts are seeds of one arm."""
-    arms = defaultdict(dict)
-    for folder in dict.fromkeys(Path(folder) for folder in folders):
-        past, may_differ = Past(folder), MAY_DIFFER | {"SEED", "problems or models"}  # between seeds
-        seed, same = f"-{past.constants['SEED']}", {n: v for n, v in past.constants.items() if n not in may_differ}
-        same |= {n: same[n].removesuffix(seed) for n in ("DRAWS_LIKE", "SIZE_LIKE") if n in same}
-        arms[str(folder).removesuffix(seed), json.dumps(same)][past.constants["SEED"]] = past
-    names = {key: f"{key[0]}-{','.join(map(str, sorted(of)))}" if len(of) > 1 else str([*of.values()][0].folder)
-             for key, of in arms.items()}
-    return {names[key].removeprefix("runs/"): [of[seed] for seed in sorted(of)] for key, of in arms.items()}
-
-
-def mean_over_seeds(values, rng, others=None):
-    """{accuracy, interval, n} of values (seeds, problems), 0..1, or of their difference to `others`, another arm's on
-    the same problems.
-
-    The 95 % interval is bootstrapped over seeds, of each arm for itself, and over the problems, which all seeds share:
-    if these were drawn for each seed on its own, their noise would seem to shrink with the number of seeds. For greedy
-    answers of one run it is exact."""
-    if others is None and len(values) == 1 and {*np.unique(values)} <= {0, 1}:
-        return accuracy(values[0].astype(int).tolist())
-    drawn = []
-    for _ in range(2000):
-        per_problem = values[rng.integers(len(values), size=len(values))].mean(0)
-        if others is not None:
-            per_problem = per_problem - others[rng.integers(len(others), size=len(others))].mean(0)
-        drawn.append(per_problem[rng.integers(len(per_problem), size=len(per_problem))].mean())
-    return {"accuracy": float(values.mean() - (0 if others is None else others.mean())), "n": values.shape[1],
-            "interval": np.quantile(drawn, [0.025, 0.975]).tolist()}
+def variance_between_seeds(values):
+    """The variance of the mean of values (seeds, problems) that is due to the seeds; one seed does not show it."""
+    return values.mean(1).var() / max(1, len(values) - 1)
 
 
 def table_of(answers, ids):
-    """Answers of an arm's seeds, [{problem id: 0..1}], as an array (seeds, problems)."""
-    return np.array([[of[i] for i in ids] for of in answers], dtype=float)
+    """The answers of several seeds, {problem id: 0..1} each, as an array (seeds, problems)."""
+    return np.array([list(map(of_seed.get, ids)) for of_seed in answers], dtype=float)
 
 
-def compare(folders):
-    """Print what runs reached and what it cost, at their ends and at the most tokens that all have generated, and draw
-    it: runs/<name>/accuracy.png, problems.png and flow.png."""
-    setup()
-    if rank() > 0:
-        return
-    arms, rng = arms_of(folders), np.random.default_rng(SEED)
-    runs, first = [past for arm in arms.values() for past in arm], next(iter(arms))
-    ids = [i for i in runs[0].end["right"] if all(i in past.end["right"] for past in runs)]
-    if not ids:
-        fail("--compare: there is no problem that all these runs were scored on")
-    amount = min([past.rounds[-1]["generated"] for past in runs if past.rounds[-1]["generated"]] or [0])
-    print_texts("accuracy, %", {name: accuracies(arm, ids, rng) for name, arm in arms.items()})
-    if len(arms) > 1:
-        print_texts(f"the same, against {first}", {name: differences(arm, arms[first], amount, ids, rng)
-                                                   for name, arm in arms.items()})
-    print_texts("what it cost", {name: costs(arm) for name, arm in arms.items()})
-    left_out = len({i for past in runs for i in past.end["right"]}) - len(ids)
-    say(f"(on the {len(ids):,} problems that all were scored on" + f", without {left_out:,} others" * (left_out > 0)
-        + "; 95 % intervals: of one run Wilson's, of several\nbootstrapped over seeds and problems; "
-        f"{amount:,}: the most tokens that all have generated; costs: means of the seeds, up to the\nround that is "
-        "shown; trained on: tokens, prompts too; times: how often each problem that was trained on was, and the\n"
-        "standard deviation)")
-    try:
-        import matplotlib
-    except ImportError:
-        return say("no pictures: they need matplotlib (pip install matplotlib)")
-    matplotlib.use("Agg")
-    name = NAME or f"compare-{slug('-'.join(arms))[:100]}-{seed_of(*arms) % 10_000}"
-    folder = Path("runs") / name
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_accuracy(arms, amount, ids, folder / "accuracy.png")
-    draw_problems(arms, folder / "problems.png")
-    draw_flow(arms, folder / "flow.png")
-    say(f"{folder}: accuracy.png, problems.png, flow.png")
+def say_gains(tables):
+    """Say how many points each of {name: values (seeds, problems)} is above the first."""
+    [first, *others] = tables
+    for name in others:
+        gain, half = gain_of(tables[name], tables[first])
+        say(f"{name}: {gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}] points against {first}")
 
 
-def percent(found, digits=1, sign=""):
-    """53.2 [50.1, 56.3]: an accuracy in per cent, or with "+" a difference in points, and its interval."""
-    return "{} [{}, {}]".format(*(f"{100 * value:{sign}.{digits}f}" for value in (
-        found["accuracy"], *found["interval"])))
+def score_of(values, problems):
+    """mean_of values (seeds, problems), and of the parts by_level, by_subject and by_set of the problems."""
+    parts = defaultdict(list)
+    for i, problem in enumerate(problems):
+        parts["by_set", set_of(problem["id"])].append(i)
+        if problem.get("level") is not None:
+            parts["by_level", problem["level"]].append(i)
+        for tag in problem.get("tags", []):
+            parts["by_subject", tag].append(i)
+    found = mean_of(values) | {"by_level": {}, "by_subject": {}, "by_set": {}}
+    for by, part in sorted(parts):
+        found[by][part] = mean_of(values[:, parts[by, part]])
+    return found
 
 
-def accuracies(arm, ids, rng):
-    """{column: text}: accuracy at the end on all problems, on each set, if there are several, and on each level."""
-    levels, sets = arm[0].levels, {i: i.rsplit("/", 1)[0] for i in ids}
-    parts = {"all": ids} | {name: [i for i in ids if sets[i] == name] for name in dict.fromkeys(sets.values())
-                            if len({*sets.values()}) > 1}
-    parts |= {f"level {level}": [i for i in ids if levels.get(i) == level]
-              for level in sorted({levels[i] for i in ids if i in levels})}
-    ends = [past.end["right"] for past in arm]
-    return {name: percent(mean_over_seeds(table_of(ends, of), rng), digits=int(not name.startswith("level")))
-            for name, of in parts.items()}
+def set_of(problem_id):
+    """The set, with its split, that a problem is from."""
+    return problem_id.rpartition("/")[0]
 
 
-def differences(arm, other, amount, ids, rng):
-    """{column: text} of an arm against another: paired differences in points at the end, and where `amount` tokens were
-    generated, with the accuracy there."""
-    ends, others = ([past.end["right"] for past in of] for of in (arm, other))
-    there, others_there = ([past.at("generated", amount) for past in of] for of in (arm, other))
-    def gain(of, against):
-        if arm is other or not all(of + against):
-            return "-"
-        return percent(mean_over_seeds(table_of(of, ids), rng, table_of(against, ids)), sign="+")
+# Scoring models -------------------------------------------------------------------------------------------------------
 
-    reached = percent(mean_over_seeds(table_of(there, ids), rng)) if all(there) else "-"
-    return {"at the end": gain(ends, others), f"accuracy at {amount:,} tokens": reached,
-            "difference there": gain(there, others_there)}
+def pass_at(correct, k):
+    """P(at least one of k answers is right) for each problem, (problems,), from correct (problems, n), 0 or 1, where c
+    are right: unbiased, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
+    n = correct.shape[1]
+    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct.sum(1)])
 
 
-def costs(arm):
-    """{column: text}, what an arm spent up to the round that is shown: the means of its seeds; and how often the
-    problems that were trained on were, as in AdaSTaR's Table 2."""
-    mean = {what: np.mean([past.end[what] for past in arm]) for what in arm[0].end if what != "right"}
-    times = [sum(used for _, _, used in of.values()) for past in arm for of in past.problems.values()]
-    times = np.array([n for n in times if n] or [0])
-    names = {"generated": "generated", "all drawn": "drawn", "trained on": "trained"}
-    return {"round": ",".join(map(str, sorted({past.end["round"] for past in arm}))),
-            **{name: f"{mean[what]:,.0f}" for name, what in names.items()}, "FLOPs": f"{mean['flops']:.2e}",
-            **{kind: f"{mean[kind]:.1f} s" for kind in SECONDS},
-            "problems": f"{np.count_nonzero(times) / len(arm):,.0f}",
-            "times": f"{times.mean():.1f} ({times.std():.1f})"}
+def majority(votes):
+    """1 if most votes are for the right answer, 0 if most are for a wrong one, a share of 1 if they tie."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    first = [vote for vote in counts if counts[vote] == max(counts.values())]
+    return (True in first) / max(1, len(first))
 
 
-def print_texts(title, rows):
-    """Print {name: {column: text}} as a table."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = [[title, *columns], *([name, *(row.get(column, "-") for column in columns)] for name, row in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    say()
-    for name, *cells in table:
-        say(f"{name:<{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])))
+def vote_of(response):
+    """What a response votes for: True if it is right, None if it is cut or states nothing, else its answer as text."""
+    if response["correct"]:
+        return True
+    answer = final_answer(response["text"])
+    if answer is None or response["finish"] == "length":
+        return None
+    return normalize(piece_of(answer))
 
 
-def figure(panels, height=3.4, columns=3):
-    """A figure with so many panels in rows of `columns`: (figure, its axes in order)."""
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                         "grid.color": "#e8e8e8", "axes.axisbelow": True, "axes.titlesize": 9, "legend.frameon": False})
-    rows = -(-panels // columns)
-    drawn, axes = plt.subplots(rows, min(columns, panels), figsize=(11, height * rows), squeeze=False,
-                               layout="constrained")
-    for axis in axes.flat[panels:]:
-        axis.axis("off")
-    return drawn, axes.flat[:panels]
+def score_samples(problems, responses):
+    """Score responses, in the order of problems and as many to each: score_of, the share cut and how many are correct;
+    with several to a problem also maj@k of all and pass@k, for k = 2, 4, ... (the accuracy is pass@1)."""
+    correct = np.array([float(r["correct"]) for r in responses]).reshape(len(problems), -1)
+    samples = correct.shape[1]
+    found = score_of(correct.mean(1)[None], problems)
+    found["samples"] = samples
+    found["cut"] = sum(r["finish"] == "length" for r in responses) / len(responses)
+    found["correct"] = {problem["id"]: int(n) for problem, n in zip(problems, correct.sum(1))}
+    if samples > 1:
+        votes = [vote_of(r) for r in responses]
+        shares = [majority(votes[start:start + samples]) for start in range(0, len(votes), samples)]
+        ks = sorted({2 ** i for i in range(1, samples.bit_length())} | {samples})
+        found["pass_at"] = {k: mean_of(pass_at(correct, k)[None]) for k in ks}
+        found["maj_at"] = {samples: mean_of(np.array([shares]))}
+    return found
 
 
-def looks(i):
-    """How the i-th arm is drawn: seven colours and marks, which come again with other lines."""
-    again, place = divmod(i, len(COLOURS))
-    return {"color": COLOURS[place], "marker": "osD^vPX"[place], "linestyle": ("-", "--", ":", "-.")[again % 4],
-            "markersize": 3.5, "linewidth": 1.4}
+def rows_of(scores):
+    """The rows of a table for {set: score}: all of a set, its pass@k and maj@k, and up to 30 subjects."""
+    rows = {}
+    for name, score in scores.items():
+        rows[name] = score
+        for parts, title in (("pass_at", "pass@"), ("maj_at", "maj@"), ("by_subject", "")):
+            if len(score.get(parts, {})) <= 30:
+                for part, found in score.get(parts, {}).items():
+                    rows[f"  {title}{part} of {name}"] = found
+    return rows
 
 
-def draw_accuracy(arms, amount, ids, file):
-    """Accuracy against rounds, generated tokens and FLOPs, with its 95 % intervals."""
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-    (drawn, axes), rng = figure(3), np.random.default_rng(SEED)
-    for i, (name, arm) in enumerate(arms.items()):
-        rounds = list(zip(*(past.rounds for past in arm)))  # those that all seeds have finished
-        scores = [mean_over_seeds(table_of([r["right"] for r in of], ids), rng) for of in rounds]
-        y = 100 * np.array([score["accuracy"] for score in scores])
-        bars = abs(100 * np.array([score["interval"] for score in scores]).T - y)
-        for axis, what in zip(axes, ("round", "generated", "flops")):
-            x = [np.mean([r[what] for r in of]) for of in rounds]
-            axis.errorbar(x, y, bars, label=name, elinewidth=0.5, capsize=1.5, **looks(i))
-    for axis, label in zip(axes, ("round", "tokens generated", "FLOPs, without scoring")):
-        axis.set_xlabel(label)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axis.xaxis.set_major_formatter(EngFormatter())
-    axes[0].set_ylabel("accuracy on the test problems, %")
-    axes[1].axvline(amount, color="#999999", linestyle=":", linewidth=1)
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    drawn.suptitle("Accuracy, with 95 % intervals (dotted: the most tokens that all have generated)")
-    drawn.savefig(file, dpi=150)
+def score_model(run, model, tokenizer, sets, examples):
+    """Score a model on each set: {set: score}. The accuracies go to the metrics too."""
+    def prompt(problem, draw):
+        pool = []
+        if PROMPT == "few_shot":
+            pool = examples or worked_examples(problem)
+        shown = [e for e in pool if e["problem"] != problem["problem"]][:SHOTS]
+        text = make_prompt(tokenizer, PROMPT, problem, shown, SYSTEM)
+        return f"{FIRST}\n\n{text}" if FIRST else text
 
-
-def effort(arms):
-    """{arm: (times sampled, times trained on)}, each a list of the problems' means over seeds for each of four bins: by
-    how often all runs together answered them rightly, below 25 %, to 50 %, to 75 %, above."""
-    totals, bins = defaultdict(lambda: np.zeros(2)), [[], [], [], []]
-    for i, of in (item for arm in arms.values() for past in arm for item in past.problems.items()):
-        totals[i] += np.array([*of.values()]).sum(0)[:2]
-    for i, (draws, right) in totals.items():
-        bins[min(3, int(4 * right / draws))].append(i)
-    return {name: [[[np.mean([sum(of[part] for of in past.problems.get(i, {}).values()) for past in arm]) for i in ids]
-                    for ids in bins] for part in (0, 2)] for name, arm in arms.items()}
-
-
-def draw_problems(arms, file):
-    """How often problems were sampled and trained on, by how often they were answered rightly by all runs together."""
-    drawn, axes = figure(2, 4.2)
-    for place, (name, counts) in enumerate(effort(arms).items()):
-        for axis, bins in zip(axes, counts):
-            some = [k for k, of in enumerate(bins) if len(of) >= 5]  # of fewer an average says little
-            axis.errorbar([k + 0.05 * (place - len(arms) / 2) for k in some], [np.mean(bins[k]) for k in some],
-                          [1.96 * np.std(bins[k]) / len(bins[k]) ** 0.5 for k in some], label=name,
-                          elinewidth=0.6, capsize=1.5, **looks(place))
-    shown = [f"{label}\n{len(of):,}" for label, of in zip(("below 25 %", "to 50 %", "to 75 %", "above"), bins)]
-    for axis, what in zip(axes, ("sampled", "trained on")):
-        axis.set_xticks(range(4), shown)
-        axis.set_xlabel("right answers to a problem, of all by these runs; number of problems")
-        axis.set(ylabel=f"times {what}, mean of the problems", xlim=(-0.4, 3.4), ylim=(0, None))
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    drawn.suptitle("Hard problems left, easy ones right; trained on own answers (bars: 95 % intervals of the means)")
-    drawn.savefig(file, dpi=150)
-
-
-def class_of(draws, right):
-    """The place in CLASSES of a problem by its draws in a round: DAST's levels, here for all methods."""
-    p = right / draws
-    return 1 if p == 0 else 2 if p < 0.4 else 3 if p <= 0.7 else 4
-
-
-def draw_flow(arms, file):
-    """Who moved from unsolved to easy: the class that each training problem was last seen in, from round to round."""
-    drawn, axes = figure(len(arms))
-    for axis, (name, arm) in zip(axes, arms.items()):
-        history = arm[0].problems
-        rounds = sorted({t for of in history.values() for t in of})
-        classes, columns = dict.fromkeys(history, 0), []
-        for t in rounds:
-            classes |= {i: class_of(*of[t][:2]) for i, of in history.items() if t in of}
-            columns.append([*classes.values()])
-        if rounds and rounds[0] > 0:
-            rounds, columns = [0, *rounds], [[0] * len(history), *columns]
-        shown = [t if len(rounds) < 12 or t % 2 == 0 else "" for t in rounds]
-        draw_bands(axis, columns)
-        axis.set(xticks=range(len(rounds)), xticklabels=shown, xlabel="round", ylabel="problems met",
-                 ylim=(0, len(history) or 1), title=name + f": seed {arm[0].constants['SEED']}" * (len(arm) > 1))
-        axis.grid(False)
-    handles = [axes[0].fill_between([], [], color=colour, label=name) for name, colour in CLASSES.items()]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=5)
-    drawn.suptitle("Problems by the share of right answers in the round that met them last (of as many as it drew)")
-    drawn.savefig(file, dpi=150)
-
-
-def draw_bands(axis, columns):
-    """A stack of CLASSES for each column, and bands from each class to each of the next column; columns: lists of
-    places in CLASSES, parallel to the problems."""
-    x, colours = np.linspace(0, 1, 30), [*CLASSES.values()]
-    floors = [np.cumsum([0, *np.bincount(column, minlength=len(colours))]) for column in columns]
-    for place, floor in enumerate(floors):
-        axis.bar([place] * len(colours), np.diff(floor), 0.3, bottom=floor[:-1], color=colours)
-    for place, (before, after) in enumerate(zip(columns, columns[1:])):
-        left, right, flows = floors[place].copy(), floors[place + 1].copy(), Counter(zip(before, after))
-        for (a, b), n in sorted(flows.items()):
-            low = left[a] + (right[b] - left[a]) * x * x * (3 - 2 * x)
-            axis.fill_between(place + 0.15 + 0.7 * x, low, low + n, color=colours[a], alpha=0.35, linewidth=0)
-            left[a] += n
-            right[b] += n
-
-
-def main():
-    if REGRADE:
-        return regrade(Path(REGRADE))
-    if COMPARE:
-        return compare(COMPARE)
-    if SAMPLES > 1 and TEMPERATURE == 0:
-        fail("--samples above 1 needs --temperature above 0: greedy answers are all the same")
-    models, names = MODEL.split(","), SETS.split(",")
-    for flag, of in (("--model", models), ("--sets", names)):
-        if not all(map(slug, of)):
-            fail(f"{flag} {','.join(of)!r}: a name is empty, or has no letter or digit to name a file by")
-        if len(set(map(slug, of))) < len(of):
-            fail(f"{flag}: two names that are the same, or differ in punctuation only, would share a file; rename one")
-    if HELD_OUT and SPLIT == "test" and not all(name.endswith((".json", ".jsonl")) for name in names):
-        fail("--held-out is of training problems: with it take --split train")
-    tokenizers = {model: load_tokenizer(model, PROMPT, SYSTEM) for model in models}
-    sets = {name: load_problems(name, SPLIT, DATA, N_TEST) for name in names}
-    if HELD_OUT:
-        load_problems(SETS, SPLIT, DATA, N_TEST)  # refuses two problems of one id
-        sets = {"held out": hold_out([p for problems in sets.values() for p in problems], HELD_OUT, SEED)[1]}
-    examples = []
-    if EXAMPLES_FROM:
-        examples = load_solved(EXAMPLES_FROM, DATA)
-        if PROMPT != "few_shot":
-            fail("--examples-from needs --prompt few_shot")
-        examples = [examples[i] for i in np.random.default_rng(SEED).permutation(len(examples))[:SHOTS + 1]]
-    name = NAME or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200]
-    run = start_run({**globals(), "NAME": name, "COMPARE": None}, *sets.values(), examples)
-
-    scores = {model: {} for model in models}
-    for model in models:
-        def prompt(problem, draw):
-            pool = examples or worked_examples(problem) if PROMPT == "few_shot" else []
-            shown = [e for e in pool if e["problem"] != problem["problem"]][:SHOTS]
-            text = make_prompt(tokenizers[model], PROMPT, problem, shown, SYSTEM)
-            return f"{FIRST}\n\n{text}" if FIRST else text
-
-        for name, problems in sets.items():
-            responses = sample(run, f"{slug(model)}/{slug(name)}.jsonl", model, problems, SAMPLES, prompt, style=PROMPT,
-                               temperature=TEMPERATURE, top_p=TOP_P, max_new_tokens=MAX_NEW_TOKENS)
-            scores[model][name] = score_samples(problems, responses, run.rng(name))
-    scores = run.once("eval.json", dict, scores)
-    for model, of_sets in scores.items():
-        print_table(of_sets, model)
-        print_subjects(of_sets)
-    for model in models[1:]:
-        for name in sets:
-            own, first = (table_of([scores[m][name]["correct"]], scores[model][name]["correct"]) / SAMPLES
-                          for m in (model, models[0]))
-            gain = mean_over_seeds(own, run.rng(name, "difference"), first)
-            say(f"{name}: {model} {percent(gain, sign='+')} points against {models[0]}")
-    say(f"{run.folder}/eval.json")
+    scores = {}
+    for name, problems in sets.items():
+        phase = f"{slug(model)}/{slug(name)}"
+        responses = sample(run, f"{phase}.jsonl", model, problems, SAMPLES, prompt, style=PROMPT,
+                           temperature=TEMPERATURE, top_p=TOP_P, max_new_tokens=MAX_NEW_TOKENS)
+        scores[name] = score_samples(problems, responses)
+        run.log(**run.metrics[0, phase] | {"accuracy": scores[name]["accuracy"]})
+    return scores
 
 
 def slug(name):
     """A model's or set's name as a file name: letters, digits, '.', '-' and '_'."""
     return re.sub(r"[^\w.-]+", "-", name.removesuffix(".jsonl").removesuffix(".json")).strip("-.")
+
+
+# Checking stored answers again ----------------------------------------------------------------------------------------
+
+def regrade(path):
+    """Check the answers in a .jsonl file; the records with their verdicts go to a file beside it."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        fail(f"--regrade {path}: no such .jsonl file")
+    records = []
+    problems = []
+    known = {}  # problems by id, for records without an answer
+    for number, line in enumerate(open(path, encoding="utf-8-sig", errors="surrogateescape"), 1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+                problems.append(stored_problem(records[-1], known))
+            except (ValueError, RecursionError) as error:
+                fail(f"{path}:{number}: {error}; fix or remove the line")
+    if not records:
+        fail(f"--regrade {path}: no answers in it")
+    checker = Checker(threads_per_process(), GRADER)
+    verdicts = [checker.submit(problem, record["text"]) for problem, record in zip(problems, records)]
+    for record, verdict in zip(records, verdicts):
+        record["correct"], record["reason"] = verdict.result()
+        if record.get("finish") == "length":
+            record["correct"], record["reason"] = False, "cut"
+    graded = path.with_suffix(".graded.jsonl")
+    write(graded, records)
+    print_table({str(graded): accuracy([int(record["correct"]) for record in records])}, "answers")
+    say(text_of(Counter(record["reason"] for record in records)))
+
+
+def stored_problem(record, known):
+    """The problem that a stored record answers; `known` is filled if it is needed. ValueError says what is missing."""
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError("not a JSON object with a text under 'text'")
+    if "answer" in record:
+        problem = read_problem({"problem": "-"} | record)  # only a grader of your own reads its text
+        return {"id": record.get("id", "")} | (problem or {"problem": "-", "answer": ""})
+    if "id" not in record:
+        raise ValueError("no 'answer', and no 'id' of a problem of --sets")
+    if not known:
+        say(f"some records have no 'answer': their problems are looked up by 'id' in --sets {SETS} --split {SPLIT}")
+        known |= {problem["id"]: problem for problem in load_problems(SETS, SPLIT, DATA)}
+    if str(record["id"]) not in known:
+        raise ValueError(f"no 'answer', and no problem of --sets {SETS} has its 'id'")
+    return known[str(record["id"])]
+
+
+# Comparing runs -------------------------------------------------------------------------------------------------------
+
+INPUTS = ("MODEL", "TRAIN_DATA", "N_TRAIN", "HELD_OUT", "TEST_DATA", "N_TEST")  # that a fair comparison has in common
+
+
+class Past:
+    """What a run left.
+
+    problems  {training problem: [times sampled, right answers, times trained on]}, probes included
+    rounds    the base, if it was scored, and each finished round: `right` {test problem: 0 or 1}, and what was spent
+    end       the round that adastar.py reported, else the last"""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not (self.folder / "metrics.jsonl").is_file():
+            fail(f"--compare {folder}: no metrics.jsonl in it; it takes folders of runs, such as runs/dast-0")
+        self.constants = read(self.folder / "constants.json")["constants"]
+        self.metrics = read(self.folder / "metrics.jsonl")
+        files = {-1: "round_0/eval_base.json"}  # nothing was spent before it
+        name = "eval.json" if list(self.folder.glob("round_*/eval.json")) else "eval_held_out.json"
+        for m in self.metrics:
+            if m["phase"] == "round":
+                files[m["round"]] = f"round_{m['round']}/{name}"
+        self.rounds = []
+        for t, file in sorted(files.items()):
+            if (self.folder / file).exists():
+                score = read(self.folder / file)
+                self.levels = score["level"]
+                self.rounds.append(self.spent(t) | {"round": max(0, t), "right": score["correct"]})
+        if not self.rounds:
+            fail(f"--compare {folder}: no round of it is finished and scored")
+        self.end = self.rounds[-1]
+        for m in self.metrics:
+            if m["phase"] == "reported":
+                self.end = [r for r in self.rounds if r["round"] == m["iteration"]][-1]
+        self.problems = defaultdict(lambda: np.zeros(3))
+        for response in self.read_records("probe"):
+            self.problems[response["id"]] += [1, response["correct"], 0]
+        for decision in self.read_records("selection"):
+            outcomes = decision.get("outcomes", [])
+            self.problems[decision["id"]] += [len(outcomes), sum(outcome > 0 for outcome in outcomes), 0]
+        for example in self.read_records("train"):
+            self.problems[example["id"]] += [0, 0, self.constants.get("EPOCHS", 1)]
+
+    def read_records(self, name):
+        """Yield the records of a file that a round may have, from all rounds."""
+        for path in sorted(self.folder.glob(f"round_*/{name}.jsonl")):
+            yield from read(path)
+
+    def spent(self, until):
+        """Add up the costs to the end of a round, without scoring: tokens generated (in draws that count) and trained
+        on (prompts too), FLOPs, seconds."""
+        costs = {"generated": 0, "trained": 0, "flops": 0.0, "seconds": 0.0}
+        for m in self.metrics:
+            if m["round"] <= until and not m["phase"].startswith("eval"):
+                costs["seconds"] += m.get("seconds", 0)
+                costs["flops"] += m.get("flops", 0)
+                if "draws" in m:
+                    costs["generated"] += m["tokens"]
+                if m["phase"] == "train":
+                    costs["trained"] += m["tokens"]
+        return costs
+
+    def at(self, what, amount):
+        """{problem id: 0..1}: the answers when `amount` of a cost was spent, on the straight line between two rounds;
+        None if the run was not scored before, or spent less."""
+        spent = [r[what] for r in self.rounds]
+        if not spent[0] <= amount <= spent[-1]:
+            return None
+        answers = {}
+        for i in self.end["right"]:
+            answers[i] = np.interp(amount, spent, [r["right"][i] for r in self.rounds])
+        return answers
+
+
+def arms_of(folders):
+    """{name: runs} of run folders; those whose names differ only in the seed at the end are one arm."""
+    arms = defaultdict(list)
+    for folder in dict.fromkeys(map(Path, folders)):
+        past = Past(folder)
+        arms[str(folder).removeprefix("runs/").removesuffix(f"-{past.constants['SEED']}")].append(past)
+    return arms
+
+
+def warn_of_differences(arms):
+    """Say in a line which runs have other inputs than the first, and which seeds of an arm have other constants."""
+    [first, *_] = arms.values()
+    for arm in arms.values():
+        for past in arm:
+            other = arm[0]
+            names = past.constants.keys() - MAY_DIFFER - {"SEED", "problems or models"}
+            if past is other:
+                other = first[0]
+                names = INPUTS
+            unlike = [name for name in sorted(names) if past.constants.get(name) != other.constants.get(name)]
+            if unlike:
+                say(f"warning: {past.folder} and {other.folder} differ in {', '.join(unlike)}")
+
+
+def compare(folders):
+    """Print what runs reached at their ends and at as many generated tokens, and what it cost; draw it."""
+    arms = arms_of(folders)
+    warn_of_differences(arms)
+    runs = sum(arms.values(), [])
+    shared = set.intersection(*[set(past.end["right"]) for past in runs])
+    if not shared:
+        fail("--compare: no problem was scored in all of these runs")
+    trained_on = set().union(*[map(set_of, past.problems) for past in runs])
+    tests = {i for i in shared if set_of(i) not in trained_on}
+    ids = sorted(tests or shared)  # held-out problems, from a set that is trained on, count if there are no others
+    most = min(past.rounds[-1]["generated"] for past in runs)
+    print_accuracy(arms, ids, "at the end")
+    print_accuracy(arms, ids, f"at {most:,} tokens", most)
+    say(f"\n{len(ids):,} problems were scored in all runs; {most:,} is the most tokens that all have generated.\n"
+        "Mean costs up to the end, without scoring (tokens generated and trained on, FLOPs, seconds):")
+    for name, arm in arms.items():
+        costs = {"runs": len(arm)}
+        for what in ("generated", "trained", "flops", "seconds"):
+            costs[what] = sum(past.end[what] for past in arm) // len(arm)
+        say(f"{name}: {text_of(costs)}")
+    draw(arms, ids, Path("runs") / (NAME or f"compare-{slug('-'.join(arms))[:100]}"))
+
+
+def print_accuracy(arms, ids, moment, amount=None):
+    """Print the accuracy of each arm, at its end or where it had generated `amount` tokens, and the gains."""
+    tables = {}
+    scores = {}
+    for name, arm in arms.items():
+        answers = [past.end["right"] if amount is None else past.at("generated", amount) for past in arm]
+        problems = [{"id": i, "level": arm[0].levels.get(i)} for i in ids]
+        if None not in answers:
+            tables[name] = table_of(answers, ids)
+            scores[name] = score_of(tables[name], problems)
+    print_table(scores, moment)
+    say_gains(tables)
+
+
+# Pictures -------------------------------------------------------------------------------------------------------------
+
+def draw(arms, ids, folder):
+    """Draw accuracy.png and problems.png in a folder."""
+    try:
+        from matplotlib import figure, style
+    except ImportError:
+        return say("no pictures: they need matplotlib (pip install matplotlib)")
+    style.use("tableau-colorblind10")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, panels, draw_in in (("accuracy.png", 3, draw_accuracy), ("problems.png", 2, draw_problems)):
+        picture = figure.Figure(figsize=(11, 4), layout="constrained")
+        axes = picture.subplots(1, panels)
+        draw_in(axes, arms, ids)
+        picture.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        picture.savefig(folder / file, dpi=150)
+        say(f"{folder}/{file}")
+
+
+def draw_accuracy(axes, arms, ids):
+    """Draw accuracy against rounds, generated tokens and FLOPs, with bands for the 95 % intervals."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+    axes[0].set_ylabel(f"accuracy on {len(ids):,} problems, 95 % intervals")
+    for i, (name, arm) in enumerate(arms.items()):
+        points = []
+        for seeds in zip(*[past.rounds for past in arm]):  # rounds that all seeds have finished
+            point = mean_of(table_of([r["right"] for r in seeds], ids))
+            for what in ("round", "generated", "flops"):
+                point[what] = np.mean([r[what] for r in seeds])
+            points.append(point)
+        low, high = zip(*[point["interval"] for point in points])
+        for axis, what in zip(axes, ("round", "generated", "flops")):
+            x = [point[what] for point in points]
+            axis.plot(x, [point["accuracy"] for point in points], "o-", label=name, color=f"C{i}")
+            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+    for axis, label in zip(axes, ("round", "tokens generated", "FLOPs, without scoring")):
+        axis.set_xlabel(label)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_formatter(EngFormatter())
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def effort(arms):
+    """(bins, {arm: counts}): for each training problem its bin, 0 to 3, by the share of right answers in all runs, and
+    its counts as in Past.problems, (problems, 3), means of the seeds."""
+    ids = sorted(set().union(*[past.problems for past in sum(arms.values(), [])]))
+    counts = dict.fromkeys(arms, 0)
+    for name, arm in arms.items():
+        for past in arm:
+            counts[name] += np.array([past.problems[i] for i in ids]) / len(arm)
+    sampled, right, _ = sum(counts.values()).T
+    return np.minimum(3, 4 * right // np.maximum(1, sampled)), counts
+
+
+def draw_problems(axes, arms, ids):
+    """Draw how often training problems were sampled and trained on, by how often they were answered rightly."""
+    bins, counts = effort(arms)
+    for axis, column, what in zip(axes, (0, 2), ("sampled", "trained on")):
+        for i, name in enumerate(counts):
+            means = [counts[name][bins == b, column].mean() for b in np.unique(bins)]
+            axis.plot(np.unique(bins), means, "o-", label=name, color=f"C{i}")
+        axis.set_xticks(range(4), ("below 25 %", "25 to 50 %", "50 to 75 %", "75 % or more"))
+        axis.set_xlabel("right answers to a problem, in all runs together")
+        axis.set_ylabel(f"times {what}, mean of the problems")
+
+
+def main():
+    if REGRADE or COMPARE:
+        setup()
+        if rank() > 0:
+            return
+        if REGRADE:
+            regrade(Path(REGRADE))
+        else:
+            compare(COMPARE)
+        return
+    models = MODEL.split(",")
+    names = SETS.split(",")
+    for listed in (models, names):
+        files = set(map(slug, listed))
+        if "" in files or len(files) < len(listed):
+            fail(f"{','.join(listed)}: two names would share a file, or one has no letter or digit to name a file by")
+    if SAMPLES > 1 and TEMPERATURE == 0:
+        fail("--samples above 1 needs --temperature above 0: greedy answers are all the same")
+    if EXAMPLES_FROM and PROMPT != "few_shot":
+        fail("--examples-from needs --prompt few_shot")
+    tokenizers = {model: load_tokenizer(model, PROMPT, SYSTEM) for model in models}
+    if HELD_OUT:
+        sets = {"held-out": hold_out(load_problems(SETS, "train", DATA, N_TEST), HELD_OUT, SEED)[1]}
+    else:
+        sets = {name: load_problems(name, SPLIT, DATA, N_TEST) for name in names}
+    examples = np.random.default_rng(SEED).permutation(load_solved(EXAMPLES_FROM, DATA))[:SHOTS + 1].tolist()
+    settings = {name: value for name, value in constants_of(globals()).items() if name not in MAY_DIFFER}
+    name = NAME or f"eval-{slug(MODEL)}-{slug(SETS)}"[:200] + f"-{seed_of(settings) % 10_000}"
+    run = start_run(globals() | {"NAME": name}, *sets.values(), examples)
+    scores = {model: score_model(run, model, tokenizers[model], sets, examples) for model in models}
+    scores = run.once("eval.json", dict, scores)
+    for model in models:
+        print_table(rows_of(scores[model]), model)
+    for name in sets:
+        tables = {}
+        for model in models:
+            correct = scores[model][name]["correct"]
+            tables[f"{model} on {name}"] = table_of([correct], correct) / SAMPLES
+        say_gains(tables)
+    say(f"{run.folder}/eval.json")
 
 
 if __name__ == "__main__":
