@@ -2373,7 +2373,8 @@ def print_table(scores, first):
             rows += [(f"  {part}", by_set[part]) for part in by_set]
     levels = sorted(levels, key=int)
     width = max(len(name) for name, _ in [(first, None), *rows]) + 4
-    say(f"\n{first:<{width}}problems  accuracy  95 % interval    cut  {''.join(f'level {n:<4}' for n in levels)}")
+    header = f"{first:<{width}}problems  accuracy  95 % interval    cut  {''.join(f'level {n:<4}' for n in levels)}"
+    say(f"\n{header.rstrip()}")
     for name, score in rows:
         low, high = score["interval"]
         cells = f"{score['cut']:>7.1%}  " if "cut" in score else " " * 9

@@ -244,7 +244,7 @@ def stored_problem(record, known):
     if "id" not in record:
         raise ValueError("no 'answer', and no 'id' of a problem of --sets")
     if not known:
-        say(f"some records have no 'answer': their problems are looked up by 'id' in --sets {SETS} --split {SPLIT}")
+        say(f"some records have no 'answer': looking up their 'id' in the {SPLIT} problems of --sets {SETS}")
         known |= {problem["id"]: problem for problem in load_problems(SETS, SPLIT, DATA)}
     if str(record["id"]) not in known:
         raise ValueError(f"no 'answer', and no problem of --sets {SETS} has its 'id'")
