@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (MAY_DIFFER, Checker, accuracy, constants_of, fail, final_answer, hold_out, launch, load_problems,
-                    load_solved, load_tokenizer, make_prompt, normalize, piece_of, print_table, rank, read,
-                    read_problem, sample, say, seed_of, setup, start_run, text_of, threads_per_process,
+from common import (MAY_DIFFER, Checker, accuracy, bar, constants_of, fail, final_answer, hold_out, launch,
+                    load_problems, load_solved, load_tokenizer, make_prompt, normalize, piece_of, print_table, rank,
+                    read, read_problem, sample, say, seed_of, setup, start_run, text_of, threads_per_process,
                     wilson_interval, worked_examples, write)
 
 # What to score
@@ -66,10 +66,8 @@ LEGAL = dict(SPLIT=("test", "train"), PROMPT=("few_shot", "zero_shot", "chat"), 
 # Means and their 95 % intervals ---------------------------------------------------------------------------------------
 
 def mean_of(values):
-    """{accuracy, interval, n} of values between 0 and 1, (seeds, problems).
-
-    The interval is Wilson's, for as many zeros and ones as would give the mean its variance. For one greedy answer to
-    each problem, that is the number of problems."""
+    """{accuracy, interval, n} of values between 0 and 1, (seeds, problems). The interval is Wilson's, for as many zeros
+    and ones as would give the mean its variance; for one greedy answer to each problem that is their number."""
     mean = values.mean()
     effective = values.shape[1]
     variance = values.mean(0).var() / effective + variance_between_seeds(values)
@@ -172,10 +170,11 @@ def rows_of(scores):
     rows = {}
     for name, score in scores.items():
         rows[name] = score
-        for parts, title in (("pass_at", "pass@"), ("maj_at", "maj@"), ("by_subject", "")):
-            if len(score.get(parts, {})) <= 30:
-                for part, found in score.get(parts, {}).items():
-                    rows[f"  {title}{part} of {name}"] = found
+        for kind, title in (("pass_at", "pass@"), ("maj_at", "maj@"), ("by_subject", "")):
+            parts = score.get(kind, {})
+            if len(parts) <= 30:
+                for part in parts:
+                    rows[f"  {title}{part} of {name}"] = parts[part]
     return rows
 
 
@@ -224,10 +223,12 @@ def regrade(path):
         fail(f"--regrade {path}: no answers in it")
     checker = Checker(threads_per_process(), GRADER)
     verdicts = [checker.submit(problem, record["text"]) for problem, record in zip(problems, records)]
-    for record, verdict in zip(records, verdicts):
-        record["correct"], record["reason"] = verdict.result()
-        if record.get("finish") == "length":
-            record["correct"], record["reason"] = False, "cut"
+    with bar(len(records), "checked") as progress:
+        for record, verdict in zip(records, verdicts):
+            record["correct"], record["reason"] = verdict.result()
+            if record.get("finish") == "length":
+                record["correct"], record["reason"] = False, "cut"
+            progress.update()
     graded = path.with_suffix(".graded.jsonl")
     write(graded, records)
     print_table({str(graded): accuracy([int(record["correct"]) for record in records])}, "answers")
@@ -241,18 +242,17 @@ def stored_problem(record, known):
     if "answer" in record:
         problem = read_problem({"problem": "-"} | record)  # only a grader of your own reads its text
         return {"id": record.get("id", "")} | (problem or {"problem": "-", "answer": ""})
-    if "id" not in record:
-        raise ValueError("no 'answer', and no 'id' of a problem of --sets")
-    if not known:
+    if "id" in record and not known:
         say(f"some records have no 'answer': looking up their 'id' in the {SPLIT} problems of --sets {SETS}")
         known |= {problem["id"]: problem for problem in load_problems(SETS, SPLIT, DATA)}
-    if str(record["id"]) not in known:
-        raise ValueError(f"no 'answer', and no problem of --sets {SETS} has its 'id'")
+    if str(record.get("id")) not in known:
+        raise ValueError(f"no 'answer', and no 'id' of a problem of --sets {SETS}")
     return known[str(record["id"])]
 
 
 # Comparing runs -------------------------------------------------------------------------------------------------------
 
+COSTS = {"generated": 0, "trained": 0, "flops": 0.0, "seconds": 0.0}  # tokens, tokens, FLOPs, seconds
 INPUTS = ("MODEL", "TRAIN_DATA", "N_TRAIN", "HELD_OUT", "TEST_DATA", "N_TEST")  # that a fair comparison has in common
 
 
@@ -303,7 +303,7 @@ class Past:
     def spent(self, until):
         """Add up the costs to the end of a round, without scoring: tokens generated (in draws that count) and trained
         on (prompts too), FLOPs, seconds."""
-        costs = {"generated": 0, "trained": 0, "flops": 0.0, "seconds": 0.0}
+        costs = dict(COSTS)
         for m in self.metrics:
             if m["round"] <= until and not m["phase"].startswith("eval"):
                 costs["seconds"] += m.get("seconds", 0)
@@ -315,8 +315,7 @@ class Past:
         return costs
 
     def at(self, what, amount):
-        """{problem id: 0..1}: the answers when `amount` of a cost was spent, on the straight line between two rounds;
-        None if the run was not scored before, or spent less."""
+        """{problem id: 0..1} where `amount` of a cost was spent, between rounds on a straight line; None if nowhere."""
         spent = [r[what] for r in self.rounds]
         if not spent[0] <= amount <= spent[-1]:
             return None
@@ -368,7 +367,7 @@ def compare(folders):
         "Mean costs up to the end, without scoring (tokens generated and trained on, FLOPs, seconds):")
     for name, arm in arms.items():
         costs = {"runs": len(arm)}
-        for what in ("generated", "trained", "flops", "seconds"):
+        for what in COSTS:
             costs[what] = sum(past.end[what] for past in arm) // len(arm)
         say(f"{name}: {text_of(costs)}")
     draw(arms, ids, Path("runs") / (NAME or f"compare-{slug('-'.join(arms))[:100]}"))
@@ -451,7 +450,7 @@ def draw_problems(axes, arms, ids):
             axis.plot(np.unique(bins), means, "o-", label=name, color=f"C{i}")
         axis.set_xticks(range(4), ("below 25 %", "25 to 50 %", "50 to 75 %", "75 % or more"))
         axis.set_xlabel("right answers to a problem, in all runs together")
-        axis.set_ylabel(f"times {what}, mean of the problems")
+        axis.set_ylabel(f"times {what}, mean of training problems")
 
 
 def main():

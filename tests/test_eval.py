@@ -228,7 +228,7 @@ def test_regrade_with_your_own_grader(tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ("{", "answers.jsonl:12: "), ('{"text": "7"}', "no 'answer', and no 'id'"), ('{"answer": "7"}', "a text under"),
-    ('{"text": "7", "id": "else/9"}', "has its 'id'"), ('{"answer": "C", "text": "", "choices": ["a"]}', "choices")])
+    ('{"text": "7", "id": "else/9"}', "no 'id' of a"), ('{"answer": "C", "text": "", "choices": ["a"]}', "choices")])
 def test_regrade_says_what_a_line_lacks(tmp_path, line, words):
     (tmp_path / "answers.jsonl").write_text(STORED_TEXT + line + "\n")
     flags = ["--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl"]
