@@ -127,11 +127,11 @@ def pass_at(correct, k):
     """P(at least one of k answers is right) for each problem, (problems,), from correct (problems, n), 0 or 1, where c
     are right: unbiased, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
     n = correct.shape[1]
-    return np.array([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in correct.sum(1)])
+    return np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in correct.sum(1)])
 
 
 def majority(votes):
-    """1 if most votes are for the right answer, 0 if most are for a wrong one, a share of 1 if they tie."""
+    """1 if the right answer has most votes, 1/n if it ties with n - 1 others, else 0."""
     counts = Counter(vote for vote in votes if vote is not None)
     first = [vote for vote in counts if counts[vote] == max(counts.values())]
     return (True in first) / max(1, len(first))
@@ -150,11 +150,11 @@ def vote_of(response):
 def score_samples(problems, responses):
     """Score responses, in the order of problems and as many to each: score_of, the share cut and how many are correct;
     with several to a problem also maj@k of all and pass@k, for k = 2, 4, ... (the accuracy is pass@1)."""
-    correct = np.array([float(r["correct"]) for r in responses]).reshape(len(problems), -1)
+    correct = np.array([int(r["correct"]) for r in responses]).reshape(len(problems), -1)
     samples = correct.shape[1]
     found = score_of(correct.mean(1)[None], problems)
     found["samples"] = samples
-    found["cut"] = sum(r["finish"] == "length" for r in responses) / len(responses)
+    found["cut"] = np.mean([r["finish"] == "length" for r in responses])
     found["correct"] = {problem["id"]: int(n) for problem, n in zip(problems, correct.sum(1))}
     if samples > 1:
         votes = [vote_of(r) for r in responses]
@@ -207,7 +207,7 @@ def slug(name):
 
 def regrade(path):
     """Check the answers in a .jsonl file; the records with their verdicts go to a file beside it."""
-    if path.suffix != ".jsonl" or not path.is_file():
+    if not path.is_file():
         fail(f"--regrade {path}: no such .jsonl file")
     records = []
     problems = []
@@ -252,8 +252,8 @@ def stored_problem(record, known):
 
 # Comparing runs -------------------------------------------------------------------------------------------------------
 
-COSTS = {"generated": 0, "trained": 0, "flops": 0.0, "seconds": 0.0}  # tokens, tokens, FLOPs, seconds
-INPUTS = ("MODEL", "TRAIN_DATA", "N_TRAIN", "HELD_OUT", "TEST_DATA", "N_TEST")  # that a fair comparison has in common
+COSTS = {"generated": 0, "trained": 0, "flops": 0.0, "seconds": 0.0}  # generated and trained on: tokens
+INPUTS = ("MODEL", "TRAIN_DATA", "N_TRAIN", "HELD_OUT", "TEST_DATA", "N_TEST")  # a fair comparison has the same
 
 
 class Past:
@@ -261,7 +261,7 @@ class Past:
 
     problems  {training problem: [times sampled, right answers, times trained on]}, probes included
     rounds    the base, if it was scored, and each finished round: `right` {test problem: 0 or 1}, and what was spent
-    end       the round that adastar.py reported, else the last"""
+    end       the round that the script reported as its choice (adastar.py does), else the last"""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -275,7 +275,7 @@ class Past:
             if m["phase"] == "round":
                 files[m["round"]] = f"round_{m['round']}/{name}"
         self.rounds = []
-        for t, file in sorted(files.items()):
+        for t, file in files.items():
             if (self.folder / file).exists():
                 score = read(self.folder / file)
                 self.levels = score["level"]
@@ -315,7 +315,7 @@ class Past:
         return costs
 
     def at(self, what, amount):
-        """{problem id: 0..1} where `amount` of a cost was spent, between rounds on a straight line; None if nowhere."""
+        """{problem id: 0..1} where `amount` of a cost was spent, interpolated between rounds; None beyond them."""
         spent = [r[what] for r in self.rounds]
         if not spent[0] <= amount <= spent[-1]:
             return None
@@ -364,9 +364,9 @@ def compare(folders):
     print_accuracy(arms, ids, "at the end")
     print_accuracy(arms, ids, f"at {most:,} tokens", most)
     say(f"\n{len(ids):,} problems were scored in all runs; {most:,} is the most tokens that all have generated.\n"
-        "Mean costs up to the end, without scoring (tokens generated and trained on, FLOPs, seconds):")
+        "The rounds at the end of each run, and mean costs up to there, without scoring:")
     for name, arm in arms.items():
-        costs = {"runs": len(arm)}
+        costs = {"rounds": str([past.end["round"] for past in arm])}
         for what in COSTS:
             costs[what] = sum(past.end[what] for past in arm) // len(arm)
         say(f"{name}: {text_of(costs)}")
@@ -436,7 +436,7 @@ def effort(arms):
     counts = dict.fromkeys(arms, 0)
     for name, arm in arms.items():
         for past in arm:
-            counts[name] += np.array([past.problems[i] for i in ids]) / len(arm)
+            counts[name] += np.reshape([past.problems[i] for i in ids], (len(ids), 3)) / len(arm)
     sampled, right, _ = sum(counts.values()).T
     return np.minimum(3, 4 * right // np.maximum(1, sampled)), counts
 
@@ -444,10 +444,11 @@ def effort(arms):
 def draw_problems(axes, arms, ids):
     """Draw how often training problems were sampled and trained on, by how often they were answered rightly."""
     bins, counts = effort(arms)
+    shown = np.unique(bins)
     for axis, column, what in zip(axes, (0, 2), ("sampled", "trained on")):
         for i, name in enumerate(counts):
-            means = [counts[name][bins == b, column].mean() for b in np.unique(bins)]
-            axis.plot(np.unique(bins), means, "o-", label=name, color=f"C{i}")
+            means = [counts[name][bins == b, column].mean() for b in shown]
+            axis.plot(shown, means, "o-", label=name, color=f"C{i}")
         axis.set_xticks(range(4), ("below 25 %", "25 to 50 %", "50 to 75 %", "75 % or more"))
         axis.set_xlabel("right answers to a problem, in all runs together")
         axis.set_ylabel(f"times {what}, mean of training problems")

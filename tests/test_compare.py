@@ -83,7 +83,7 @@ def test_effort_is_binned_by_the_right_answers_of_all_runs(two_runs):
 def test_compare_prints_accuracies_gains_and_costs(two_runs, tmp_path):
     said = launch(tmp_path, "eval.py", "--compare", "runs/a-0", "runs/b-0").stdout
     for words in ("4    100.0%  51.0% - 100.0%         100.0%    100.0%", "b: +50.0 [+1.0, +99.0] points against a",
-                  "at 300 tokens", "4     75.0%", "b: +25.0 [", "b: runs 1, generated 400, trained 21, flops 320"):
+                  "at 300 tokens", "4     75.0%", "b: +25.0 [", "b: rounds [2], generated 400, trained 21, flops 320"):
         assert words in said
 
 
@@ -93,7 +93,7 @@ def test_compare_pools_seeds_and_says_which_runs_are_unlike(two_runs, tmp_path):
     said = launch(tmp_path, "eval.py", "--compare", "runs/a-0", "runs/b-0", "runs/a-1", "runs/a-2", "runs/a-1/").stdout
     warnings = [line for line in said.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: runs/a-2 and runs/a-0 differ in LR", "warning: runs/b-0 and runs/a-0 differ in MODEL"]
-    assert "a: runs 3," in said and "b: runs 1," in said
+    assert "a: rounds [2, 2, 2]," in said and "b: rounds [2]," in said
 
 
 def test_compare_leaves_held_out_problems_out(two_runs, tmp_path):
@@ -129,7 +129,7 @@ def test_compare_a_real_run(copy_of):
 def test_compare_without_matplotlib(copy_of):
     (copy_of / "matplotlib.py").write_text("raise ImportError")  # found before the package, if that is there
     done = launch(copy_of, "eval.py", "--compare", "runs/one", PYTHONPATH=str(copy_of), torchrun=True, processes=1)
-    assert "pip install matplotlib" in done.stdout.splitlines()[-1] and "one: runs 1" in done.stdout
+    assert "pip install matplotlib" in done.stdout.splitlines()[-1] and "one: rounds [1]" in done.stdout
 
 
 @pytest.mark.parametrize("folder, words", [("nothing", "no metrics.jsonl"), ("empty", "no round of it is finished")])

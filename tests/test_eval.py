@@ -80,7 +80,7 @@ def test_interval_of_several_draws_covers_the_truth():
     pass_4 = 1 - np.prod([(b + i) / (a + b + i) for i in range(4)])
     covered = []
     for _ in range(1000):
-        correct = (rng.random((150, 8)) < rng.beta(a, b, size=(150, 1))).astype(float)
+        correct = (rng.random((150, 8)) < rng.beta(a, b, size=(150, 1))).astype(int)
         low, high = eval.mean_of(correct.mean(1)[None])["interval"]
         least, most = eval.mean_of(eval.pass_at(correct, 4)[None])["interval"]
         covered.append((low <= a / (a + b) <= high, least <= pass_4 <= most))
