@@ -1902,30 +1902,24 @@ def token_logprobs(hidden, weight, targets):
 
 def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **other):
     """Causal attention inside each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D)."""
-    if other.get("softcap") or max_length_q > (other.get("sliding_window") or max_length_q):
+    window = other.get("sliding_window") or max_length_q
+    if other.get("softcap") or max_length_q > window:
         fail("this model's attention (soft-capped, or a sliding window shorter than an example) cannot be trained here")
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         options = {"enable_gqa": True}
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
-            k, v, options = *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)), {}
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            options = {}
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
                           window_size=(-1, 0), **options)
         return out[None], None
-    # On CPU padded, those together whose lengths differ by less than a factor of two: a sequence alone is too small a
-    # piece of work for two threads, and all together are mostly padding. Padding stands behind the real tokens, so a
-    # causal mask hides it from them.
-    lengths, parts, places = cu_seq_lens_q.diff().long(), [], []
-    for size in lengths.log2().ceil().unique():
-        start, length = (of[lengths.log2().ceil() == size, None] for of in (cu_seq_lens_q[:-1].long(), lengths))
-        within = torch.arange(int(length.max()))
-        at, real = (start + within).clamp(max=query.shape[2] - 1), within < length  # (S, longest)
-        q, k, v = (x[0][:, at].transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        parts.append(out.transpose(1, 2)[real])
-        places.append(at[real])
-    return torch.cat(parts)[torch.cat(places).argsort()][None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    rows = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)):
+        rows.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
+    return torch.cat(rows, 2).transpose(1, 2), None
 
 
 def sequence_logprobs(logprobs, batch):
@@ -2267,17 +2261,12 @@ def report_training(run, round, history, tokens, padded, reference, parameters, 
 def hold_out(problems, n, seed):
     """(the others, n random problems that are put aside to be scored): the same for a seed, whatever else is read. A
     problem whose text occurs twice is on one side only, so the second list may be a little longer."""
-    count = Counter(p["problem"] for p in problems)
-    aside = set()
-    held = 0
-    for text in sorted(count, key=lambda text: seed_of(seed, "held out", text)):
-        if held >= n:
-            break
-        aside.add(text)
-        held += count[text]
-    if len(aside) == len(count):
+    order = sorted(problems, key=lambda problem: seed_of(seed, "held out", problem["problem"]))
+    texts = {problem["problem"] for problem in order[:n]}
+    others = [problem for problem in problems if problem["problem"] not in texts]
+    if not others:
         fail(f"--held-out {n} leaves nothing of the {len(problems)} problems")
-    return [p for p in problems if p["problem"] not in aside], [p for p in problems if p["problem"] in aside]
+    return others, [problem for problem in problems if problem["problem"] in texts]
 
 
 def worked_examples(problem):
