@@ -24,7 +24,7 @@ iteration to report is chosen on training problems that are held out for it, nev
 """
 import numpy as np
 
-from common import (GROUP, by_problem, count_only, end_round, evaluate, fail, final_table, last_boxed, launch,
+from common import (GROUP, by_problem, costs_of, end_round, evaluate, fail, final_table, last_boxed, launch,
                     load_solved, make_example, make_prompt, prepare, report, sample, say, show_answers, train,
                     worked_examples)
 
@@ -313,8 +313,9 @@ def main():
         beta = beta_of(t)
         visited = walk(walk_order(last, w, run.rng(t, "order")), beta, alpha, draw)
         responses = [r for block in blocks for r in block if place[r["id"]] in visited]
-        counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is dropped
-        count_only(run, t, f"responses_{len(blocks) - 1}", counted)
+        counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is only spent
+        metrics = run.metrics[t, f"responses_{len(blocks) - 1}"]
+        metrics.update(costs_of(counted, metrics["parameters"]))
         selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
         report_selection(run, t, selection, beta)
         show_answers(problems, responses)

@@ -620,33 +620,35 @@ def override_from_cli(g):
 
     The default gives the type, the comment the help. --toy applies TOY first. LEGAL has the legal values of a
     constant, or the least one; other numbers are at least 0. A wrong flag ends the program with status 2."""
-    script = Path(g["__file__"])
-    parser = argparse.ArgumentParser(prog=script.name, description=g["__doc__"], allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=Path(g["__file__"]).name, description=g["__doc__"], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; --help lists all flags", status=2)
     if "TOY" in g:
         parser.add_argument("--toy", action="store_true", help="laptop size: the values of TOY, then the other flags")
-    for name, comment in comments_of(script).items():
+    for name, comment in comments_of(g["__file__"]).items():
         default = g[name]
+        if not isinstance(default, FLAG_TYPES):
+            continue
         options = {"type": type(default)}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
-        if isinstance(default, tuple):
-            options = {"nargs": len(default) or "+", "type": type(default[0]) if default else str}
-        if isinstance(default, FLAG_TYPES):
-            parser.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS,
-                                help=f"{comment} [{default}]".replace("%", "%%"), **options)
+        elif default == ():
+            options = {"nargs": "+"}
+        elif isinstance(default, tuple):
+            options = {"nargs": len(default), "type": type(default[0])}
+        parser.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS,
+                            help=f"{comment} [{default}]".replace("%", "%%"), **options)
     given = vars(parser.parse_args())
     if given.pop("toy", False):
         g.update(g["TOY"])
     for name, value in given.items():
         g[name] = tuple(value) if isinstance(value, list) else value
-    for name in constants_of(g):
+    for name, value in constants_of(g).items():
         legal = g["LEGAL"].get(name, 0)
-        if isinstance(legal, tuple) and g[name] not in legal:
-            fail(f"{flag_of(name)} {g[name]!r}: choose from {', '.join(map(repr, legal))}", status=2)
-        if isinstance(g[name], (int, float)) and not legal <= g[name] < math.inf:
-            fail(f"{flag_of(name)} {g[name]}: at least {legal}, please", status=2)
+        if isinstance(legal, tuple) and value not in legal:
+            fail(f"{flag_of(name)} {value!r}: choose from {', '.join(map(repr, legal))}", status=2)
+        if isinstance(value, (int, float)) and not legal <= value < math.inf:
+            fail(f"{flag_of(name)} {value}: at least {legal}, please", status=2)
 
 
 def flag_of(name):
@@ -670,12 +672,12 @@ def prepare(g, *more_problems, models=()):
     run = start_run(g, problems, held_out, tests, *more_problems, models=models)
     say(f"  data     {len(problems):,} training problems, {len(held_out):,} held out, {len(tests):,} test problems")
     trained = {p["problem"] for p in problems}
-    both = sum(p["problem"] in trained for p in tests)
+    both = [p for p in tests if p["problem"] in trained]
     if both:
-        say(f"warning: {both:,} test problems are training problems too")
-    models = min(g["ROUNDS"], g["KEEP_MODELS"] or g["ROUNDS"]) + 1
-    gigabytes = (models + 6) * 4e-9 * count_parameters(g["MODEL"])  # a training may save 12 bytes a parameter, twice
-    say(f"  disk     up to {gigabytes:.2g} GB, with {models} models in float32 (--keep-models)")
+        say(f"warning: {len(both):,} test problems are training problems too")
+    kept = 1 + min(g["ROUNDS"], g["KEEP_MODELS"] or g["ROUNDS"])
+    gigabytes = (kept + 6) * 4e-9 * count_parameters(g["MODEL"])  # a training may save 12 bytes a parameter, twice
+    say(f"  disk     up to {gigabytes:.2g} GB, with {kept} models in float32 (--keep-models)")
     return run, tokenizer, problems, held_out, tests
 
 
@@ -686,14 +688,10 @@ def start_run(g, *problem_sets, models=()):
     MAY_DIFFER names the constants that may change; --keep accepts changed code (comments are not code)."""
     script = Path(g["__file__"])
     constants = constants_of(g)
-    contents = [seed_of(sorted(problem.items())) for problem in itertools.chain(*problem_sets)]
-    for model in (*constants["MODEL"].split(","), *models):
-        contents += [seed_of(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
-    grader = Path(constants["GRADER"].rpartition(":")[0])
-    if grader.is_file():
-        contents.append(grader.read_text())
-    constants["problems or models"] = f"{seed_of(contents):x}"
-    code = {path.name: code_of(path, [*constants, "TOY"]) for path in (script, Path(__file__))}
+    models = [*constants["MODEL"].split(","), *models]
+    constants["problems or models"] = fingerprint(problem_sets, models, constants["GRADER"])
+    sources = script, Path(__file__)
+    code = {path.name: code_of(path, [*constants, "TOY"]) for path in sources}
     setup()
     for node, other in gather((platform.node(), constants | code)):
         refuse_changes(f"{platform.node()} was not started as {node}", other, constants | code,
@@ -704,13 +702,15 @@ def start_run(g, *problem_sets, models=()):
     if rank() == 0:
         Run.folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(Run.folder)
-        resumed = path.exists() and any(kept.stat().st_size for kept in Run.folder.glob("*/*"))
         about = {"script": script.name, "constants": constants, "code": [code], "engine": ""}
-        about = resume(read(path), about, g["KEEP"]) if resumed else about | circumstances()
+        if path.exists() and any(kept.stat().st_size for kept in Run.folder.glob("*/*")):
+            about = resume(read(path), about, g["KEEP"])
+        else:
+            about |= circumstances()
         about["engine"], about["why"] = choose_engine(constants["ENGINE"], about["engine"])
-        for source in (script, Path(__file__)):
-            kept = "" if len(about["code"]) == 1 else f".{len(about['code']) - 1}"
-            shutil.copyfile(source, Run.folder / f"{source.stem}{kept}.py")
+        for source in sources:
+            change = len(about["code"]) - 1  # dast.py, and after changes dast.1.py, dast.2.py
+            shutil.copyfile(source, Run.folder / (f"{source.stem}.{change}.py" if change else source.name))
         write(path, about)
     barrier()
     await_file(path)
@@ -722,6 +722,19 @@ def start_run(g, *problem_sets, models=()):
         f"  sampler  {about['engine']} ({about['why']})\n"
         f"  seed     {constants['SEED']}")
     return run
+
+
+def fingerprint(problem_sets, models, grader):
+    """A hash of what a run reads: its problems, the beginning of each file of weights, the grader's file."""
+    contents = []
+    for problems in problem_sets:
+        contents += [seed_of(sorted(problem.items())) for problem in problems]
+    for model in models:
+        contents += [seed_of(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
+    grader = Path(grader.rpartition(":")[0])
+    if grader.is_file():
+        contents.append(grader.read_text())
+    return f"{seed_of(contents):x}"
 
 
 def resume(old, about, keep):
@@ -1579,12 +1592,6 @@ def costs_of(answers, parameters):
             "padded_flops": 2 * parameters * (padded + tokens)}
 
 
-def count_only(run, round, phase, responses):
-    """Have the metrics of a phase count only these of its responses; what the others cost was spent all the same."""
-    values = run.metrics.get((round, phase), {"parameters": 0})
-    values.update(costs_of(responses, values["parameters"]))
-
-
 class TransformersEngine:
     """Answers requests by transformers' generate, in batches of GROUP that do not depend on the number of processes:
     the same row in another batch differs by 1e-6 in the logits, which may flip a token. One thread a batch on CPU."""
@@ -1770,19 +1777,18 @@ class VllmEngine(TransformersEngine):
         if not path.exists():
             return {"tensors_equal": compared}
         row = read(path)
-        tokens = row["tokens"][:self.room - 1]
         with torch.compiler.set_stance("force_eager" if device().type == "cpu" else "default"):  # saves 5-20 s
-            [output] = self.llm.generate({"prompt_token_ids": tokens}, self.settings(max_tokens=1, prompt_logprobs=0),
-                                         use_tqdm=False)
-        engines = [found[token].logprob for token, found in zip(tokens[1:], output.prompt_logprobs[1:])]
-        errors = np.abs(np.subtract(engines, row["logprobs"][:len(engines)]))
+            [output] = self.llm.generate({"prompt_token_ids": row["tokens"]},
+                                         self.settings(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        found = zip(row["tokens"][1:], output.prompt_logprobs[1:])
+        engines = [logprobs[token].logprob for token, logprobs in found]
+        error = float(np.median(np.abs(np.subtract(engines, row["logprobs"]))))
         limit = 0.2  # in bfloat16 single tokens differ by 5, their median by 0.07 (measured); other weights by more
         if self.llm.llm_engine.model_config.dtype == compute_dtype() == torch.float32:
             limit = 0.001  # 0.00001 (measured)
-        if not np.median(errors) <= limit:
-            fail(f"vLLM's log-probabilities of {self.folder} are {np.median(errors):.2g} off the trainer's (median)")
-        return {"tensors_equal": compared, "logprob_error": float(errors.max()),
-                "logprob_error_median": float(np.median(errors))}
+        if not error <= limit:
+            fail(f"vLLM's log-probabilities of {self.folder} are {error:.2g} off the trainer's (median)")
+        return {"tensors_equal": compared, "logprob_error": error}
 
     def settings(self, **values):
         """vLLM's SamplingParams; an answer comes once, when it is whole."""
@@ -2021,12 +2027,12 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     stays, or with `decay` falls as a half cosine. clip: the largest gradient norm; 0 is none. Resumes a killed run."""
     began = time.time()
     round, _ = round_and_phase(file)
-    slept = run.engine.sleep()
+    figures = run.engine.sleep()
     torch.set_num_threads(threads_per_process())
     model = local_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenized = [tokenize(tokenizer, example) for example in examples]
-    lengths = [sum(len(prompt) + len(completion) for prompt, completion in example) for example in tokenized]
+    lengths = [sum(map(len_of, sequences)) for sequences in tokenized]
     network, policy = load_for_training(run, model)
     max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run, network)
     plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
@@ -2045,24 +2051,22 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
             values = optimizer_step(policy, optimizer, loss, tokenized, references, micro_batches, clip)
             history.append({"step": step + 1, **values})
             if not math.isfinite(values["loss"]) or not math.isfinite(values["norm"]):
-                stop_training(examples, plan[step], f"round {round}, training step {step + 1} of {len(plan)}: loss "
-                              f"{values['loss']}, gradient norm {values['norm']}")
+                ids = [examples[e]["id"] for micro_batch in plan[step] for e in micro_batch]
+                fail(f"round {round}, training step {step + 1} of {len(plan)}: loss {values['loss']}, gradient norm "
+                     f"{values['norm']}; the last good model stays. The step's examples: {', '.join(ids)}")
             if gather(time.time() - saved >= 60 * run.constants["SAVE_MINUTES"])[0]:
                 save_progress(run, round, policy, optimizer, history)
                 saved = time.time()
             shown.set_description_str(f"round {round} train, loss {values['loss']:.3f}", refresh=False)
             shown.update()
     trained = time.time()
-    row = row_logprobs(policy, max((sequence for example in tokenized for sequence in example), key=len_of))
-    if not all(map(math.isfinite, row["logprobs"])):
-        stop_training(examples, plan[-1], f"round {round}: after the last training step the model gives no numbers")
+    row = row_logprobs(policy, max((sequence for sequences in tokenized for sequence in sequences), key=len_of))
     save_model(network, tokenizer, run.folder / f"{file}.part", row)
     if rank() == 0:
         write(run.folder / f"round_{round}" / "steps.jsonl", history)
-    padded = max(lengths) * len(lengths) / sum(lengths)  # times as many tokens, if all were as long as the longest
-    report_training(run, round, history, sum(lengths) * epochs, padded, sum(lengths) * reference,
-                    network.num_parameters(), slept | {"save_seconds": time.time() - trained,
-                                                       "seconds": time.time() - began})
+    figures["save_seconds"] = time.time() - trained
+    figures["seconds"] = time.time() - began
+    report_training(run, round, history, lengths, epochs, reference, network.num_parameters(), figures)
 
 
 def optimizer_step(policy, optimizer, loss, examples, references, micro_batches, clip):
@@ -2092,12 +2096,6 @@ def optimizer_step(policy, optimizer, loss, examples, references, micro_batches,
 def len_of(sequence):
     """Tokens of a tokenized sequence (prompt, completion)."""
     return len(sequence[0]) + len(sequence[1])
-
-
-def stop_training(examples, micro_batches, why):
-    """End the program because numbers are not finite any more, and say where to look."""
-    ids = ", ".join(examples[e]["id"] for micro_batch in micro_batches for e in micro_batch)
-    fail(f"{why}; the last good model stays. The step's examples: {ids}")
 
 
 def load_for_training(run, model):
@@ -2135,17 +2133,18 @@ def tokens_that_fit(run, network):
         return wanted
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     container = Path("/sys/fs/cgroup/memory.max")
-    if container.exists() and container.read_text().strip().isdigit():
+    if container.exists() and container.read_text().strip() != "max":
         memory = min(memory, int(container.read_text()))
     config = network.config.get_text_config()
-    floats = config.num_hidden_layers * (16 * config.hidden_size + 6 * config.intermediate_size)
+    a_token = 4 * config.num_hidden_layers * (16 * config.hidden_size + 6 * config.intermediate_size)
     states = 16 * network.num_parameters() / world_size()
-    share = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    tokens = max(256, int((share - states - 16 * LOGITS) / (4 * floats)))
-    if tokens < wanted:
-        say(f"  memory   micro-batches of {tokens:,} tokens (not --max-tokens {wanted:,}) fit into half of "
-            f"{memory / 2**30:.0f} GiB")
-    return min(wanted, tokens)
+    room = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - states - 16 * LOGITS
+    tokens = max(256, int(room / a_token))
+    if tokens >= wanted:
+        return wanted
+    say(f"  memory   micro-batches of {tokens:,} tokens (not --max-tokens {wanted:,}) fit into half of "
+        f"{memory / 2**30:.0f} GiB")
+    return tokens
 
 
 def sum_over_processes(sums):
@@ -2243,16 +2242,21 @@ def training_flops(parameters, tokens, reference_tokens=0):
     return parameters * (6 * tokens + 2 * reference_tokens)
 
 
-def report_training(run, round, history, tokens, padded, reference, parameters, more):
+def report_training(run, round, history, lengths, epochs, reference, parameters, more):
     """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
-    flops = training_flops(parameters, tokens, reference)
-    last = {name: history[-1][name] for name in ("loss", "margin", "preferred") if name in history[-1]}
+    tokens = sum(lengths) * epochs
+    reference_tokens = sum(lengths) * reference
+    flops = training_flops(parameters, tokens, reference_tokens)
+    padded = max(lengths) * len(lengths) / sum(lengths)  # times as many tokens, if all were as long as the longest
+    first, last = history[0], history[-1]
+    for name in ("loss", "margin", "preferred"):
+        if name in last:
+            more[name] = last[name]
     if device().type == "cuda":
         more["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    run.log(round, "train", steps=len(history), first_loss=history[0]["loss"], **last, tokens=tokens,
-            reference_tokens=reference, flops=flops, spent_flops=flops,
-            padded_flops=flops * padded, **more)
-    say(f"  round {round}  train     {len(history):>7,} steps, loss {history[0]['loss']:.3f} -> {last['loss']:.3f}, "
+    run.log(round, "train", steps=len(history), first_loss=first["loss"], tokens=tokens,
+            reference_tokens=reference_tokens, flops=flops, spent_flops=flops, padded_flops=flops * padded, **more)
+    say(f"  round {round}  train     {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens / more['seconds']:,.0f} tok/s, {more['seconds']:.1f} s")
 
 
@@ -2323,14 +2327,13 @@ def wilson_interval(right, n):
 def show_answers(problems, responses):
     """Print one right and one wrong response in full, so that a person sees what the numbers are made of."""
     by_id = {p["id"]: p for p in problems}
-    shown = set()
+    examples = {}
     for response in responses:
-        name = "right" if response["correct"] else "wrong"
-        if name not in shown:
-            shown.add(name)
-            problem = by_id[response["id"]]
-            text = response["text"].replace("\n", "\n    ")
-            say(f"  {name}: {problem['problem']}\n    {text}\n    (the answer is {problem['answer']})")
+        examples.setdefault("right" if response["correct"] else "wrong", response)
+    for name, response in examples.items():
+        problem = by_id[response["id"]]
+        text = response["text"].replace("\n", "\n    ")
+        say(f"  {name}: {problem['problem']}\n    {text}\n    (the answer is {problem['answer']})")
 
 
 def end_round(run, t, keep=()):
