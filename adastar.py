@@ -314,8 +314,9 @@ def main():
         visited = walk(walk_order(last, w, run.rng(t, "order")), beta, alpha, draw)
         responses = [r for block in blocks for r in block if place[r["id"]] in visited]
         counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is only spent
-        metrics = run.metrics[t, f"responses_{len(blocks) - 1}"]
-        metrics.update(costs_of(counted, metrics["parameters"]))
+        metrics = run.metrics.get((t, f"responses_{len(blocks) - 1}"))
+        if metrics:  # a file from elsewhere has none
+            metrics.update(costs_of(counted, metrics["parameters"]))
         selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
         report_selection(run, t, selection, beta)
         show_answers(problems, responses)

@@ -1456,8 +1456,7 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     enough(responses): whether a problem's first responses are enough, with which it stays so; then draws go in waves
     (1, 1, 2, 4, ...), and what was drawn behind the first that are enough is dropped, but counted as spent.
     grade(problem, answer) -> (correct, reason), in place of the checker. style: the form of the prompts. sampling:
-    temperature (0 is greedy) and where wanted top_p, top_k.
-    Each request depends on the seed, the round, the problem and the draw, not on the number of processes."""
+    temperature (0 is greedy), top_p, top_k. Requests do not depend on the number of processes."""
     began = time.time()
     round, phase = round_and_phase(file)
     engine = run.engine
@@ -1477,43 +1476,39 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
         if not queue:
             return None
         i, draw = queue.popleft()
-        ids = engine.encode(problems[i], prompt(problems[i], draw))
         seed = seed_of(run.seed, round, phase, problems[i]["id"], draw)
-        return Request(i, draw, ids, seed, draw in known.answers[i])
+        return Request(i, draw, engine.encode(problems[i], prompt(problems[i], draw)), seed, draw in known.answers[i])
 
     def record_verdicts(wait):
         while pending and (wait or pending[0][1].done()):
             answer, verdict = pending.popleft()
             answer["correct"], answer["reason"] = verdict.result()
-            write_line(file, answer)
+            write_line(lines, answer)
             mine.append(answer)
             known.put([answer])
             if engine.streams:
                 queue.extend(known.next_wave(known.place[answer["id"]]))
             shown.update(world_size())  # the others are about as far
 
-    with (open(run.unfinished / f"{name}{rank()}.jsonl", "a") as file,
+    with (open(run.unfinished / f"{name}{rank()}.jsonl", "a") as lines,
           bar(sum(known.limits), f"round {round} {phase}") as shown):
         while True:
             for i in own:
                 queue.extend(known.next_wave(i))
             if not queue:
                 break
-            for request, tokens, text, finish in engine.answers(next_request):
+            for request, answer in engine.answers(next_request):
                 problem = problems[request.place]
-                answer = {"id": problem["id"], "draw": request.draw, "text": text, "tokens": tokens, "finish": finish,
-                          "prompt_tokens": len(request.ids)}
-                verdict = given(grade(problem, answer)) if grade else run.checker.submit(problem, text)
+                answer = {"id": problem["id"], "draw": request.draw, **answer, "prompt_tokens": len(request.ids)}
+                verdict = given(grade(problem, answer)) if grade else run.checker.submit(problem, answer["text"])
                 pending.append((answer, verdict))
                 record_verdicts(wait=False)
             record_verdicts(wait=True)
             if not engine.streams:
                 share(known, mine)
     share(known, mine)
-    responses = known.counted()
-    drawn = list(itertools.chain(*(answers.values() for answers in known.answers)))
-    report_sampling(run, round, phase, responses, drawn, loading, began)
-    return responses
+    report_sampling(run, round, phase, known, loading, began)
+    return known.counted()
 
 
 class Draws:
@@ -1556,6 +1551,13 @@ class Draws:
             responses += first
         return responses
 
+    def drawn(self):
+        """All responses, those behind the ones that count too."""
+        responses = []
+        for answers in self.answers:
+            responses += answers.values()
+        return responses
+
 
 def share(known, mine):
     """Have every process know every process' answers; empties `mine`."""
@@ -1564,16 +1566,17 @@ def share(known, mine):
     mine.clear()
 
 
-def report_sampling(run, round, phase, responses, drawn, loading, began):
+def report_sampling(run, round, phase, known, loading, began):
     """Log and print what a sampling phase gave, and what it spent on all that was drawn."""
     seconds = time.time() - began
-    costs = costs_of(responses, run.engine.parameters)
-    spent = costs_of(drawn, run.engine.parameters)
+    parameters = run.engine.parameters
+    costs = costs_of(known.counted(), parameters)
+    spent = costs_of(known.drawn(), parameters)
     for name in ("draws", "tokens", "prompt_tokens", "flops"):
         costs[f"spent_{name}"] = spent[name]
-    run.log(round, phase, **costs, **loading, parameters=run.engine.parameters, seconds=seconds)
-    say(f"  round {round}  {phase:<10}{len(responses):>7,} answers of {len(drawn):,} drawn, "
-        f"{costs['correct'] / max(1, len(responses)):.1%} correct, {spent['tokens'] / seconds:,.0f} tok/s, "
+    run.log(round, phase, **costs, **loading, parameters=parameters, seconds=seconds)
+    say(f"  round {round}  {phase:<10}{costs['draws']:>7,} answers of {spent['draws']:,} drawn, "
+        f"{costs['correct'] / max(1, costs['draws']):.1%} correct, {spent['tokens'] / seconds:,.0f} tok/s, "
         f"{seconds:.1f} s")
     odd = {reason: n for reason, n in costs["verdicts"].items() if reason in NO_VERDICT}
     if odd:
@@ -1650,7 +1653,7 @@ class TransformersEngine:
         return {}
 
     def answers(self, next_request):
-        """Yield (request, tokens generated, text, "stop" or "length"). On CPU each core sees to a batch of its own."""
+        """Yield (request, {text, tokens, finish}). On a CPU each core answers a batch of its own."""
         requests = sorted(iter(next_request, None), key=lambda r: (len(r.ids), r.place, r.draw))  # little padding
         groups = [requests[at:at + GROUP] for at in range(0, len(requests), GROUP)]
         own = []
@@ -1660,11 +1663,10 @@ class TransformersEngine:
         cores = 1 if device().type == "cuda" else threads_per_process()
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for group, answers in zip(own, pool.map(self.generate, own)):
-                for request, answer in zip(group, answers):
-                    yield request, *answer
+                yield from zip(group, answers)
 
     def generate(self, group):
-        """[(tokens generated, text, finish)] of a group of requests, seeded by its first one."""
+        """[{text, tokens, finish}] of a group of requests, seeded by its first one."""
         batch = self.tokenizer.pad({"input_ids": [r.ids for r in group]}, return_tensors="pt").to(device())
         stops = {"stop_strings": self.stops, "tokenizer": self.tokenizer} if self.stops else {}
         noise = []
@@ -1673,15 +1675,18 @@ class TransformersEngine:
         with torch.inference_mode():
             out = self.model.generate(**batch, **stops, max_new_tokens=self.max_new_tokens, eos_token_id=self.ends,
                                       pad_token_id=self.tokenizer.pad_token_id, logits_processor=noise)
+        ends = {*self.ends, self.tokenizer.pad_token_id}
         answers = []
         for row in out[:, batch["input_ids"].shape[1]:].tolist():
-            ends = [place for place, token in enumerate(row) if token in (*self.ends, self.tokenizer.pad_token_id)]
-            size = ends[0] if ends else len(row)
-            text, stop, _ = self.tokenizer.decode(row[:size], skip_special_tokens=True).partition(STOP)
-            finish = "stop" if stop or ends else "length"
-            if ends and not stop:  # the end token counts; behind a stop string there is only padding
-                size += 1
-            answers.append((size, text.strip(), finish))
+            ids = list(itertools.takewhile(lambda token: token not in ends, row))
+            text, stop, _ = self.tokenizer.decode(ids, skip_special_tokens=True).partition(STOP)
+            tokens = len(ids)
+            finish = "stop"
+            if not stop and tokens < len(row):
+                tokens += 1  # the end token; behind a stop string there is only padding
+            elif not stop:
+                finish = "length"
+            answers.append({"text": text.strip(), "tokens": tokens, "finish": finish})
         return answers
 
 
@@ -1805,8 +1810,8 @@ class VllmEngine(TransformersEngine):
         return {"asleep_gib": (total - free) / 2**30}
 
     def answers(self, next_request):
-        """Yield (request, tokens generated, text, "stop" or "length") as they end; next_request is asked again as soon
-        as there is room, so a problem's next wave need not wait for the slowest."""
+        """Yield (request, {text, tokens, finish}) as they end; next_request is asked again as soon as there is room, so
+        a problem's next wave need not wait for the slowest."""
         torch.set_num_threads(threads_per_process())
         engine = self.llm.llm_engine
         flying = {}
@@ -1832,7 +1837,8 @@ class VllmEngine(TransformersEngine):
                 if output.finished:
                     request = flying.pop(output.request_id)
                     answer = output.outputs[0]
-                    yield request, len(answer.token_ids), answer.text.strip(), answer.finish_reason
+                    yield request, {"text": answer.text.strip(), "tokens": len(answer.token_ids),
+                                    "finish": answer.finish_reason}
 
 
 def shape_of(config):
