@@ -842,23 +842,20 @@ class Run:
         A name ending in .jsonl or .json: make returns the records or the object (rank 0's are written). Any other
         name is a folder, whose path is returned: make fills <name>.part. Half-made things have other names (.part)."""
         path = self.folder / name
+        half = path.with_name(path.name + ".part")
         if not gather(path.exists())[0]:
-            half = path.with_name(path.name + ".part")
-            if path.suffix == "" and rank() == 0:
+            if not path.suffix and rank() == 0:
                 shutil.rmtree(half, ignore_errors=True)
                 half.mkdir(parents=True)
             barrier()
             made = make(*arguments, **options)
-            if rank() == 0:
-                if path.suffix:
-                    write(path, made)
-                else:
-                    for file in (*half.iterdir(), half):
-                        flush(file)
-                    half.rename(path)
-                    flush(path.parent)
-                if path.parent != self.folder:  # what is kept beside the rounds may be made while one is unfinished
-                    shutil.rmtree(self.unfinished, ignore_errors=True)
+            barrier()
+            if rank() == 0 and path.suffix:
+                write(path, made)
+            elif rank() == 0:
+                publish(half)
+            if rank() == 0 and path.parent != self.folder:  # what stands beside the rounds is made while one is unfinished
+                shutil.rmtree(self.unfinished, ignore_errors=True)
             barrier()
         await_file(path)
         return read(path) if path.suffix else str(path)
@@ -931,16 +928,21 @@ def read(path):
 
 
 def write(path, value):
-    """Write what `read` reads, under another name, flushed, then renamed: a file is whole or not there."""
+    """Write what `read` reads, under another name, then rename: a file is whole or not there."""
     half = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(half, "w") as file:
         lines = map(json.dumps, value) if path.suffix == ".jsonl" else [json.dumps(value, indent=1)]
         file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    half.rename(path)
-    flush(path.parent)
+    publish(half)
+
+
+def publish(half):
+    """Take the .part off the name of a file or folder that is whole, once all of it has reached the disk."""
+    for path in (*half.glob("*"), half):
+        flush(path)
+    half.rename(half.with_suffix(""))
+    flush(half.parent)
 
 
 def flush(path):
@@ -1897,6 +1899,7 @@ def compare_weights(folder, model):
 # 6. Log-probabilities -------------------------------------------------------------------------------------------------
 
 LOGITS = 2**26  # made at a time, 256 MB in float32
+SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # of heads that are more than one matrix
 
 
 def token_logprobs(hidden, weight, targets):
@@ -1914,9 +1917,12 @@ def token_logprobs(hidden, weight, targets):
 
 def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **other):
     """Causal attention inside each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D)."""
-    window = other.get("sliding_window") or max_length_q
-    if other.get("softcap") or max_length_q > window:
+    longest = max_length_q or query.shape[2]
+    if other.get("softcap") or longest > (other.get("sliding_window") or longest):
         fail("this model's attention (soft-capped, or a sliding window shorter than an example) cannot be trained here")
+    if cu_seq_lens_q is None:  # rows of one sequence each, padded at their ends
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -1943,12 +1949,15 @@ def sequence_logprobs(logprobs, batch):
 class Policy(torch.nn.Module):
     """A causal language model that gives log-probabilities of a batch's targets, (P,): the head sees these only."""
 
+    packs = True  # whether sequences laid end to end do not see one another
+
     def __init__(self, model):
         super().__init__()
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
 
     def forward(self, batch):
-        return token_logprobs(hidden_states(self.body, batch), self.head.weight, batch["targets"])
+        hidden = hidden_states(self.body, batch) if self.packs else padded_states(self.body, batch)
+        return token_logprobs(hidden, self.head.weight, batch["targets"])
 
 
 def hidden_states(body, batch):
@@ -1956,6 +1965,28 @@ def hidden_states(body, batch):
     return body(input_ids=batch["tokens"][None], position_ids=batch["positions"][None], use_cache=False,
                 cu_seq_lens_q=batch["starts"], cu_seq_lens_k=batch["starts"], max_length_q=batch["longest"],
                 max_length_k=batch["longest"]).last_hidden_state[0, batch["predict"]]
+
+
+def padded_states(body, batch):
+    """The same by rows of one sequence each, for models whose layers mix what is packed. Padding stands behind the
+    real tokens, which do not see it."""
+    lengths = batch["starts"].diff().tolist()
+    rows = torch.nn.utils.rnn.pad_sequence(batch["tokens"].split(lengths), batch_first=True)
+    hidden = body(input_ids=rows, use_cache=False).last_hidden_state
+    real = [states[:length] for states, length in zip(hidden, lengths)]
+    return torch.cat(real)[batch["predict"]]
+
+
+@torch.no_grad()
+def can_pack(policy):
+    """Whether a model gives two sequences the same log-probabilities packed and alone.
+
+    Linear attention, state spaces and convolutions (Qwen3-Next, Falcon-H1, LFM2) run on into the next sequence."""
+    first = [([], list(range(5, 37)))]
+    second = [([], list(range(99, 67, -1)))]
+    alone = torch.cat([policy(pack([first])), policy(pack([second]))])
+    limit = 0.001 if compute_dtype() == torch.float32 else 0.1
+    return bool((policy(pack([first, second])) - alone).abs().max() < limit)
 
 
 # 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
@@ -2040,9 +2071,14 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     tokenized = [tokenize(tokenizer, example) for example in examples]
     lengths = [sum(map(len_of, sequences)) for sequences in tokenized]
     network, policy = load_for_training(run, model)
-    max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run, network)
-    plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
+    # Before the first forward pass, after which FSDP shows other parameters than those to be trained
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run, network)
+    policy.packs = can_pack(policy)
+    if not policy.packs:
+        say(f"  {network.config.model_type}: its layers mix packed sequences, so each is trained in a row of its own")
+        max_tokens = 1
+    plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
     references = None
     if reference:
         references = reference_logprobs(policy, tokenized, plan[:math.ceil(len(examples) / batch_size)])
@@ -2108,8 +2144,7 @@ def load_for_training(run, model):
     """(the model, its Policy), sharded over all processes: float32 weights; GPUs compute in bfloat16."""
     AttentionInterface.register("packed", packed_attention)
     network = load_network(AutoModelForCausalLM, model, dtype=torch.float32, attn_implementation="packed")
-    names = "logit_scale", "logits_scaling", "final_logit_softcapping"
-    scaled = any(getattr(network.config, name, None) for name in names)
+    scaled = any(getattr(network.config, name, None) for name in SCALED)
     if scaled or network.get_output_embeddings().bias is not None:
         fail(f"{model}: a model whose head is more than one matrix cannot be trained here")
     network.train()
@@ -2190,18 +2225,16 @@ def reference_logprobs(policy, examples, steps):
 
 
 def save_progress(run, round, policy, optimizer, history):
-    """Save weights and AdamW's state in shards that load at another number of processes, under another name, then
-    rename; the save before goes only then."""
-    path = run.unfinished / f"round_{round}-step_{len(history):07d}"
-    half = path.with_name(path.name + ".part")
+    """Save weights and AdamW's state in shards that load at another number of processes; the save before goes then."""
+    half = run.unfinished / f"round_{round}-step_{len(history):07d}.part"
     weights, moments = get_state_dict(policy, optimizer)
     dcp.save({"weights": weights, "moments": moments}, checkpoint_id=half)
     if rank() == 0:
+        older = list(run.unfinished.glob(f"round_{round}-step_???????"))
         write(half / "history.json", history)
-        half.rename(path)
-        for older in run.unfinished.glob(f"round_{round}-step_*"):
-            if older != path:
-                shutil.rmtree(older)
+        publish(half)
+        for path in older:
+            shutil.rmtree(path)
     barrier()
 
 

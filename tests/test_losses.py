@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
 import dast
@@ -178,6 +178,28 @@ def test_packed_sequences_equal_padded_ones(start):
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, gradient in gradients(network).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name, options", [("llama", {}), ("lfm2", {"layer_types": ["conv", "full_attention"]})])
+def test_loss_of_each_architecture_is_that_of_its_sequences_alone(start, examples, tmp_path, capsys, name, options):
+    """lfm2 has convolutions, which run on from one packed sequence into the next."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = start()
+    train(run, "round_0/model", examples, model=tmp_path / "model", batch_size=18, epochs=1)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    losses = []
+    for example in examples:
+        [(prompt, completion)] = common.tokenize(tokenizer, example)
+        found = plain(torch.tensor([prompt + completion])).logits[0].log_softmax(1)
+        losses.append(-found[range(len(prompt) - 1, len(prompt + completion) - 1), completion])
+    [step] = lines(run.folder / "round_0" / "steps.jsonl")
+    assert step["loss"] == pytest.approx(float(torch.cat(losses).mean().detach()), abs=1e-5)
+    assert ("a row of its own" in capsys.readouterr().out) == (name == "lfm2")
 
 
 def exact_sums(pairs, factor):
