@@ -205,12 +205,12 @@ def sft_loss(logprobs, batch):
 
 def make_examples(tokenizer, selection, by_id, responses):
     """D+: the chosen answers as training examples, in the order of the walk."""
-    text = {(r["id"], r["draw"]): r["text"] for r in responses}
+    by_draw = {(r["id"], r["draw"]): r for r in responses}
     examples = []
     for s in selection:
         for draw, copies in zip(s["chosen"], s["copies"]):
-            completion = text[s["id"], draw]
-            examples += [make_example(tokenizer, PROMPT, by_id[s["id"]], completion, system=SYSTEM)] * copies
+            response = by_draw[s["id"], draw]
+            examples += [make_example(tokenizer, PROMPT, by_id[s["id"]], response, system=SYSTEM)] * copies
     return examples
 
 

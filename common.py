@@ -7,12 +7,13 @@ Records are JSON lines:
   problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags, choices. id is
              set/split/line of the source file, so that a dropped record shifts nobody's seed; kind is how to grade:
              "math", "choice" (answer is a letter), "label" (answer is one of choices), "yesno".
-  response   {id, draw, text, tokens, finish, prompt_tokens, correct, reason}: draw counts from 0 per problem and round,
-             tokens is the number generated, finish is "stop" (ended by itself) or "length" (cut), reason is why it
-             counts as correct or not.
+  response   {id, draw, text, ids, tokens, finish, prompt_tokens, correct, reason}: draw counts from 0 per problem and
+             round, ids are the sampled tokens without the end token ("12 7 99"), tokens is the number generated, finish
+             is "stop" (ended by itself) or "length" (cut), reason is why it counts as correct or not.
   selection  {id, ...}: every number the method decided from; each script says which.
-  example    {id, prompt, completions, end}: what is trained on. One completion for SFT, [chosen, rejected] for DPO; the
-             loss is on the completions and on the end token after each, never on the prompt.
+  example    {id, prompt, completions, ids, end}: what is trained on. One completion for SFT, [chosen, rejected] for DPO;
+             ids are the tokens of each as they were sampled (null: its text is tokenized). The loss is on the completions
+             and on the end token after each, never on the prompt.
 
 A run folder:
   runs/<name>/constants.json, metrics.jsonl, the source files; error.log, if something went wrong
@@ -1430,10 +1431,17 @@ def end_ids(tokenizer, folder):
     return sorted(ends.union(named if isinstance(named, list) else [named]) - {None})
 
 
-def make_example(tokenizer, prompt, problem, *completions, system=""):
-    """A training example: the zero-shot form of the problem, and what is to be learnt from it."""
+def make_example(tokenizer, prompt, problem, *answers, system=""):
+    """A training example: the zero-shot form of the problem, and what is to be learnt from it: texts or responses."""
+    completions = []
+    ids = []
+    for answer in answers:
+        if isinstance(answer, str):
+            answer = {"text": answer}
+        completions.append(answer["text"])
+        ids.append(answer.get("ids"))
     return {"id": problem["id"], "prompt": make_prompt(tokenizer, prompt, problem, system=system),
-            "completions": list(completions), "end": end_token(tokenizer, prompt)}
+            "completions": completions, "ids": ids, "end": end_token(tokenizer, prompt)}
 
 
 def encode(tokenizer, text):
@@ -1681,15 +1689,29 @@ class TransformersEngine:
         answers = []
         for row in out[:, batch["input_ids"].shape[1]:].tolist():
             ids = list(itertools.takewhile(lambda token: token not in ends, row))
-            text, stop, _ = self.tokenizer.decode(ids, skip_special_tokens=True).partition(STOP)
+            text, stop, _ = self.decode(ids).partition(STOP)
             tokens = len(ids)
             finish = "stop"
             if not stop and tokens < len(row):
                 tokens += 1  # the end token; behind a stop string there is only padding
             elif not stop:
                 finish = "length"
-            answers.append({"text": text.strip(), "tokens": tokens, "finish": finish})
+            answers.append(self.answer(text, ids, tokens, finish, bool(stop)))
         return answers
+
+    def answer(self, text, ids, tokens, finish, stopped):
+        """An answer as it is recorded. The ids of a stop string go; where no token ends before it, there are none."""
+        if stopped:
+            while len(self.decode(ids)) > len(text):
+                ids = ids[:-1]
+        known = None
+        if not stopped or self.decode(ids) == text:
+            known = " ".join(map(str, ids))
+        return {"text": text.strip(), "ids": known, "tokens": tokens, "finish": finish}
+
+    def decode(self, ids):
+        """The text of token ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class Noise:
@@ -1839,8 +1861,9 @@ class VllmEngine(TransformersEngine):
                 if output.finished:
                     request = flying.pop(output.request_id)
                     answer = output.outputs[0]
-                    yield request, {"text": answer.text.strip(), "tokens": len(answer.token_ids),
-                                    "finish": answer.finish_reason}
+                    ids = [token for token in answer.token_ids if token not in self.ends]
+                    yield request, self.answer(answer.text, ids, len(answer.token_ids), answer.finish_reason,
+                                               isinstance(answer.stop_reason, str))
 
 
 def shape_of(config):
@@ -1992,10 +2015,30 @@ def can_pack(policy):
 # 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
 
 def tokenize(tokenizer, example):
-    """[(prompt ids, completion ids with the end token)] of an example; its completions hold no special tokens."""
-    prompt, end = encode(tokenizer, example["prompt"]) if example["prompt"] else [], example["end"]
-    return [(prompt, tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-             + [tokenizer.convert_tokens_to_ids(end)]) for c in example["completions"]]
+    """[(prompt ids, completion ids with the end token)] of an example."""
+    prompt = encode(tokenizer, example["prompt"]) if example["prompt"] else []
+    end = tokenizer.convert_tokens_to_ids(example["end"])
+    texts = example["completions"]
+    sequences = []
+    for text, ids in zip(texts, example.get("ids") or [None] * len(texts), strict=True):
+        if ids is None:
+            ids = completion_ids(tokenizer, example["prompt"], text)
+        else:
+            ids = [int(token) for token in ids.split()]
+        sequences.append((prompt, ids + [end]))
+    return sequences
+
+
+def completion_ids(tokenizer, prompt, text):
+    """Token ids of a text where it follows a prompt. Alone, Llama 2 and its like would put a blank before it."""
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    before = ids(prompt[-1:])
+    both = ids(prompt[-1:] + text)
+    if both[:len(before)] == before:
+        return both[len(before):]
+    return ids(text)  # the prompt's last character is one token with the text's first
 
 
 def pack(examples):

@@ -445,8 +445,8 @@ def main():
         text = make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
         return f"{SYSTEM}\n\n{text}" if SYSTEM and PROMPT != "chat" else text
 
-    def example(problem, *completions):
-        return make_example(tokenizer, PROMPT, problem, *completions) | {"prompt": ask(problem)}
+    def example(problem, *answers):
+        return make_example(tokenizer, PROMPT, problem, *answers) | {"prompt": ask(problem)}
 
     # M_0: SFT of the base on solutions in steps
     model = MODEL
@@ -483,11 +483,11 @@ def main():
         selection = run.once(f"round_{t}/selection.jsonl", select, own, difficulties, counts, responses, run, t)
         report_selection(run, t, selection)
         show_answers(own, responses)
-        text = {(r["id"], r["draw"]): r["text"] for r in responses}
+        by_draw = {(r["id"], r["draw"]): r for r in responses}
         pairs = []
         for s in selection:
             for preferred, rejected in s["pairs"]:
-                pairs.append(example(by_id[s["id"]], text[s["id"], preferred], text[s["id"], rejected]))
+                pairs.append(example(by_id[s["id"]], by_draw[s["id"], preferred], by_draw[s["id"], rejected]))
         if pairs:
             pairs = run.once(f"round_{t}/train.jsonl", list, pairs)
             start = model if START == "previous" else m_0

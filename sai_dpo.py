@@ -528,8 +528,8 @@ def main():
         examples = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
         return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
 
-    def example(problem, *completions):
-        return make_example(tokenizer, PROMPT, problem, *completions) | {"prompt": ask(problem)}
+    def example(problem, *answers):
+        return make_example(tokenizer, PROMPT, problem, *answers) | {"prompt": ask(problem)}
 
     # Once: knowledge points, their clusters, and the probe
     tags = tags_of(problems, held_out)
@@ -576,12 +576,12 @@ def main():
         show_answers(own, responses)
 
         # 4. pi_t = DPO of pi_{t-1} on the pairs
-        text = {(r["id"], r["draw"]): r["text"] for r in responses}
+        by_draw = {(r["id"], r["draw"]): r for r in responses}
         pairs = []
         for s in selection:
             if s["pair"]:
                 preferred, rejected = s["pair"]
-                pairs.append(example(by_id[s["id"]], text[s["id"], preferred], text[s["id"], rejected]))
+                pairs.append(example(by_id[s["id"]], by_draw[s["id"], preferred], by_draw[s["id"], rejected]))
         if pairs:
             pairs = run.once(f"round_{t}/train.jsonl", list, pairs)
             start = model if START == "previous" else MODEL

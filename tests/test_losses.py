@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import common
 import dast
@@ -156,6 +159,27 @@ def test_pack_by_hand(examples, expected, counts):
     batch = common.pack(examples)
     assert {name: batch[name].tolist() for name in expected} == expected
     assert batch["counts"] == counts
+
+
+def test_sampled_tokens_are_trained_on_as_they_were():
+    """Not as the tokenizer would write their text; another answer, without ids, is tokenized."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    responses = {"text": "12", "ids": "20 21"}, {"text": "12", "ids": None}
+    example = common.make_example(tokenizer, "zero_shot", {"id": "a", "problem": "?"}, *responses)
+    [(_, sampled), (_, written)] = common.tokenize(tokenizer, example)
+    assert sampled == [20, 21, tokenizer.eos_token_id]
+    assert tokenizer.decode(written) == "12<|endoftext|>"
+
+
+def test_no_blank_is_learnt_before_an_answer():
+    """By tokenizers that put one before each text, as Llama 2's does."""
+    vocabulary = {token: i for i, token in enumerate(["</s>", "\u2581", "?", "\n", "1", "2"])}
+    plain = Tokenizer(BPE(vocabulary, []))
+    plain.pre_tokenizer = Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+    assert tokenizer("12", add_special_tokens=False)["input_ids"] == [1, 4, 5]
+    example = {"prompt": "?\n", "completions": ["12"], "end": "</s>"}
+    assert common.tokenize(tokenizer, example) == [([1, 2, 3], [4, 5, 0])]
 
 
 def test_packed_sequences_equal_padded_ones(start):
@@ -363,7 +387,7 @@ def test_first_step_of_dpo_has_the_loss_ln_2(start, examples):
     run = start(MAX_TOKENS=400)
     pairs = []
     for one, other in zip(examples[::2], examples[1::2]):
-        pairs.append({**one, "completions": one["completions"] + other["completions"]})
+        pairs.append({**one, "completions": one["completions"] + other["completions"], "ids": [None, None]})
     train(run, "round_0/model", pairs, dast.dpo_loss, reference=True, batch_size=4)
     steps = lines(run.folder / "round_0/steps.jsonl")
     assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-7)
