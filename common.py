@@ -1585,12 +1585,19 @@ def report_sampling(run, round, phase, known, loading, began):
     for name in ("draws", "tokens", "prompt_tokens", "flops"):
         costs[f"spent_{name}"] = spent[name]
     run.log(round, phase, **costs, **loading, parameters=parameters, seconds=seconds)
+    answers = max(1, costs["draws"])
+    cut = costs["cut"] / answers
+    silent = costs["verdicts"]["no_answer"] / answers
     say(f"  round {round}  {phase:<10}{costs['draws']:>7,} answers of {spent['draws']:,} drawn, "
-        f"{costs['correct'] / max(1, costs['draws']):.1%} correct, {spent['tokens'] / seconds:,.0f} tok/s, "
-        f"{seconds:.1f} s")
-    odd = {reason: n for reason, n in costs["verdicts"].items() if reason in NO_VERDICT}
-    if odd:
-        say(f"           counted as wrong without a comparison: {odd}")
+        f"{costs['correct'] / answers:.1%} correct, {cut:.0%} cut, {silent:.0%} state no answer, "
+        f"{spent['tokens'] / seconds:,.0f} tok/s, {seconds:.1f} s")
+    if cut > 0.5:
+        say("           more than half were cut: raise --max-new-tokens")
+    if silent > 0.5:
+        say("           more than half state no answer: read some, then try another --prompt, --system or --grader")
+    for reason in NO_VERDICT:
+        if costs["verdicts"][reason] and reason != "cut":
+            say(f"           {costs['verdicts'][reason]:,} were wrong without a comparison: {reason}")
 
 
 def costs_of(answers, parameters):

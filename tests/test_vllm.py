@@ -194,16 +194,14 @@ common.launch(adastar.main, vars(adastar))
 """
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-def test_engine_that_fails_is_one_line_and_a_rerun_resumes(tmp_path, processes):
+def test_engine_that_fails_is_one_line_and_a_rerun_resumes(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     flags = [*SMALL["adastar.py"], "--rounds", "1", "--engine", "vllm", "--name", "f"]
-    options = {"processes": processes}
-    [line] = errors_of(launch(tmp_path, tmp_path / "failing.py", *flags, **options, check=False, FAILS="1"))
+    [line] = errors_of(launch(tmp_path, tmp_path / "failing.py", *flags, check=False, FAILS="1"))
     assert "error: RuntimeError: CUDA error: an illegal memory access" in line and "runs/f/error.log" in line
     run = tmp_path / "runs" / "f"
     assert "Traceback" in (run / "error.log").read_text()
-    launch(tmp_path, tmp_path / "failing.py", *flags, **options)
+    launch(tmp_path, tmp_path / "failing.py", *flags)
     assert sum(any(s["outcomes"]) for s in lines(run / "round_1" / "selection.jsonl")) == 16
     assert (run / "round_1" / "eval.json").exists()
 
