@@ -24,7 +24,7 @@ iteration to report is chosen on training problems that are held out for it, nev
 """
 import numpy as np
 
-from common import (GROUP, by_problem, count_only, end_round, evaluate, fail, final_table, last_boxed, launch,
+from common import (GROUP, by_problem, costs_of, end_round, evaluate, fail, final_table, last_boxed, launch,
                     load_solved, make_example, make_prompt, prepare, report, sample, say, show_answers, train,
                     worked_examples)
 
@@ -205,12 +205,12 @@ def sft_loss(logprobs, batch):
 
 def make_examples(tokenizer, selection, by_id, responses):
     """D+: the chosen answers as training examples, in the order of the walk."""
-    text = {(r["id"], r["draw"]): r["text"] for r in responses}
+    by_draw = {(r["id"], r["draw"]): r for r in responses}
     examples = []
     for s in selection:
         for draw, copies in zip(s["chosen"], s["copies"]):
-            completion = text[s["id"], draw]
-            examples += [make_example(tokenizer, PROMPT, by_id[s["id"]], completion, system=SYSTEM)] * copies
+            response = by_draw[s["id"], draw]
+            examples += [make_example(tokenizer, PROMPT, by_id[s["id"]], response, system=SYSTEM)] * copies
     return examples
 
 
@@ -313,8 +313,10 @@ def main():
         beta = beta_of(t)
         visited = walk(walk_order(last, w, run.rng(t, "order")), beta, alpha, draw)
         responses = [r for block in blocks for r in block if place[r["id"]] in visited]
-        counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is dropped
-        count_only(run, t, f"responses_{len(blocks) - 1}", counted)
+        counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is only spent
+        metrics = run.metrics.get((t, f"responses_{len(blocks) - 1}"))
+        if metrics:  # a file from elsewhere has none
+            metrics.update(costs_of(counted, metrics["parameters"]))
         selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
         report_selection(run, t, selection, beta)
         show_answers(problems, responses)

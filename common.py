@@ -7,12 +7,13 @@ Records are JSON lines:
   problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags, choices. id is
              set/split/line of the source file, so that a dropped record shifts nobody's seed; kind is how to grade:
              "math", "choice" (answer is a letter), "label" (answer is one of choices), "yesno".
-  response   {id, draw, text, tokens, finish, prompt_tokens, correct, reason}: draw counts from 0 per problem and round,
-             tokens is the number generated, finish is "stop" (ended by itself) or "length" (cut), reason is why it
-             counts as correct or not.
+  response   {id, draw, text, ids, tokens, finish, prompt_tokens, correct, reason}: draw counts from 0 per problem and
+             round, ids are the sampled tokens without the end token ("12 7 99"), tokens is the number generated, finish
+             is "stop" (ended by itself) or "length" (cut), reason is why it counts as correct or not.
   selection  {id, ...}: every number the method decided from; each script says which.
-  example    {id, prompt, completions, end}: what is trained on. One completion for SFT, [chosen, rejected] for DPO; the
-             loss is on the completions and on the end token after each, never on the prompt.
+  example    {id, prompt, completions, ids, end}: what is trained on. One completion for SFT, [chosen, rejected] for DPO;
+             ids are the tokens of each as they were sampled (null: its text is tokenized). The loss is on the completions
+             and on the end token after each, never on the prompt.
 
 A run folder:
   runs/<name>/constants.json, metrics.jsonl, the source files; error.log, if something went wrong
@@ -620,33 +621,35 @@ def override_from_cli(g):
 
     The default gives the type, the comment the help. --toy applies TOY first. LEGAL has the legal values of a
     constant, or the least one; other numbers are at least 0. A wrong flag ends the program with status 2."""
-    script = Path(g["__file__"])
-    parser = argparse.ArgumentParser(prog=script.name, description=g["__doc__"], allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog=Path(g["__file__"]).name, description=g["__doc__"], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: fail(f"{message}; --help lists all flags", status=2)
     if "TOY" in g:
         parser.add_argument("--toy", action="store_true", help="laptop size: the values of TOY, then the other flags")
-    for name, comment in comments_of(script).items():
+    for name, comment in comments_of(g["__file__"]).items():
         default = g[name]
+        if not isinstance(default, FLAG_TYPES):
+            continue
         options = {"type": type(default)}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
-        if isinstance(default, tuple):
-            options = {"nargs": len(default) or "+", "type": type(default[0]) if default else str}
-        if isinstance(default, FLAG_TYPES):
-            parser.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS,
-                                help=f"{comment} [{default}]".replace("%", "%%"), **options)
+        elif default == ():
+            options = {"nargs": "+"}
+        elif isinstance(default, tuple):
+            options = {"nargs": len(default), "type": type(default[0])}
+        parser.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS,
+                            help=f"{comment} [{default}]".replace("%", "%%"), **options)
     given = vars(parser.parse_args())
     if given.pop("toy", False):
         g.update(g["TOY"])
     for name, value in given.items():
         g[name] = tuple(value) if isinstance(value, list) else value
-    for name in constants_of(g):
+    for name, value in constants_of(g).items():
         legal = g["LEGAL"].get(name, 0)
-        if isinstance(legal, tuple) and g[name] not in legal:
-            fail(f"{flag_of(name)} {g[name]!r}: choose from {', '.join(map(repr, legal))}", status=2)
-        if isinstance(g[name], (int, float)) and not legal <= g[name] < math.inf:
-            fail(f"{flag_of(name)} {g[name]}: at least {legal}, please", status=2)
+        if isinstance(legal, tuple) and value not in legal:
+            fail(f"{flag_of(name)} {value!r}: choose from {', '.join(map(repr, legal))}", status=2)
+        if isinstance(value, (int, float)) and not legal <= value < math.inf:
+            fail(f"{flag_of(name)} {value}: at least {legal}, please", status=2)
 
 
 def flag_of(name):
@@ -670,12 +673,12 @@ def prepare(g, *more_problems, models=()):
     run = start_run(g, problems, held_out, tests, *more_problems, models=models)
     say(f"  data     {len(problems):,} training problems, {len(held_out):,} held out, {len(tests):,} test problems")
     trained = {p["problem"] for p in problems}
-    both = sum(p["problem"] in trained for p in tests)
+    both = [p for p in tests if p["problem"] in trained]
     if both:
-        say(f"warning: {both:,} test problems are training problems too")
-    models = min(g["ROUNDS"], g["KEEP_MODELS"] or g["ROUNDS"]) + 1
-    gigabytes = (models + 6) * 4e-9 * count_parameters(g["MODEL"])  # a training may save 12 bytes a parameter, twice
-    say(f"  disk     up to {gigabytes:.2g} GB, with {models} models in float32 (--keep-models)")
+        say(f"warning: {len(both):,} test problems are training problems too")
+    kept = 1 + min(g["ROUNDS"], g["KEEP_MODELS"] or g["ROUNDS"])
+    gigabytes = (kept + 6) * 4e-9 * count_parameters(g["MODEL"])  # a training may save 12 bytes a parameter, twice
+    say(f"  disk     up to {gigabytes:.2g} GB, with {kept} models in float32 (--keep-models)")
     return run, tokenizer, problems, held_out, tests
 
 
@@ -686,14 +689,10 @@ def start_run(g, *problem_sets, models=()):
     MAY_DIFFER names the constants that may change; --keep accepts changed code (comments are not code)."""
     script = Path(g["__file__"])
     constants = constants_of(g)
-    contents = [seed_of(sorted(problem.items())) for problem in itertools.chain(*problem_sets)]
-    for model in (*constants["MODEL"].split(","), *models):
-        contents += [seed_of(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
-    grader = Path(constants["GRADER"].rpartition(":")[0])
-    if grader.is_file():
-        contents.append(grader.read_text())
-    constants["problems or models"] = f"{seed_of(contents):x}"
-    code = {path.name: code_of(path, [*constants, "TOY"]) for path in (script, Path(__file__))}
+    models = [*constants["MODEL"].split(","), *models]
+    constants["problems or models"] = fingerprint(problem_sets, models, constants["GRADER"])
+    sources = script, Path(__file__)
+    code = {path.name: code_of(path, [*constants, "TOY"]) for path in sources}
     setup()
     for node, other in gather((platform.node(), constants | code)):
         refuse_changes(f"{platform.node()} was not started as {node}", other, constants | code,
@@ -704,13 +703,15 @@ def start_run(g, *problem_sets, models=()):
     if rank() == 0:
         Run.folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(Run.folder)
-        resumed = path.exists() and any(kept.stat().st_size for kept in Run.folder.glob("*/*"))
         about = {"script": script.name, "constants": constants, "code": [code], "engine": ""}
-        about = resume(read(path), about, g["KEEP"]) if resumed else about | circumstances()
+        if path.exists() and any(kept.stat().st_size for kept in Run.folder.glob("*/*")):
+            about = resume(read(path), about, g["KEEP"])
+        else:
+            about |= circumstances()
         about["engine"], about["why"] = choose_engine(constants["ENGINE"], about["engine"])
-        for source in (script, Path(__file__)):
-            kept = "" if len(about["code"]) == 1 else f".{len(about['code']) - 1}"
-            shutil.copyfile(source, Run.folder / f"{source.stem}{kept}.py")
+        for source in sources:
+            change = len(about["code"]) - 1  # dast.py, and after changes dast.1.py, dast.2.py
+            shutil.copyfile(source, Run.folder / (f"{source.stem}.{change}.py" if change else source.name))
         write(path, about)
     barrier()
     await_file(path)
@@ -722,6 +723,19 @@ def start_run(g, *problem_sets, models=()):
         f"  sampler  {about['engine']} ({about['why']})\n"
         f"  seed     {constants['SEED']}")
     return run
+
+
+def fingerprint(problem_sets, models, grader):
+    """A hash of what a run reads: its problems, the beginning of each file of weights, the grader's file."""
+    contents = []
+    for problems in problem_sets:
+        contents += [seed_of(sorted(problem.items())) for problem in problems]
+    for model in models:
+        contents += [seed_of(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
+    grader = Path(grader.rpartition(":")[0])
+    if grader.is_file():
+        contents.append(grader.read_text())
+    return f"{seed_of(contents):x}"
 
 
 def resume(old, about, keep):
@@ -829,23 +843,20 @@ class Run:
         A name ending in .jsonl or .json: make returns the records or the object (rank 0's are written). Any other
         name is a folder, whose path is returned: make fills <name>.part. Half-made things have other names (.part)."""
         path = self.folder / name
+        half = path.with_name(path.name + ".part")
         if not gather(path.exists())[0]:
-            half = path.with_name(path.name + ".part")
-            if path.suffix == "" and rank() == 0:
+            if not path.suffix and rank() == 0:
                 shutil.rmtree(half, ignore_errors=True)
                 half.mkdir(parents=True)
             barrier()
             made = make(*arguments, **options)
-            if rank() == 0:
-                if path.suffix:
-                    write(path, made)
-                else:
-                    for file in (*half.iterdir(), half):
-                        flush(file)
-                    half.rename(path)
-                    flush(path.parent)
-                if path.parent != self.folder:  # what is kept beside the rounds may be made while one is unfinished
-                    shutil.rmtree(self.unfinished, ignore_errors=True)
+            barrier()
+            if rank() == 0 and path.suffix:
+                write(path, made)
+            elif rank() == 0:
+                publish(half)
+            if rank() == 0 and path.parent != self.folder:  # what stands beside the rounds is made while one is unfinished
+                shutil.rmtree(self.unfinished, ignore_errors=True)
             barrier()
         await_file(path)
         return read(path) if path.suffix else str(path)
@@ -918,16 +929,21 @@ def read(path):
 
 
 def write(path, value):
-    """Write what `read` reads, under another name, flushed, then renamed: a file is whole or not there."""
+    """Write what `read` reads, under another name, then rename: a file is whole or not there."""
     half = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(half, "w") as file:
         lines = map(json.dumps, value) if path.suffix == ".jsonl" else [json.dumps(value, indent=1)]
         file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    half.rename(path)
-    flush(path.parent)
+    publish(half)
+
+
+def publish(half):
+    """Take the .part off the name of a file or folder that is whole, once all of it has reached the disk."""
+    for path in (*half.glob("*"), half):
+        flush(path)
+    half.rename(half.with_suffix(""))
+    flush(half.parent)
 
 
 def flush(path):
@@ -1415,10 +1431,17 @@ def end_ids(tokenizer, folder):
     return sorted(ends.union(named if isinstance(named, list) else [named]) - {None})
 
 
-def make_example(tokenizer, prompt, problem, *completions, system=""):
-    """A training example: the zero-shot form of the problem, and what is to be learnt from it."""
+def make_example(tokenizer, prompt, problem, *answers, system=""):
+    """A training example: the zero-shot form of the problem, and what is to be learnt from it: texts or responses."""
+    completions = []
+    ids = []
+    for answer in answers:
+        if isinstance(answer, str):
+            answer = {"text": answer}
+        completions.append(answer["text"])
+        ids.append(answer.get("ids"))
     return {"id": problem["id"], "prompt": make_prompt(tokenizer, prompt, problem, system=system),
-            "completions": list(completions), "end": end_token(tokenizer, prompt)}
+            "completions": completions, "ids": ids, "end": end_token(tokenizer, prompt)}
 
 
 def encode(tokenizer, text):
@@ -1443,8 +1466,7 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     enough(responses): whether a problem's first responses are enough, with which it stays so; then draws go in waves
     (1, 1, 2, 4, ...), and what was drawn behind the first that are enough is dropped, but counted as spent.
     grade(problem, answer) -> (correct, reason), in place of the checker. style: the form of the prompts. sampling:
-    temperature (0 is greedy) and where wanted top_p, top_k.
-    Each request depends on the seed, the round, the problem and the draw, not on the number of processes."""
+    temperature (0 is greedy), top_p, top_k. Requests do not depend on the number of processes."""
     began = time.time()
     round, phase = round_and_phase(file)
     engine = run.engine
@@ -1464,43 +1486,39 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
         if not queue:
             return None
         i, draw = queue.popleft()
-        ids = engine.encode(problems[i], prompt(problems[i], draw))
         seed = seed_of(run.seed, round, phase, problems[i]["id"], draw)
-        return Request(i, draw, ids, seed, draw in known.answers[i])
+        return Request(i, draw, engine.encode(problems[i], prompt(problems[i], draw)), seed, draw in known.answers[i])
 
     def record_verdicts(wait):
         while pending and (wait or pending[0][1].done()):
             answer, verdict = pending.popleft()
             answer["correct"], answer["reason"] = verdict.result()
-            write_line(file, answer)
+            write_line(lines, answer)
             mine.append(answer)
             known.put([answer])
             if engine.streams:
                 queue.extend(known.next_wave(known.place[answer["id"]]))
             shown.update(world_size())  # the others are about as far
 
-    with (open(run.unfinished / f"{name}{rank()}.jsonl", "a") as file,
+    with (open(run.unfinished / f"{name}{rank()}.jsonl", "a") as lines,
           bar(sum(known.limits), f"round {round} {phase}") as shown):
         while True:
             for i in own:
                 queue.extend(known.next_wave(i))
             if not queue:
                 break
-            for request, tokens, text, finish in engine.answers(next_request):
+            for request, answer in engine.answers(next_request):
                 problem = problems[request.place]
-                answer = {"id": problem["id"], "draw": request.draw, "text": text, "tokens": tokens, "finish": finish,
-                          "prompt_tokens": len(request.ids)}
-                verdict = given(grade(problem, answer)) if grade else run.checker.submit(problem, text)
+                answer = {"id": problem["id"], "draw": request.draw, **answer, "prompt_tokens": len(request.ids)}
+                verdict = given(grade(problem, answer)) if grade else run.checker.submit(problem, answer["text"])
                 pending.append((answer, verdict))
                 record_verdicts(wait=False)
             record_verdicts(wait=True)
             if not engine.streams:
                 share(known, mine)
     share(known, mine)
-    responses = known.counted()
-    drawn = list(itertools.chain(*(answers.values() for answers in known.answers)))
-    report_sampling(run, round, phase, responses, drawn, loading, began)
-    return responses
+    report_sampling(run, round, phase, known, loading, began)
+    return known.counted()
 
 
 class Draws:
@@ -1543,6 +1561,13 @@ class Draws:
             responses += first
         return responses
 
+    def drawn(self):
+        """All responses, those behind the ones that count too."""
+        responses = []
+        for answers in self.answers:
+            responses += answers.values()
+        return responses
+
 
 def share(known, mine):
     """Have every process know every process' answers; empties `mine`."""
@@ -1551,20 +1576,28 @@ def share(known, mine):
     mine.clear()
 
 
-def report_sampling(run, round, phase, responses, drawn, loading, began):
+def report_sampling(run, round, phase, known, loading, began):
     """Log and print what a sampling phase gave, and what it spent on all that was drawn."""
     seconds = time.time() - began
-    costs = costs_of(responses, run.engine.parameters)
-    spent = costs_of(drawn, run.engine.parameters)
+    parameters = run.engine.parameters
+    costs = costs_of(known.counted(), parameters)
+    spent = costs_of(known.drawn(), parameters)
     for name in ("draws", "tokens", "prompt_tokens", "flops"):
         costs[f"spent_{name}"] = spent[name]
-    run.log(round, phase, **costs, **loading, parameters=run.engine.parameters, seconds=seconds)
-    say(f"  round {round}  {phase:<10}{len(responses):>7,} answers of {len(drawn):,} drawn, "
-        f"{costs['correct'] / max(1, len(responses)):.1%} correct, {spent['tokens'] / seconds:,.0f} tok/s, "
-        f"{seconds:.1f} s")
-    odd = {reason: n for reason, n in costs["verdicts"].items() if reason in NO_VERDICT}
-    if odd:
-        say(f"           counted as wrong without a comparison: {odd}")
+    run.log(round, phase, **costs, **loading, parameters=parameters, seconds=seconds)
+    answers = max(1, costs["draws"])
+    cut = costs["cut"] / answers
+    silent = costs["verdicts"]["no_answer"] / answers
+    say(f"  round {round}  {phase:<10}{costs['draws']:>7,} answers of {spent['draws']:,} drawn, "
+        f"{costs['correct'] / answers:.1%} correct, {cut:.0%} cut, {silent:.0%} state no answer, "
+        f"{spent['tokens'] / seconds:,.0f} tok/s, {seconds:.1f} s")
+    if cut > 0.5:
+        say("           more than half were cut: raise --max-new-tokens")
+    if silent > 0.5:
+        say("           more than half state no answer: read some, then try another --prompt, --system or --grader")
+    for reason in NO_VERDICT:
+        if costs["verdicts"][reason] and reason != "cut":
+            say(f"           {costs['verdicts'][reason]:,} were wrong without a comparison: {reason}")
 
 
 def costs_of(answers, parameters):
@@ -1577,12 +1610,6 @@ def costs_of(answers, parameters):
             "prompt_tokens": sum(prompts), "cut": sum(a["finish"] == "length" for a in answers),
             "verdicts": Counter(a["reason"] for a in answers), "flops": 2 * parameters * (sum(prompts) + tokens),
             "padded_flops": 2 * parameters * (padded + tokens)}
-
-
-def count_only(run, round, phase, responses):
-    """Have the metrics of a phase count only these of its responses; what the others cost was spent all the same."""
-    values = run.metrics.get((round, phase), {"parameters": 0})
-    values.update(costs_of(responses, values["parameters"]))
 
 
 class TransformersEngine:
@@ -1643,7 +1670,7 @@ class TransformersEngine:
         return {}
 
     def answers(self, next_request):
-        """Yield (request, tokens generated, text, "stop" or "length"). On CPU each core sees to a batch of its own."""
+        """Yield (request, {text, tokens, finish}). On a CPU each core answers a batch of its own."""
         requests = sorted(iter(next_request, None), key=lambda r: (len(r.ids), r.place, r.draw))  # little padding
         groups = [requests[at:at + GROUP] for at in range(0, len(requests), GROUP)]
         own = []
@@ -1653,11 +1680,10 @@ class TransformersEngine:
         cores = 1 if device().type == "cuda" else threads_per_process()
         with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for group, answers in zip(own, pool.map(self.generate, own)):
-                for request, answer in zip(group, answers):
-                    yield request, *answer
+                yield from zip(group, answers)
 
     def generate(self, group):
-        """[(tokens generated, text, finish)] of a group of requests, seeded by its first one."""
+        """[{text, tokens, finish}] of a group of requests, seeded by its first one."""
         batch = self.tokenizer.pad({"input_ids": [r.ids for r in group]}, return_tensors="pt").to(device())
         stops = {"stop_strings": self.stops, "tokenizer": self.tokenizer} if self.stops else {}
         noise = []
@@ -1666,16 +1692,33 @@ class TransformersEngine:
         with torch.inference_mode():
             out = self.model.generate(**batch, **stops, max_new_tokens=self.max_new_tokens, eos_token_id=self.ends,
                                       pad_token_id=self.tokenizer.pad_token_id, logits_processor=noise)
+        ends = {*self.ends, self.tokenizer.pad_token_id}
         answers = []
         for row in out[:, batch["input_ids"].shape[1]:].tolist():
-            ends = [place for place, token in enumerate(row) if token in (*self.ends, self.tokenizer.pad_token_id)]
-            size = ends[0] if ends else len(row)
-            text, stop, _ = self.tokenizer.decode(row[:size], skip_special_tokens=True).partition(STOP)
-            finish = "stop" if stop or ends else "length"
-            if ends and not stop:  # the end token counts; behind a stop string there is only padding
-                size += 1
-            answers.append((size, text.strip(), finish))
+            ids = list(itertools.takewhile(lambda token: token not in ends, row))
+            text, stop, _ = self.decode(ids).partition(STOP)
+            tokens = len(ids)
+            finish = "stop"
+            if not stop and tokens < len(row):
+                tokens += 1  # the end token; behind a stop string there is only padding
+            elif not stop:
+                finish = "length"
+            answers.append(self.answer(text, ids, tokens, finish, bool(stop)))
         return answers
+
+    def answer(self, text, ids, tokens, finish, stopped):
+        """An answer as it is recorded. The ids of a stop string go; where no token ends before it, there are none."""
+        if stopped:
+            while len(self.decode(ids)) > len(text):
+                ids = ids[:-1]
+        known = None
+        if not stopped or self.decode(ids) == text:
+            known = " ".join(map(str, ids))
+        return {"text": text.strip(), "ids": known, "tokens": tokens, "finish": finish}
+
+    def decode(self, ids):
+        """The text of token ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class Noise:
@@ -1770,19 +1813,18 @@ class VllmEngine(TransformersEngine):
         if not path.exists():
             return {"tensors_equal": compared}
         row = read(path)
-        tokens = row["tokens"][:self.room - 1]
         with torch.compiler.set_stance("force_eager" if device().type == "cpu" else "default"):  # saves 5-20 s
-            [output] = self.llm.generate({"prompt_token_ids": tokens}, self.settings(max_tokens=1, prompt_logprobs=0),
-                                         use_tqdm=False)
-        engines = [found[token].logprob for token, found in zip(tokens[1:], output.prompt_logprobs[1:])]
-        errors = np.abs(np.subtract(engines, row["logprobs"][:len(engines)]))
+            [output] = self.llm.generate({"prompt_token_ids": row["tokens"]},
+                                         self.settings(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        found = zip(row["tokens"][1:], output.prompt_logprobs[1:])
+        engines = [logprobs[token].logprob for token, logprobs in found]
+        error = float(np.median(np.abs(np.subtract(engines, row["logprobs"]))))
         limit = 0.2  # in bfloat16 single tokens differ by 5, their median by 0.07 (measured); other weights by more
         if self.llm.llm_engine.model_config.dtype == compute_dtype() == torch.float32:
             limit = 0.001  # 0.00001 (measured)
-        if not np.median(errors) <= limit:
-            fail(f"vLLM's log-probabilities of {self.folder} are {np.median(errors):.2g} off the trainer's (median)")
-        return {"tensors_equal": compared, "logprob_error": float(errors.max()),
-                "logprob_error_median": float(np.median(errors))}
+        if not error <= limit:
+            fail(f"vLLM's log-probabilities of {self.folder} are {error:.2g} off the trainer's (median)")
+        return {"tensors_equal": compared, "logprob_error": error}
 
     def settings(self, **values):
         """vLLM's SamplingParams; an answer comes once, when it is whole."""
@@ -1799,8 +1841,8 @@ class VllmEngine(TransformersEngine):
         return {"asleep_gib": (total - free) / 2**30}
 
     def answers(self, next_request):
-        """Yield (request, tokens generated, text, "stop" or "length") as they end; next_request is asked again as soon
-        as there is room, so a problem's next wave need not wait for the slowest."""
+        """Yield (request, {text, tokens, finish}) as they end; next_request is asked again as soon as there is room, so
+        a problem's next wave need not wait for the slowest."""
         torch.set_num_threads(threads_per_process())
         engine = self.llm.llm_engine
         flying = {}
@@ -1826,7 +1868,9 @@ class VllmEngine(TransformersEngine):
                 if output.finished:
                     request = flying.pop(output.request_id)
                     answer = output.outputs[0]
-                    yield request, len(answer.token_ids), answer.text.strip(), answer.finish_reason
+                    ids = [token for token in answer.token_ids if token not in self.ends]
+                    yield request, self.answer(answer.text, ids, len(answer.token_ids), answer.finish_reason,
+                                               isinstance(answer.stop_reason, str))
 
 
 def shape_of(config):
@@ -1885,6 +1929,7 @@ def compare_weights(folder, model):
 # 6. Log-probabilities -------------------------------------------------------------------------------------------------
 
 LOGITS = 2**26  # made at a time, 256 MB in float32
+SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # of heads that are more than one matrix
 
 
 def token_logprobs(hidden, weight, targets):
@@ -1902,30 +1947,27 @@ def token_logprobs(hidden, weight, targets):
 
 def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **other):
     """Causal attention inside each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D)."""
-    if other.get("softcap") or max_length_q > (other.get("sliding_window") or max_length_q):
+    longest = max_length_q or query.shape[2]
+    if other.get("softcap") or longest > (other.get("sliding_window") or longest):
         fail("this model's attention (soft-capped, or a sliding window shorter than an example) cannot be trained here")
+    if cu_seq_lens_q is None:  # rows of one sequence each, padded at their ends
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         options = {"enable_gqa": True}
         if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
-            k, v, options = *(x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v)), {}
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            options = {}
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
                           window_size=(-1, 0), **options)
         return out[None], None
-    # On CPU padded, those together whose lengths differ by less than a factor of two: a sequence alone is too small a
-    # piece of work for two threads, and all together are mostly padding. Padding stands behind the real tokens, so a
-    # causal mask hides it from them.
-    lengths, parts, places = cu_seq_lens_q.diff().long(), [], []
-    for size in lengths.log2().ceil().unique():
-        start, length = (of[lengths.log2().ceil() == size, None] for of in (cu_seq_lens_q[:-1].long(), lengths))
-        within = torch.arange(int(length.max()))
-        at, real = (start + within).clamp(max=query.shape[2] - 1), within < length  # (S, longest)
-        q, k, v = (x[0][:, at].transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        parts.append(out.transpose(1, 2)[real])
-        places.append(at[real])
-    return torch.cat(parts)[torch.cat(places).argsort()][None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    rows = []
+    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2)):
+        rows.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True))
+    return torch.cat(rows, 2).transpose(1, 2), None
 
 
 def sequence_logprobs(logprobs, batch):
@@ -1937,12 +1979,15 @@ def sequence_logprobs(logprobs, batch):
 class Policy(torch.nn.Module):
     """A causal language model that gives log-probabilities of a batch's targets, (P,): the head sees these only."""
 
+    packs = True  # whether sequences laid end to end do not see one another
+
     def __init__(self, model):
         super().__init__()
         self.body, self.head = model.get_decoder(), model.get_output_embeddings()
 
     def forward(self, batch):
-        return token_logprobs(hidden_states(self.body, batch), self.head.weight, batch["targets"])
+        hidden = hidden_states(self.body, batch) if self.packs else padded_states(self.body, batch)
+        return token_logprobs(hidden, self.head.weight, batch["targets"])
 
 
 def hidden_states(body, batch):
@@ -1952,13 +1997,55 @@ def hidden_states(body, batch):
                 max_length_k=batch["longest"]).last_hidden_state[0, batch["predict"]]
 
 
+def padded_states(body, batch):
+    """The same by rows of one sequence each, for models whose layers mix what is packed. Padding stands behind the
+    real tokens, which do not see it."""
+    lengths = batch["starts"].diff().tolist()
+    rows = torch.nn.utils.rnn.pad_sequence(batch["tokens"].split(lengths), batch_first=True)
+    hidden = body(input_ids=rows, use_cache=False).last_hidden_state
+    real = [states[:length] for states, length in zip(hidden, lengths)]
+    return torch.cat(real)[batch["predict"]]
+
+
+@torch.no_grad()
+def can_pack(policy):
+    """Whether a model gives two sequences the same log-probabilities packed and alone.
+
+    Linear attention, state spaces and convolutions (Qwen3-Next, Falcon-H1, LFM2) run on into the next sequence."""
+    first = [([], list(range(5, 37)))]
+    second = [([], list(range(99, 67, -1)))]
+    alone = torch.cat([policy(pack([first])), policy(pack([second]))])
+    limit = 0.001 if compute_dtype() == torch.float32 else 0.1
+    return bool((policy(pack([first, second])) - alone).abs().max() < limit)
+
+
 # 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
 
 def tokenize(tokenizer, example):
-    """[(prompt ids, completion ids with the end token)] of an example; its completions hold no special tokens."""
-    prompt, end = encode(tokenizer, example["prompt"]) if example["prompt"] else [], example["end"]
-    return [(prompt, tokenizer(c, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-             + [tokenizer.convert_tokens_to_ids(end)]) for c in example["completions"]]
+    """[(prompt ids, completion ids with the end token)] of an example."""
+    prompt = encode(tokenizer, example["prompt"]) if example["prompt"] else []
+    end = tokenizer.convert_tokens_to_ids(example["end"])
+    texts = example["completions"]
+    sequences = []
+    for text, ids in zip(texts, example.get("ids") or [None] * len(texts), strict=True):
+        if ids is None:
+            ids = completion_ids(tokenizer, example["prompt"], text)
+        else:
+            ids = [int(token) for token in ids.split()]
+        sequences.append((prompt, ids + [end]))
+    return sequences
+
+
+def completion_ids(tokenizer, prompt, text):
+    """Token ids of a text where it follows a prompt. Alone, Llama 2 and its like would put a blank before it."""
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    before = ids(prompt[-1:])
+    both = ids(prompt[-1:] + text)
+    if both[:len(before)] == before:
+        return both[len(before):]
+    return ids(text)  # the prompt's last character is one token with the text's first
 
 
 def pack(examples):
@@ -2027,16 +2114,21 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     stays, or with `decay` falls as a half cosine. clip: the largest gradient norm; 0 is none. Resumes a killed run."""
     began = time.time()
     round, _ = round_and_phase(file)
-    slept = run.engine.sleep()
+    figures = run.engine.sleep()
     torch.set_num_threads(threads_per_process())
     model = local_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenized = [tokenize(tokenizer, example) for example in examples]
-    lengths = [sum(len(prompt) + len(completion) for prompt, completion in example) for example in tokenized]
+    lengths = [sum(map(len_of, sequences)) for sequences in tokenized]
     network, policy = load_for_training(run, model)
-    max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run, network)
-    plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
+    # Before the first forward pass, after which FSDP shows other parameters than those to be trained
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run, network)
+    policy.packs = can_pack(policy)
+    if not policy.packs:
+        say(f"  {network.config.model_type}: its layers mix packed sequences, so each is trained in a row of its own")
+        max_tokens = 1
+    plan = plan_batches(lengths, batch_size, epochs, max_tokens, world_size(), run.rng(round, "batches"))
     references = None
     if reference:
         references = reference_logprobs(policy, tokenized, plan[:math.ceil(len(examples) / batch_size)])
@@ -2051,24 +2143,22 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
             values = optimizer_step(policy, optimizer, loss, tokenized, references, micro_batches, clip)
             history.append({"step": step + 1, **values})
             if not math.isfinite(values["loss"]) or not math.isfinite(values["norm"]):
-                stop_training(examples, plan[step], f"round {round}, training step {step + 1} of {len(plan)}: loss "
-                              f"{values['loss']}, gradient norm {values['norm']}")
+                ids = [examples[e]["id"] for micro_batch in plan[step] for e in micro_batch]
+                fail(f"round {round}, training step {step + 1} of {len(plan)}: loss {values['loss']}, gradient norm "
+                     f"{values['norm']}; the last good model stays. The step's examples: {', '.join(ids)}")
             if gather(time.time() - saved >= 60 * run.constants["SAVE_MINUTES"])[0]:
                 save_progress(run, round, policy, optimizer, history)
                 saved = time.time()
             shown.set_description_str(f"round {round} train, loss {values['loss']:.3f}", refresh=False)
             shown.update()
     trained = time.time()
-    row = row_logprobs(policy, max((sequence for example in tokenized for sequence in example), key=len_of))
-    if not all(map(math.isfinite, row["logprobs"])):
-        stop_training(examples, plan[-1], f"round {round}: after the last training step the model gives no numbers")
+    row = row_logprobs(policy, max((sequence for sequences in tokenized for sequence in sequences), key=len_of))
     save_model(network, tokenizer, run.folder / f"{file}.part", row)
     if rank() == 0:
         write(run.folder / f"round_{round}" / "steps.jsonl", history)
-    padded = max(lengths) * len(lengths) / sum(lengths)  # times as many tokens, if all were as long as the longest
-    report_training(run, round, history, sum(lengths) * epochs, padded, sum(lengths) * reference,
-                    network.num_parameters(), slept | {"save_seconds": time.time() - trained,
-                                                       "seconds": time.time() - began})
+    figures["save_seconds"] = time.time() - trained
+    figures["seconds"] = time.time() - began
+    report_training(run, round, history, lengths, epochs, reference, network.num_parameters(), figures)
 
 
 def optimizer_step(policy, optimizer, loss, examples, references, micro_batches, clip):
@@ -2100,18 +2190,11 @@ def len_of(sequence):
     return len(sequence[0]) + len(sequence[1])
 
 
-def stop_training(examples, micro_batches, why):
-    """End the program because numbers are not finite any more, and say where to look."""
-    ids = ", ".join(examples[e]["id"] for micro_batch in micro_batches for e in micro_batch)
-    fail(f"{why}; the last good model stays. The step's examples: {ids}")
-
-
 def load_for_training(run, model):
     """(the model, its Policy), sharded over all processes: float32 weights; GPUs compute in bfloat16."""
     AttentionInterface.register("packed", packed_attention)
     network = load_network(AutoModelForCausalLM, model, dtype=torch.float32, attn_implementation="packed")
-    names = "logit_scale", "logits_scaling", "final_logit_softcapping"
-    scaled = any(getattr(network.config, name, None) for name in names)
+    scaled = any(getattr(network.config, name, None) for name in SCALED)
     if scaled or network.get_output_embeddings().bias is not None:
         fail(f"{model}: a model whose head is more than one matrix cannot be trained here")
     network.train()
@@ -2141,17 +2224,18 @@ def tokens_that_fit(run, network):
         return wanted
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     container = Path("/sys/fs/cgroup/memory.max")
-    if container.exists() and container.read_text().strip().isdigit():
+    if container.exists() and container.read_text().strip() != "max":
         memory = min(memory, int(container.read_text()))
     config = network.config.get_text_config()
-    floats = config.num_hidden_layers * (16 * config.hidden_size + 6 * config.intermediate_size)
+    a_token = 4 * config.num_hidden_layers * (16 * config.hidden_size + 6 * config.intermediate_size)
     states = 16 * network.num_parameters() / world_size()
-    share = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    tokens = max(256, int((share - states - 16 * LOGITS) / (4 * floats)))
-    if tokens < wanted:
-        say(f"  memory   micro-batches of {tokens:,} tokens (not --max-tokens {wanted:,}) fit into half of "
-            f"{memory / 2**30:.0f} GiB")
-    return min(wanted, tokens)
+    room = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - states - 16 * LOGITS
+    tokens = max(256, int(room / a_token))
+    if tokens >= wanted:
+        return wanted
+    say(f"  memory   micro-batches of {tokens:,} tokens (not --max-tokens {wanted:,}) fit into half of "
+        f"{memory / 2**30:.0f} GiB")
+    return tokens
 
 
 def sum_over_processes(sums):
@@ -2191,18 +2275,16 @@ def reference_logprobs(policy, examples, steps):
 
 
 def save_progress(run, round, policy, optimizer, history):
-    """Save weights and AdamW's state in shards that load at another number of processes, under another name, then
-    rename; the save before goes only then."""
-    path = run.unfinished / f"round_{round}-step_{len(history):07d}"
-    half = path.with_name(path.name + ".part")
+    """Save weights and AdamW's state in shards that load at another number of processes; the save before goes then."""
+    half = run.unfinished / f"round_{round}-step_{len(history):07d}.part"
     weights, moments = get_state_dict(policy, optimizer)
     dcp.save({"weights": weights, "moments": moments}, checkpoint_id=half)
     if rank() == 0:
+        older = list(run.unfinished.glob(f"round_{round}-step_???????"))
         write(half / "history.json", history)
-        half.rename(path)
-        for older in run.unfinished.glob(f"round_{round}-step_*"):
-            if older != path:
-                shutil.rmtree(older)
+        publish(half)
+        for path in older:
+            shutil.rmtree(path)
     barrier()
 
 
@@ -2249,16 +2331,21 @@ def training_flops(parameters, tokens, reference_tokens=0):
     return parameters * (6 * tokens + 2 * reference_tokens)
 
 
-def report_training(run, round, history, tokens, padded, reference, parameters, more):
+def report_training(run, round, history, lengths, epochs, reference, parameters, more):
     """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
-    flops = training_flops(parameters, tokens, reference)
-    last = {name: history[-1][name] for name in ("loss", "margin", "preferred") if name in history[-1]}
+    tokens = sum(lengths) * epochs
+    reference_tokens = sum(lengths) * reference
+    flops = training_flops(parameters, tokens, reference_tokens)
+    padded = max(lengths) * len(lengths) / sum(lengths)  # times as many tokens, if all were as long as the longest
+    first, last = history[0], history[-1]
+    for name in ("loss", "margin", "preferred"):
+        if name in last:
+            more[name] = last[name]
     if device().type == "cuda":
         more["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    run.log(round, "train", steps=len(history), first_loss=history[0]["loss"], **last, tokens=tokens,
-            reference_tokens=reference, flops=flops, spent_flops=flops,
-            padded_flops=flops * padded, **more)
-    say(f"  round {round}  train     {len(history):>7,} steps, loss {history[0]['loss']:.3f} -> {last['loss']:.3f}, "
+    run.log(round, "train", steps=len(history), first_loss=first["loss"], tokens=tokens,
+            reference_tokens=reference_tokens, flops=flops, spent_flops=flops, padded_flops=flops * padded, **more)
+    say(f"  round {round}  train     {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
         f"{tokens / more['seconds']:,.0f} tok/s, {more['seconds']:.1f} s")
 
 
@@ -2267,17 +2354,12 @@ def report_training(run, round, history, tokens, padded, reference, parameters, 
 def hold_out(problems, n, seed):
     """(the others, n random problems that are put aside to be scored): the same for a seed, whatever else is read. A
     problem whose text occurs twice is on one side only, so the second list may be a little longer."""
-    count = Counter(p["problem"] for p in problems)
-    aside = set()
-    held = 0
-    for text in sorted(count, key=lambda text: seed_of(seed, "held out", text)):
-        if held >= n:
-            break
-        aside.add(text)
-        held += count[text]
-    if len(aside) == len(count):
+    order = sorted(problems, key=lambda problem: seed_of(seed, "held out", problem["problem"]))
+    texts = {problem["problem"] for problem in order[:n]}
+    others = [problem for problem in problems if problem["problem"] not in texts]
+    if not others:
         fail(f"--held-out {n} leaves nothing of the {len(problems)} problems")
-    return [p for p in problems if p["problem"] not in aside], [p for p in problems if p["problem"] in aside]
+    return others, [problem for problem in problems if problem["problem"] in texts]
 
 
 def worked_examples(problem):
@@ -2334,14 +2416,13 @@ def wilson_interval(right, n):
 def show_answers(problems, responses):
     """Print one right and one wrong response in full, so that a person sees what the numbers are made of."""
     by_id = {p["id"]: p for p in problems}
-    shown = set()
+    examples = {}
     for response in responses:
-        name = "right" if response["correct"] else "wrong"
-        if name not in shown:
-            shown.add(name)
-            problem = by_id[response["id"]]
-            text = response["text"].replace("\n", "\n    ")
-            say(f"  {name}: {problem['problem']}\n    {text}\n    (the answer is {problem['answer']})")
+        examples.setdefault("right" if response["correct"] else "wrong", response)
+    for name, response in examples.items():
+        problem = by_id[response["id"]]
+        text = response["text"].replace("\n", "\n    ")
+        say(f"  {name}: {problem['problem']}\n    {text}\n    (the answer is {problem['answer']})")
 
 
 def end_round(run, t, keep=()):

@@ -214,15 +214,15 @@ def select(problems, probe, responses, limits, size, run, t):
 
 def make_examples(tokenizer, selection, by_id, responses):
     """D_a: the chosen answers as training examples, or the pairs (preferred, rejected)."""
-    text = {(r["id"], r["draw"]): r["text"] for r in responses}
+    by_draw = {(r["id"], r["draw"]): r for r in responses}
     examples = []
     for s in selection:
         problem = by_id[s["id"]]
-        text[s["id"], WORKED_SOLUTION] = problem.get("solution")
+        by_draw[s["id"], WORKED_SOLUTION] = problem.get("solution")
         trained = s["pairs"] if LOSS == "dpo" else [[draw] for draw in s["chosen"]]
         for draws, copies in zip(trained, s["copies"]):
-            completions = [text[s["id"], draw] for draw in draws]
-            examples += [make_example(tokenizer, PROMPT, problem, *completions, system=SYSTEM)] * copies
+            answers = [by_draw[s["id"], draw] for draw in draws]
+            examples += [make_example(tokenizer, PROMPT, problem, *answers, system=SYSTEM)] * copies
     return examples
 
 

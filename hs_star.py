@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from common import (bar, by_problem, compute_dtype, device, encode, end_round, evaluate, fail, final_table, gather,
-                    give_memory_back, hidden_states, launch, lines_of, load_network, load_solved, load_tokenizer,
+                    give_memory_back, hidden_states, launch, load_network, load_solved, load_tokenizer,
                     local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank,
                     report, round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly, threads_per_process,
                     torn_lines, train, weight_files, worked_examples, world_size, write_line)
@@ -137,13 +137,23 @@ def difficulty_of(outcomes, rewards):
     or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
     phi_a = outcomes.count(1) / len(outcomes)
     phi_r = statistics.mean(rewards)
-    inlier = {"both": phi_a == 1 and phi_r > TAU_HIGH, "accuracy": phi_a == 1, "reward": phi_r > TAU_HIGH}
-    outlier = {"both": phi_a == 0 and phi_r < TAU_LOW, "accuracy": phi_a == 0, "reward": phi_r < TAU_LOW}
-    if inlier[DIFFICULTY]:
+    tau_low, tau_high = thresholds()
+    inlier = phi_a == 1 or DIFFICULTY == "reward"
+    outlier = phi_a == 0 or DIFFICULTY == "reward"
+    if DIFFICULTY != "accuracy":
+        inlier = inlier and phi_r > tau_high
+        outlier = outlier and phi_r < tau_low
+    if inlier:
         return phi_a, phi_r, "inlier"
-    if outlier[DIFFICULTY]:
+    if outlier:
         return phi_a, phi_r, "outlier"
     return phi_a, phi_r, "boundary"
+
+
+def thresholds():
+    """(tau_low, tau_high): as given, else the known ones of this PRM and model, else zeros."""
+    known = TAUS.get((Path(PRM).name, Path(MODEL).name), (0.0, 0.0))
+    return TAU_LOW or known[0], TAU_HIGH or known[1]
 
 
 def quotas(classes, rng):
@@ -229,10 +239,7 @@ class RewardModel:
             self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2), nn.Softmax(1))
         else:
             fail(f"{name} is no process reward model that is known here: no tensor v_head or score in it")
-        try:
-            self.head.load_state_dict(tensors)  # into float32
-        except RuntimeError as error:
-            fail(f"{name}: its head {self.layout}: {lines_of(error)[-1].strip()}")
+        self.head.load_state_dict(tensors)  # into float32
         self.mark = self.tokenizer(mark, add_special_tokens=False)["input_ids"]
         if len(self.mark) != 1:
             fail(f"{name}: its tokenizer has no token for the end of a step, {mark!r}")
@@ -342,26 +349,14 @@ def step_rewards(run, file, prm, problems, responses):
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
-def thresholds():
-    """(tau_low, tau_high): as given, or the known ones of this PRM and model; ends the program where there are none."""
-    known = TAUS.get((Path(PRM).name, Path(MODEL).name), (0.0, 0.0))
-    low = TAU_LOW or known[0]
-    high = TAU_HIGH or known[1]
-    if DIFFICULTY == "accuracy" or REPORT_ONLY:
-        return low, high
-    if low == 0 or high == 0:
-        fail(f"no thresholds are known for {PRM} with {MODEL}: give --tau-low and --tau-high; --report-only prints the "
-             "numbers to choose them from")
-    if low >= high:
-        fail(f"--tau-low {low} and --tau-high {high}: the second is the higher one")
-    return low, high
-
-
-def with_rewards(responses, rewards):
-    """Responses with the reward of each step and S(r); as they are without a PRM."""
-    if not rewards:
-        return responses
-    return [{**response, **reward} for response, reward in zip(responses, rewards)]
+def draw_and_read(run, file, prm, model, problems, draws, prompt, drawn):
+    """Draw answers and have the PRM read them: responses, each with its steps' rewards and S(r). file: round_1/pre or
+    round_1/re, to which "samples.jsonl" and "rewards.jsonl" are added."""
+    responses = sample(run, f"{file}samples.jsonl", model, problems, draws, prompt, **drawn)
+    if prm:
+        rewards = step_rewards(run, f"{file}rewards.jsonl", prm, problems, responses)
+        responses = [response | reward for response, reward in zip(responses, rewards)]
+    return responses
 
 
 def classify(problems, presamples):
@@ -418,12 +413,18 @@ def check_constants():
         fail(f"--pre-samples {PRE_SAMPLES} are more than --budget {BUDGET}")
     if not PRM and (DIFFICULTY != "accuracy" or PAIRING != "random"):
         fail("without --prm there are no rewards: only --difficulty accuracy with --pairing random can do without")
+    if DIFFICULTY == "accuracy" or REPORT_ONLY:
+        return
+    low, high = thresholds()
+    if low == 0 or high == 0:
+        fail(f"no thresholds are known for {PRM} with {MODEL}: give --tau-low and --tau-high; --report-only prints the "
+             "numbers to choose them from")
+    if low >= high:
+        fail(f"--tau-low {low} and --tau-high {high}: the second is the higher one")
 
 
 def main():
     check_constants()
-    global TAU_LOW, TAU_HIGH  # so that the run stores those in use
-    TAU_LOW, TAU_HIGH = thresholds()
     prm = RewardModel(PRM) if PRM else None
     solved = load_solved(STEP_SET, DATA)
     run, tokenizer, problems, held_out, tests = prepare(globals(), solved, models=[PRM] if PRM else [])
@@ -435,7 +436,7 @@ def main():
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
     training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP)
     shots = SHOTS if PROMPT == "few_shot" else 0
-    say(f"  taus     {TAU_LOW} and {TAU_HIGH}")
+    say("  taus     {} and {}".format(*thresholds()))
     if ROUNDS * SLICE > len(problems):
         say(f"           {ROUNDS} rounds of {SLICE:,} problems (--slice): some are drawn again")
 
@@ -444,8 +445,8 @@ def main():
         text = make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
         return f"{SYSTEM}\n\n{text}" if SYSTEM and PROMPT != "chat" else text
 
-    def example(problem, *completions):
-        return make_example(tokenizer, PROMPT, problem, *completions) | {"prompt": ask(problem)}
+    def example(problem, *answers):
+        return make_example(tokenizer, PROMPT, problem, *answers) | {"prompt": ask(problem)}
 
     # M_0: SFT of the base on solutions in steps
     model = MODEL
@@ -454,43 +455,39 @@ def main():
         d_0 = [example(p, p["solution"]) for p in solved]
         model = train(run, "round_0/model", MODEL, d_0, sft_loss, lr=LR, **training)
     m_0 = model
-    if not REPORT_ONLY:
-        name = "round 0" if solved else "base"
-        scores[name] = evaluate(run, "round_0/eval.json", m_0, tests, ask, **greedy)
+    if REPORT_ONLY:
+        own = [problems[i] for i in slice_of(len(problems), 1, run)]
+        presamples = draw_and_read(run, "round_1/pre", prm, m_0, own, PRE_SAMPLES, ask, drawn)
+        report_rewards(run, 1, classify(own, presamples))
+        say("now choose --tau-low and --tau-high, and another --name; with this run's round_1/presamples.jsonl and "
+            "prerewards.jsonl (and round_0/) copied there, and all else the same, nothing is drawn twice")
+        return
+    name = "round 0" if solved else "base"
+    scores[name] = evaluate(run, "round_0/eval.json", m_0, tests, ask, **greedy)
     end_round(run, 0, keep=[m_0])
 
     for t in range(1, ROUNDS + 1):
         # 1. Pre-sample n_p answers to each problem of the slice; phi_a and phi_r tell where the boundary is
         own = [problems[i] for i in slice_of(len(problems), t, run)]
-        presamples = sample(run, f"round_{t}/presamples.jsonl", model, own, PRE_SAMPLES, ask, **drawn)
-        if prm:
-            rewards = step_rewards(run, f"round_{t}/prerewards.jsonl", prm, own, presamples)
-            presamples = with_rewards(presamples, rewards)
+        presamples = draw_and_read(run, f"round_{t}/pre", prm, model, own, PRE_SAMPLES, ask, drawn)
         difficulties = classify(own, presamples)
         if prm:
             report_rewards(run, t, difficulties)
-        if REPORT_ONLY:
-            say("now choose --tau-low and --tau-high, and another --name; with this run's round_1/presamples.jsonl and "
-                "prerewards.jsonl (and round_0/) copied there, and all else the same, nothing is drawn twice")
-            return
 
         # 2. Re-sample: the remaining (n - n_p) N answers go to the boundary
         counts = quotas([name for _, _, name in difficulties], run.rng(t, "quotas"))
-        more = sample(run, f"round_{t}/resamples.jsonl", model, own, counts, ask, **drawn)
-        if prm:
-            rewards = step_rewards(run, f"round_{t}/rerewards.jsonl", prm, own, more)
-            more = with_rewards(more, rewards)
+        more = draw_and_read(run, f"round_{t}/re", prm, model, own, counts, ask, drawn)
         responses = presamples + [{**r, "draw": PRE_SAMPLES + r["draw"]} for r in more]
 
         # 3. Pairs of the boundary's answers; M_t = DPO of M_{t-1}
         selection = run.once(f"round_{t}/selection.jsonl", select, own, difficulties, counts, responses, run, t)
         report_selection(run, t, selection)
         show_answers(own, responses)
-        text = {(r["id"], r["draw"]): r["text"] for r in responses}
+        by_draw = {(r["id"], r["draw"]): r for r in responses}
         pairs = []
         for s in selection:
             for preferred, rejected in s["pairs"]:
-                pairs.append(example(by_id[s["id"]], text[s["id"], preferred], text[s["id"], rejected]))
+                pairs.append(example(by_id[s["id"]], by_draw[s["id"], preferred], by_draw[s["id"], rejected]))
         if pairs:
             pairs = run.once(f"round_{t}/train.jsonl", list, pairs)
             start = model if START == "previous" else m_0

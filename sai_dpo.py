@@ -140,16 +140,12 @@ def key_of(p, steps, length):
 
 
 def probe_of(clusters, rng):
-    """Places of the problems that are probed, in order: PROBE of all, of each cluster its part, but 2 at least (or all
-    that it has). The problems come to the cluster that is furthest below its part, one after the other."""
+    """Places of the problems that are probed, in order: PROBE of all, of each cluster its part, or 2 if that is more
+    (or all that it has)."""
     sizes = np.bincount(clusters)
-    counts = np.minimum(2, sizes)
-    total = max(round(PROBE * len(clusters)), counts.sum())
-    while counts.sum() < total:
-        missing = sizes * total / len(clusters) - counts
-        counts[np.argmax(np.where(counts < sizes, missing, -np.inf))] += 1
+    parts = apportion(sizes / len(clusters), sizes, round(PROBE * len(clusters)))
     probe = []
-    for cluster, count in enumerate(counts):
+    for cluster, count in enumerate(np.maximum(parts, np.minimum(2, sizes))):
         members = np.flatnonzero(clusters == cluster)
         probe += rng.permutation(members)[:count].tolist()
     return sorted(probe)
@@ -214,38 +210,39 @@ def keep(rows, shares, rng):
     do not look at difficulty, random ones), of each cluster its share (in arms that know of clusters)."""
     learnable = [i for i, row in enumerate(rows) if 1 in row["outcomes"] and 0 in row["outcomes"]]
     order = rng.permutation(learnable).tolist()
+
+    def hardness(i):
+        row = rows[i]
+        in_the_middle = PREFER == "middle" and 0.25 <= row["p"] <= 0.75
+        return in_the_middle, key_of(row["p"], row["steps"], row["length"])
+
     if SELECT in ("both", "difficulty", "static"):
-        def hardness(i):
-            row = rows[i]
-            in_the_middle = PREFER == "middle" and 0.25 <= row["p"] <= 0.75
-            return in_the_middle, key_of(row["p"], row["steps"], row["length"])
-        order = sorted(order, key=hardness, reverse=True)
+        order.sort(key=hardness, reverse=True)
     if SELECT in ("difficulty", "random"):
         return order[:PAIRS_PER_ROUND]
     room = np.bincount([rows[i]["cluster"] for i in learnable], minlength=len(shares))
     kept = []
     for cluster, count in enumerate(apportion(shares, room, PAIRS_PER_ROUND)):
-        members = [i for i in order if rows[i]["cluster"] == cluster]
-        kept += members[:count]
+        kept += [i for i in order if rows[i]["cluster"] == cluster][:count]
     return kept
 
 
 def rates_of(answers, groups, k):
     """p(x) of the probed problems of each of k clusters."""
-    by_id = by_problem(answers)
+    cluster = {g["id"]: g["cluster"] for g in groups}
     rates = [[] for _ in range(k)]
-    for g in groups:
-        if g["probed"]:
-            outcomes = outcomes_of(by_id[g["id"]])
-            rates[g["cluster"]].append(outcomes.count(1) / len(outcomes))
+    for i, drawn in by_problem(answers).items():
+        outcomes = outcomes_of(drawn)
+        rates[cluster[i]].append(outcomes.count(1) / len(outcomes))
     return rates
 
 
 def choose_pair(outcomes, rng):
     """[draw to prefer, draw to reject]: a random right one and a random wrong one."""
-    right = [draw for draw, outcome in enumerate(outcomes) if outcome == 1]
-    wrong = [draw for draw, outcome in enumerate(outcomes) if outcome == 0]
-    return [int(rng.choice(right)), int(rng.choice(wrong))]
+    outcomes = np.array(outcomes)
+    preferred = rng.choice(np.flatnonzero(outcomes == 1))
+    rejected = rng.choice(np.flatnonzero(outcomes == 0))
+    return [int(preferred), int(rejected)]
 
 
 def dpo_loss(logprobs, batch):
@@ -312,10 +309,9 @@ def tags_of(problems, held_out):
     found = {}
     if path.exists():
         found = {output["id"]: parse_tags(output) for output in read(path)}
-    tags = []
-    for problem in problems:
-        own = problem.get("tags", []) if OWN_TAGS else []
-        tags.append(own or found.get(problem["id"], []))
+    if OWN_TAGS:
+        found |= {problem["id"]: problem["tags"] for problem in problems if "tags" in problem}
+    tags = [found.get(problem["id"], []) for problem in problems]
     if [] in tags:
         say(f"  tags     {tags.count([]):,} problems have none, and are grouped by their text (python sai_dpo.py --tag, "
             "with the same data, has them tagged first)")
@@ -381,14 +377,13 @@ def tfidf(texts):
 
 
 def read_encoder(name):
-    """Return a sentence encoder's tokenizer, set to its longest text; fail unless it is mean pooling."""
+    """Return a sentence encoder's tokenizer, set to its longest text; fail unless it takes the mean of its tokens."""
     folder = Path(local_folder(name))
     tokenizer = load_tokenizer(name, "")
-    if (folder / "modules.json").exists():  # a plain model has none, and its mean is taken too
-        layers = {layer["type"].split(".")[-1] for layer in read(folder / "modules.json")}
-        pooling = read(folder / "1_Pooling" / "config.json")
-        mean = pooling.get("pooling_mode_mean_tokens") or pooling.get("pooling_mode") == "mean"  # old files or new
-        if not mean or layers - {"Transformer", "Pooling", "Normalize"}:
+    pooling = folder / "1_Pooling" / "config.json"
+    if pooling.exists():  # a plain model has none, and its mean is taken too
+        how = read(pooling)
+        if not how.get("pooling_mode_mean_tokens") and how.get("pooling_mode") != "mean":  # old files or new
             fail(f"{name}: only mean pooling encoders are read here")
         settings = read(folder / "sentence_bert_config.json")
         tokenizer.model_max_length = settings.get("max_seq_length") or tokenizer.model_max_length
@@ -467,10 +462,7 @@ def typical_tags(groups, k, n=4):
     counts = [Counter() for _ in range(k)]
     for g in groups:
         counts[g["cluster"]].update(g["tags"])
-    typical = []
-    for count in counts:
-        typical.append([tag for tag, _ in count.most_common(n)])
-    return typical
+    return [[tag for tag, _ in count.most_common(n)] for count in counts]
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
@@ -485,12 +477,10 @@ def select(problems, clusters, masses, shares, weights, responses, run, t):
         drawn = by_id[problem["id"]]
         outcomes = outcomes_of(drawn)
         steps = [steps_of(r["text"]) for r in drawn]
-        tokens = [r["tokens"] for r in drawn]
-        p, mean_steps, length = difficulty_of(outcomes, steps, tokens)
-        weight = None if weights is None else weights[j]
-        rows.append({"id": problem["id"], "cluster": j, "mass": masses[j], "share": shares[j], "weight": weight,
-                     "outcomes": outcomes, "p": p, "steps": mean_steps,
-                     "length": length, "pair": None})
+        p, mean_steps, length = difficulty_of(outcomes, steps, [r["tokens"] for r in drawn])
+        rows.append({"id": problem["id"], "cluster": j, "mass": masses[j], "share": shares[j],
+                     "weight": None if weights is None else weights[j], "outcomes": outcomes, "p": p,
+                     "steps": mean_steps, "length": length, "pair": None})
     for i in keep(rows, shares, run.rng(t, "keep")):
         rows[i]["pair"] = choose_pair(rows[i]["outcomes"], run.rng(t, "pair", rows[i]["id"]))
     return rows
@@ -538,8 +528,8 @@ def main():
         examples = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
         return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
 
-    def example(problem, *completions):
-        return make_example(tokenizer, PROMPT, problem, *completions) | {"prompt": ask(problem)}
+    def example(problem, *answers):
+        return make_example(tokenizer, PROMPT, problem, *answers) | {"prompt": ask(problem)}
 
     # Once: knowledge points, their clusters, and the probe
     tags = tags_of(problems, held_out)
@@ -586,12 +576,12 @@ def main():
         show_answers(own, responses)
 
         # 4. pi_t = DPO of pi_{t-1} on the pairs
-        text = {(r["id"], r["draw"]): r["text"] for r in responses}
+        by_draw = {(r["id"], r["draw"]): r for r in responses}
         pairs = []
         for s in selection:
             if s["pair"]:
                 preferred, rejected = s["pair"]
-                pairs.append(example(by_id[s["id"]], text[s["id"], preferred], text[s["id"], rejected]))
+                pairs.append(example(by_id[s["id"]], by_draw[s["id"], preferred], by_draw[s["id"], rejected]))
         if pairs:
             pairs = run.once(f"round_{t}/train.jsonl", list, pairs)
             start = model if START == "previous" else MODEL

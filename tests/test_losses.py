@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import common
 import dast
@@ -158,6 +161,27 @@ def test_pack_by_hand(examples, expected, counts):
     assert batch["counts"] == counts
 
 
+def test_sampled_tokens_are_trained_on_as_they_were():
+    """Not as the tokenizer would write their text; another answer, without ids, is tokenized."""
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    responses = {"text": "12", "ids": "20 21"}, {"text": "12", "ids": None}
+    example = common.make_example(tokenizer, "zero_shot", {"id": "a", "problem": "?"}, *responses)
+    [(_, sampled), (_, written)] = common.tokenize(tokenizer, example)
+    assert sampled == [20, 21, tokenizer.eos_token_id]
+    assert tokenizer.decode(written) == "12<|endoftext|>"
+
+
+def test_no_blank_is_learnt_before_an_answer():
+    """By tokenizers that put one before each text, as Llama 2's does."""
+    vocabulary = {token: i for i, token in enumerate(["</s>", "\u2581", "?", "\n", "1", "2"])}
+    plain = Tokenizer(BPE(vocabulary, []))
+    plain.pre_tokenizer = Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>")
+    assert tokenizer("12", add_special_tokens=False)["input_ids"] == [1, 4, 5]
+    example = {"prompt": "?\n", "completions": ["12"], "end": "</s>"}
+    assert common.tokenize(tokenizer, example) == [([1, 2, 3], [4, 5, 0])]
+
+
 def test_packed_sequences_equal_padded_ones(start):
     """Forward pass and gradient, against transformers' own with padding and a mask."""
     network, policy = common.load_for_training(start(), str(TOY / "model"))
@@ -178,6 +202,28 @@ def test_packed_sequences_equal_padded_ones(start):
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     for name, gradient in gradients(network).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name, options", [("llama", {}), ("lfm2", {"layer_types": ["conv", "full_attention"]})])
+def test_loss_of_each_architecture_is_that_of_its_sequences_alone(start, examples, tmp_path, capsys, name, options):
+    """lfm2 has convolutions, which run on from one packed sequence into the next."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1, initializer_range=0.3, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    run = start()
+    train(run, "round_0/model", examples, model=tmp_path / "model", batch_size=18, epochs=1)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    losses = []
+    for example in examples:
+        [(prompt, completion)] = common.tokenize(tokenizer, example)
+        found = plain(torch.tensor([prompt + completion])).logits[0].log_softmax(1)
+        losses.append(-found[range(len(prompt) - 1, len(prompt + completion) - 1), completion])
+    [step] = lines(run.folder / "round_0" / "steps.jsonl")
+    assert step["loss"] == pytest.approx(float(torch.cat(losses).mean().detach()), abs=1e-5)
+    assert ("a row of its own" in capsys.readouterr().out) == (name == "lfm2")
 
 
 def exact_sums(pairs, factor):
@@ -341,7 +387,7 @@ def test_first_step_of_dpo_has_the_loss_ln_2(start, examples):
     run = start(MAX_TOKENS=400)
     pairs = []
     for one, other in zip(examples[::2], examples[1::2]):
-        pairs.append({**one, "completions": one["completions"] + other["completions"]})
+        pairs.append({**one, "completions": one["completions"] + other["completions"], "ids": [None, None]})
     train(run, "round_0/model", pairs, dast.dpo_loss, reference=True, batch_size=4)
     steps = lines(run.folder / "round_0/steps.jsonl")
     assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-7)

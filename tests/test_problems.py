@@ -224,7 +224,7 @@ def test_examples_end_in_the_end_token_and_in_no_other(tokenizer):
     """A response that spells the end token has not ended there."""
     example = common.make_example(tokenizer, "few_shot", {"id": "a", "problem": "1+1?"}, "2<|im_end|>")
     assert example == {"id": "a", "prompt": "Question: 1+1?\nAnswer:\n", "completions": ["2<|im_end|>"],
-                       "end": "<|endoftext|>"}
+                       "ids": [None], "end": "<|endoftext|>"}
     [(prompt, completion)] = common.tokenize(tokenizer, example)
     end, spelled = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert tokenizer.decode(prompt) == example["prompt"]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import common
 from conftest import ROOT, SCRIPTS, SMALL, TOY, counts, error_of, files, forget, killed_when, launch, lines
@@ -110,11 +111,15 @@ def test_loop_leaves_the_documented_files(whole, script):
 
 @each_script
 def test_responses_have_the_documented_fields(whole, script):
-    fields = {"id", "draw", "text", "tokens", "finish", "prompt_tokens", "correct", "reason"}
+    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
+    fields = {"id", "draw", "text", "ids", "tokens", "finish", "prompt_tokens", "correct", "reason"}
     for name in DRAWN[script]:
         for r in lines(whole(script) / "round_1" / f"{name}.jsonl"):
             assert r.keys() == fields and "Question:" not in r["text"]
             assert r["finish"] in ("stop", "length") and 1 <= r["tokens"] <= 48
+            if r["ids"] is not None:  # null: a stop string begins inside a token
+                ids = [int(token) for token in r["ids"].split()]
+                assert tokenizer.decode(ids).strip() == r["text"]
 
 
 @each_script
@@ -264,13 +269,14 @@ def test_sai_dpo_selection_follows_from_the_records(whole, rules):
 
 @each_script
 def test_training_examples_are_the_chosen_answers(whole, script):
-    text = {(r["id"], r["draw"]): r["text"] for r in responses_of(whole(script), script)}
+    responses = responses_of(whole(script), script)
+    text = {(r["id"], r["draw"]): (r["text"], r["ids"]) for r in responses}
     expected = []
     for s in selection_of(whole(script)):
         trained = TRAINED[script](s)
         for draws, copies in zip(trained, s.get("copies", [1] * len(trained))):
             expected += [(s["id"], [text[s["id"], draw] for draw in draws])] * copies
-    found = [(e["id"], e["completions"]) for e in lines(whole(script) / "round_1" / "train.jsonl")]
+    found = [(e["id"], list(zip(e["completions"], e["ids"]))) for e in lines(whole(script) / "round_1" / "train.jsonl")]
     assert len(expected) > 4 and found[:len(expected)] == expected
     assert len(found) - len(expected) == (14 if script == "dast.py" else 0)  # D_o
 

@@ -128,7 +128,7 @@ def test_new_weights_are_taken_over_and_forgotten_ones_caught(tmp_path, models, 
     assert [r["draw"] for r in lines(run / "round_0" / "enough.jsonl")] == 6 * [*range(9)]
     metrics = {m["phase"]: m for m in lines(run / "metrics.jsonl")}
     assert metrics["before"]["tensors_equal"] > 10 and metrics["after"]["load_seconds"] > 0
-    assert metrics["after"]["logprob_error"] <= (0.5 if model == "half" else 1e-4)
+    assert metrics["after"]["logprob_error"] <= (0.2 if model == "half" else 1e-4)
 
 
 def test_whole_loop_under_vllm_is_killed_and_resumed(tmp_path):
@@ -194,16 +194,14 @@ common.launch(adastar.main, vars(adastar))
 """
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-def test_engine_that_fails_is_one_line_and_a_rerun_resumes(tmp_path, processes):
+def test_engine_that_fails_is_one_line_and_a_rerun_resumes(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     flags = [*SMALL["adastar.py"], "--rounds", "1", "--engine", "vllm", "--name", "f"]
-    options = {"processes": processes}
-    [line] = errors_of(launch(tmp_path, tmp_path / "failing.py", *flags, **options, check=False, FAILS="1"))
+    [line] = errors_of(launch(tmp_path, tmp_path / "failing.py", *flags, check=False, FAILS="1"))
     assert "error: RuntimeError: CUDA error: an illegal memory access" in line and "runs/f/error.log" in line
     run = tmp_path / "runs" / "f"
     assert "Traceback" in (run / "error.log").read_text()
-    launch(tmp_path, tmp_path / "failing.py", *flags, **options)
+    launch(tmp_path, tmp_path / "failing.py", *flags)
     assert sum(any(s["outcomes"]) for s in lines(run / "round_1" / "selection.jsonl")) == 16
     assert (run / "round_1" / "eval.json").exists()
 

@@ -100,7 +100,6 @@ def many(n):
     common.say("RESULT " + json.dumps({
         "healthy": n, "tensors_compared": figures[0]["tensors_equal"], "caught": status_of("drawn", forgotten),
         "largest_error": max(f["logprob_error"] for f in figures),
-        "largest_median": max(f["logprob_error_median"] for f in figures),
         "load_seconds": sum(f["load_seconds"] for f in figures) / n}))
 
 
