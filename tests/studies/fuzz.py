@@ -97,7 +97,7 @@ def fuzz(examples, derandomize=False):
             if kind == "label":
                 problem["choices"] = ["entailment", "neutral", gold]
             waiting.append((gold, text, kind, timed("judge", checker.submit, problem, text)))
-            timed("vote", eval.vote_of, problem, {"text": text, "correct": False})
+            timed("vote", eval.vote_of, {"text": text, "correct": False, "finish": "stop"})
             timed("tags", sai_dpo.last_list, text)
             timed("steps", sai_dpo.steps_of, text)
             timed("shown", common.printable, text).encode()

@@ -57,13 +57,13 @@ def correct(folder, path):
     return json.loads((folder / path).read_text())["correct"]
 
 
-def difference(scores, others, rng):
+def difference(scores, others):
     """Mean difference of two arms, a {problem id: 0..1} per seed each, in points, with its 95 % interval."""
     if scores is others:
         return "-"
     ids = [i for i in scores[0] if all(i in of for of in (*scores, *others))]
-    both = [evaluation.table_of(of, ids) for of in (scores, others)]
-    return evaluation.percent(evaluation.mean_over_seeds(both[0], rng, both[1]), sign="+")
+    gain, half = evaluation.gain_of(evaluation.table_of(scores, ids), evaluation.table_of(others, ids))
+    return f"{gain:+.1f} [{gain - half:+.1f}, {gain + half:+.1f}]"
 
 
 def dast(seeds, loss):
@@ -128,14 +128,13 @@ def chosen(past, flops):
 
 def print_arms(title, arms, reference):
     """A table of {arm: a {problem id: 0..1} per seed, or None}, with differences to one of them."""
-    rng = np.random.default_rng(0)
     print(f"\n{title:<32}{'accuracy by seed':<26}{'mean':<8}against {reference}")
     for arm, scores in arms.items():
         if not all(scores):
             continue
         accuracies = [np.mean(list(s.values())) for s in scores]
         by_seed = " ".join(f"{accuracy:.1%}" for accuracy in accuracies)
-        print(f"{arm:<32}{by_seed:<26}{np.mean(accuracies):<8.1%}{difference(scores, arms[reference], rng)}")
+        print(f"{arm:<32}{by_seed:<26}{np.mean(accuracies):<8.1%}{difference(scores, arms[reference])}")
 
 
 def adastar(seeds):
@@ -329,41 +328,29 @@ def head_to_head(seeds):
     reached = {"base": [past.rounds[0]["right"] for past in arms["HS-STaR"]]}
     for arm, of_arm in arms.items():
         reached[arm] = [past.at("generated", amount) for past in of_arm]
-    rng = np.random.default_rng(0)
     title = f"at {amount:,} generated tokens"
     print(f"\n{title:<33}{'accuracy by seed':<39}{'mean':<20}{'trained on':<12}{'FLOPs':<9}"
           "against rejection sampling")
     for arm, scores in reached.items():
         table = evaluation.table_of(scores, scores[0])
         by_seed = " ".join(f"{accuracy:.1%}" for accuracy in table.mean(1))
-        mean = evaluation.percent(evaluation.mean_over_seeds(table, rng))
+        score = evaluation.mean_of(table)
+        mean = "{:.1%} [{:.1%}, {:.1%}]".format(score["accuracy"], *score["interval"])
         spent = f"{'':<21}"
         if arm in arms:
             trained = spent_at(arms[arm], "trained", amount)
             flops = spent_at(arms[arm], "flops", amount)
             spent = f"{trained:<12,.0f}{flops:<9.2g}"
-        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[MAIN[0]], rng)}")
+        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[MAIN[0]])}")
     print("\ndifferences there")
     for arm, control in AGAINST:
-        print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control], rng)}")
+        print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control])}")
     main = {arm: arms[arm] for arm in MAIN}
-    print(
-        "\ntimes trained on own answers, at the ends: problems with below 25 %, to 50 %, to 75 %, more right")
-    for arm, (_, trained) in evaluation.effort(main).items():
-        print(f"{arm:<33}" + "  ".join(f"{np.mean(times):.1f}" for times in trained))
-    draw(main, amount, list(reached["base"][0]))
-
-
-def draw(arms, amount, ids):
-    """Pictures of some arms in runs/head_to_head/."""
-    import matplotlib
-    matplotlib.use("Agg")
-    folder = ROOT / "runs" / "head_to_head"
-    folder.mkdir(exist_ok=True)
-    evaluation.draw_accuracy(arms, amount, ids, folder / "accuracy.png")
-    evaluation.draw_problems(arms, folder / "problems.png")
-    evaluation.draw_flow(arms, folder / "flow.png")
-    print(f"\n{folder}: accuracy.png, problems.png, flow.png")
+    print("\ntimes trained on, at the ends: problems with below 25 %, to 50 %, to 75 %, more right")
+    bins, counts = evaluation.effort(main)
+    for arm, of_arm in counts.items():
+        print(f"{arm:<33}" + "  ".join(f"{of_arm[bins == b, 2].mean():.1f}" for b in range(4)))
+    evaluation.draw(main, list(reached["base"][0]), ROOT / "runs" / "head_to_head")
 
 
 def main():
