@@ -226,23 +226,22 @@ def report_selection(run, t, selection, beta):
         say(f"  round {t}  all problems are visited and gave {answers:,} correct answers of {beta:,}: {fate}")
 
 
-def best_round(validation, scores):
+def best_round(scores):
     """The iteration to report: the best on the held-out problems (the first of equals); without them the last."""
-    names = [name for name in validation or scores if name != "base"]
-    if not validation:
-        return names[-1]
-    return max(names, key=lambda name: validation[name]["accuracy"])
+    rounds = [name for name in scores if name != "base"]
+    if "held_out" not in scores["base"]:
+        return rounds[-1]
+    return max(rounds, key=lambda name: scores[name]["held_out"]["accuracy"])
 
 
-def report_iteration(run, scores, validation):
+def report_iteration(run, scores):
     """Log and print the iteration to report."""
-    name = best_round(validation, scores)
+    name = best_round(scores)
     t = int(name.split()[1])
     values = {"iteration": t, "total_flops": float(run.metrics[t, "round"]["total_flops"])}
-    for where, scored in (("held_out", validation), ("test", scores)):
-        if scored:
-            values[where] = scored[name]["accuracy"]
-    say(f"the {'best on the held-out problems' if validation else 'last'}:")
+    for kind, score in scores[name].items():
+        values[kind] = score["accuracy"]
+    say("the best on the held-out problems:" if "held_out" in values else "the last:")
     report(run, 0, "reported", **values)
 
 
@@ -259,7 +258,7 @@ def check_constants():
 def main():
     check_constants()
     examples = load_solved(EXAMPLES_FROM, DATA)
-    run, tokenizer, problems, held_out, tests = prepare(globals(), examples)
+    run, tokenizer, problems, tests = prepare(globals(), examples)
     by_id = {p["id"]: p for p in problems}
     place = {p["id"]: i for i, p in enumerate(problems)}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
@@ -283,18 +282,8 @@ def main():
     def enough(responses):
         return 1 in outcomes_of(responses)
 
-    scores = {}
-    validation = {}
-
-    def score(t, name, model, prompt):
-        """Score a model on the test problems and on those held out."""
-        if tests:
-            scores[name] = evaluate(run, f"round_{t}/eval.json", model, tests, prompt, **greedy)
-        if held_out:
-            validation[name] = evaluate(run, f"round_{t}/eval_held_out.json", model, held_out, prompt, **greedy)
-
     model = MODEL
-    score(0, "base", model, few_shot)
+    scores = {"base": evaluate(run, "round_0/eval", model, tests, few_shot, **greedy)}
     end_round(run, 0)
     last = np.zeros(len(problems), int)  # t~: the last iteration whose statistics were kept
     w = np.zeros(len(problems))  # share of correct draws then
@@ -336,12 +325,12 @@ def main():
             if s["committed"]:
                 last[place[s["id"]]] = t
                 w[place[s["id"]]] = s["win_rate"]
-        score(t, f"round {t}", model, zero_shot)
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval", model, tests, zero_shot, **greedy)
         models[f"round {t}"] = model
-        end_round(run, t, keep=[model, models[best_round(validation, scores)]])
-    final_table(run, scores or validation)
+        end_round(run, t, keep=[model, models[best_round(scores)]])
+    final_table(run, scores)
     if ROUNDS:
-        report_iteration(run, scores, validation)
+        report_iteration(run, scores)
 
 
 if __name__ == "__main__":

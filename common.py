@@ -660,8 +660,8 @@ def flag_of(name):
 def prepare(g, *more_problems, models=()):
     """Read what a method script's constants name, and open its run folder.
 
-    Returns (run, tokenizer, problems to train on, held-out problems, test problems). more_problems and models are
-    other inputs that the results depend on. Bad input ends the program here, before anything is computed."""
+    Returns (run, tokenizer, problems to train on, tests): {"test": problems, "held_out": problems}, without what is
+    empty. more_problems and models are other inputs that the results depend on. Bad input ends the program here."""
     tokenizer = load_tokenizer(g["MODEL"], g["PROMPT"], g["SYSTEM"])
     problems = load_problems(g["TRAIN_DATA"], "train", g["DATA"], g["N_TRAIN"])
     problems, held_out = hold_out(problems, g["HELD_OUT"], g["SEED"])
@@ -679,7 +679,8 @@ def prepare(g, *more_problems, models=()):
     kept = 1 + min(g["ROUNDS"], g["KEEP_MODELS"] or g["ROUNDS"])
     gigabytes = (kept + 6) * 4e-9 * count_parameters(g["MODEL"])  # a training may save 12 bytes a parameter, twice
     say(f"  disk     up to {gigabytes:.2g} GB, with {kept} models in float32 (--keep-models)")
-    return run, tokenizer, problems, held_out, tests
+    scored = {"test": tests, "held_out": held_out}
+    return run, tokenizer, problems, {kind: of_kind for kind, of_kind in scored.items() if of_kind}
 
 
 def start_run(g, *problem_sets, models=()):
@@ -2371,14 +2372,19 @@ def worked_examples(problem):
     return [{"problem": text, "solution": solution} for text, solution in EXAMPLES[family]]
 
 
-def evaluate(run, file, model, problems, prompt, **settings):
-    """Score a model by one greedy answer to each problem; the answers are in `file` as .jsonl, the score as .json.
+def evaluate(run, file, model, tests, prompt, **settings):
+    """Score a model by one greedy answer to each problem: {"test": score, "held_out": score}, as far as there are such.
 
-    What there is of each problem stays in the file: many rounds of many problems would fill the memory."""
-    responses = sample(run, file.replace(".json", ".jsonl"), model, problems, 1, prompt, temperature=0.0, **settings)
-    found = run.once(file, score, problems, responses)
-    run.metrics.get(round_and_phase(file), {}).update(accuracy=found["accuracy"])
-    return {what: values for what, values in found.items() if what not in ("correct", "level")}
+    tests: {"test": problems, "held_out": problems}. Answers are kept in `file`.jsonl, scores in `file`.json, of held-out
+    problems in `file`_held_out. What there is of each problem stays there: many rounds would fill the memory."""
+    scores = {}
+    for kind, problems in tests.items():
+        name = file if kind == "test" else f"{file}_{kind}"
+        responses = sample(run, f"{name}.jsonl", model, problems, 1, prompt, temperature=0.0, **settings)
+        found = run.once(f"{name}.json", score, problems, responses)
+        run.metrics.get(round_and_phase(name), {}).update(accuracy=found["accuracy"])
+        scores[kind] = {what: values for what, values in found.items() if what not in ("correct", "level")}
+    return scores
 
 
 def score(problems, responses):
@@ -2466,8 +2472,11 @@ def print_table(scores, first):
 
 
 def final_table(run, scores):
-    """Print the table of a run's rounds, and what they cost in FLOPs (without scoring)."""
-    print_table(scores, "model")
+    """Print the tables of a run's rounds, and what they cost in FLOPs (without scoring)."""
+    for kind in ("test", "held_out"):
+        of_kind = {name: score[kind] for name, score in scores.items() if kind in score}
+        if of_kind:
+            print_table(of_kind, kind.replace("_", " "))
     say("\nFLOPs so far       counted    padded  all drawn")
     for m in run.metrics.values():
         if m["phase"] == "round":

@@ -33,7 +33,7 @@ TRAIN_DATA = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-
 TEST_DATA = "gsm8k,math"  # scored each round (paper)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (ours)
-HELD_OUT = 0  # training problems put aside, scored like a test set (TEST_DATA may then be empty); 0 is none (ours)
+HELD_OUT = 0  # training problems put aside, scored in a table of their own (TEST_DATA may be empty); 0 is none (ours)
 ROUNDS = 3  # after round 0 (paper)
 SEED = 0  # of everything random (ours)
 
@@ -257,8 +257,7 @@ def check_constants():
 
 def main():
     check_constants()
-    run, tokenizer, problems, held_out, tests = prepare(globals())
-    tests = held_out + tests
+    run, tokenizer, problems, tests = prepare(globals())
     by_id = {p["id"]: p for p in problems}
     solved = [p for p in problems if "solution" in p]
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
@@ -283,14 +282,14 @@ def main():
         level[i] = level_of(sum(r["correct"] for r in probed), len(probed))
     pools = {name: [p for p in solved if level[p["id"]] == name] for name in "EMHU"}
     say("  levels   " + "  ".join(f"{name} {list(level.values()).count(name):,}" for name in "EMHU"))
-    scores = {"base": evaluate(run, "round_0/eval_base.json", MODEL, tests, few_shot, **greedy)}
+    scores = {"base": evaluate(run, "round_0/eval_base", MODEL, tests, few_shot, **greedy)}
 
     # 2. Round 0: M_1 = SFT of the base on D_u = D_o
     model = MODEL
     d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM) for p in solved]
     if d_o:
         model = train(run, "round_0/model", MODEL, d_o, sft_loss, lr=LR, **training)
-        scores["round 0"] = evaluate(run, "round_0/eval.json", model, tests, zero_shot, **greedy)
+        scores["round 0"] = evaluate(run, "round_0/eval", model, tests, zero_shot, **greedy)
     else:
         say("  round 0  skipped, and L off: the problems have answers but no worked solutions, so D_o is empty")
     m_1 = model
@@ -330,7 +329,7 @@ def main():
             d_u = run.once(f"round_{t}/train.jsonl", list, d_a)
             start = model if START == "previous" else m_1
             model = train(run, f"round_{t}/model", start, d_u, dpo_loss, lr=LR_DPO, reference=True, **training)
-        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, zero_shot, **greedy)
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval", model, tests, zero_shot, **greedy)
         end_round(run, t, keep=[m_1, model])
     final_table(run, scores)
 

@@ -269,11 +269,11 @@ class Past:
             fail(f"--compare {folder}: no metrics.jsonl in it; it takes folders of runs, such as runs/dast-0")
         self.constants = read(self.folder / "constants.json")["constants"]
         self.metrics = read(self.folder / "metrics.jsonl")
-        files = {-1: "round_0/eval_base.json"}  # nothing was spent before it
-        name = "eval.json" if list(self.folder.glob("round_*/eval.json")) else "eval_held_out.json"
+        kind = "" if list(self.folder.glob("round_*/eval.json")) else "_held_out"
+        files = {-1: f"round_0/eval_base{kind}.json"}  # nothing was spent before it
         for m in self.metrics:
             if m["phase"] == "round":
-                files[m["round"]] = f"round_{m['round']}/{name}"
+                files[m["round"]] = f"round_{m['round']}/eval{kind}.json"
         self.rounds = []
         for t, file in files.items():
             if (self.folder / file).exists():

@@ -51,7 +51,7 @@ TRAIN_DATA = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-
 TEST_DATA = "gsm8k,math500,minerva_math,olympiadbench,college_math"  # scored each round (code)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (code)
-HELD_OUT = 0  # training problems put aside, scored like a test set (TEST_DATA may then be empty); 0 is none (ours)
+HELD_OUT = 0  # training problems put aside, scored in a table of their own (TEST_DATA may be empty); 0 is none (ours)
 SLICE = 4900  # N: problems of a round, no round's the same while they last (ours; 7,500 in the code)
 ROUNDS = 3  # after round 0 (code)
 SEED = 0  # of everything random (ours)
@@ -427,9 +427,8 @@ def main():
     check_constants()
     prm = RewardModel(PRM) if PRM else None
     solved = load_solved(STEP_SET, DATA)
-    run, tokenizer, problems, held_out, tests = prepare(globals(), solved, models=[PRM] if PRM else [])
-    tests = held_out + tests
-    aside = {p["problem"] for p in held_out}
+    run, tokenizer, problems, tests = prepare(globals(), solved, models=[PRM] if PRM else [])
+    aside = {p["problem"] for p in tests.get("held_out", [])}
     solved = [p for p in solved if p["problem"] not in aside]
     by_id = {p["id"]: p for p in problems}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
@@ -463,7 +462,7 @@ def main():
             "prerewards.jsonl (and round_0/) copied there, and all else the same, nothing is drawn twice")
         return
     name = "round 0" if solved else "base"
-    scores[name] = evaluate(run, "round_0/eval.json", m_0, tests, ask, **greedy)
+    scores[name] = evaluate(run, "round_0/eval", m_0, tests, ask, **greedy)
     end_round(run, 0, keep=[m_0])
 
     for t in range(1, ROUNDS + 1):
@@ -494,7 +493,7 @@ def main():
             model = train(run, f"round_{t}/model", start, pairs, dpo_nll_loss, lr=LR_DPO, reference=True, **training)
         else:
             say(f"  round {t}  no boundary problem was answered both right and wrong: no pair, the model stays as it is")
-        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, **greedy)
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval", model, tests, ask, **greedy)
         end_round(run, t, keep=[m_0, model])
     final_table(run, scores)
 

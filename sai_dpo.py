@@ -47,7 +47,7 @@ TRAIN_DATA = "zwhe99/DeepMath-103K"  # sets by name, file or owner/name on the H
 TEST_DATA = "gsm8k,math,minerva_math,gaokao2023en,olympiadbench,college_math,aime24,amc23"  # scored each round (proxy)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (ours)
-HELD_OUT = 0  # training problems put aside, scored like a test set (TEST_DATA may then be empty); 0 is none (ours)
+HELD_OUT = 0  # training problems put aside, scored in a table of their own (TEST_DATA may be empty); 0 is none (ours)
 ROUNDS = 5  # after round 0 (ours)
 SEED = 0  # of everything random (ours)
 
@@ -516,8 +516,7 @@ def main():
         return tag_problems(load_problems(TRAIN_DATA, "train", DATA, N_TRAIN))
     if EMBEDDER != "tfidf":
         read_encoder(EMBEDDER)  # ends the program if it cannot serve
-    run, tokenizer, problems, held_out, tests = prepare(globals(), models=[] if EMBEDDER == "tfidf" else [EMBEDDER])
-    tests = held_out + tests
+    run, tokenizer, problems, tests = prepare(globals(), models=[] if EMBEDDER == "tfidf" else [EMBEDDER])
     by_id = {p["id"]: p for p in problems}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
@@ -532,7 +531,7 @@ def main():
         return make_example(tokenizer, PROMPT, problem, *answers) | {"prompt": ask(problem)}
 
     # Once: knowledge points, their clusters, and the probe
-    tags = tags_of(problems, held_out)
+    tags = tags_of(problems, tests.get("held_out", []))
     groups = run.once("round_0/clusters.jsonl", group, problems, tags, run)
     clusters = np.array([g["cluster"] for g in groups])
     k = 1 + max(clusters)
@@ -548,7 +547,7 @@ def main():
         "probe")
     if ROUNDS * n > len(pool):
         say(f"           from round {len(pool) // n + 1} on some problems are drawn again")
-    scores = {"base": evaluate(run, "round_0/eval.json", MODEL, tests, ask, **greedy)}
+    scores = {"base": evaluate(run, "round_0/eval", MODEL, tests, ask, **greedy)}
     end_round(run, 0)
 
     model = MODEL
@@ -588,7 +587,7 @@ def main():
             model = train(run, f"round_{t}/model", start, pairs, dpo_loss, lr=LR_DPO, reference=True, **training)
         else:
             say(f"  round {t}  no problem was answered both right and wrong: no pair, the model stays as it is")
-        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval.json", model, tests, ask, **greedy)
+        scores[f"round {t}"] = evaluate(run, f"round_{t}/eval", model, tests, ask, **greedy)
         end_round(run, t, keep=[model])
     final_table(run, scores)
 
