@@ -29,7 +29,8 @@ from conftest import launch
     ("Hm.\nA: 12", "12"), ("A: because\nof this", None), ("x\n**Final Answer:** **73**", "73**"), ("12", "12"),
     ("### Answer\n\n$4$", "$4$"), ("The answer:\n\n\\[\n5\n\\]", "\\[\n5\n\\]"), ("x\n答案：12", "12"),
     ("So 3.\nThe answer is 4.5. I hope it is correct.", "4.5"), ("x\nThe answer is 15, because of 12.", "15"),
-    ("The answer is 5. Wait, it is 7.\nx", None), ("x\nThe answer is 5? No.", None), ("x\nIf the answer is 5, so", None),
+    ("The answer is 5. Wait, it is 7.\nx", None), ("x\nThe answer is 5? No.", None),
+    ("x\nIf the answer is 5, so", None),
     ("x\nI doubt that the answer is 5.", None), ("x\nMy first answer is 5.", None), ("two\nlines, 7", None),
     ("<think>\\boxed{1}</think> no box\nhere", None), ("<think>\\boxed{1}", None), ("<thought>5</thought>6", "6"),
     ("<think>a <answer>5</answer>", "5"), ("<think>a</think> <think>\\boxed{1}", None), ("7 " * 101, None)])
@@ -55,21 +56,25 @@ def checker():
 
 
 EQUAL = [  # (gold, what stands in the box)
-    ("\\text{Evelyn}", "\\text{ Evelyn }"), ("2.5", "2 1/2 hours"), ("7", "7.0"), ("7", "7."), ("7", "+7"), ("7", "= 7"),
+    ("\\text{Evelyn}", "\\text{ Evelyn }"), ("2.5", "2 1/2 hours"), ("7", "7.0"), ("7", "7."), ("7", "+7"),
+    ("7", "= 7"),
     ("7", "**7**"), ("-5", "−5"), ("073", "73"), ("7", "\\text{7}"), ("\\frac{1}{2}", "0.5"), ("x+1", "1+x"),
     ("\\frac{1}{2}", "\\frac 1 2"), ("7", "3+4=7"), ("7", "m+n = 3+4 = 7"), ("1,072", "1072"), ("1000", "1 000"),
     ("1000", "1\\,000"), ("1000", "1{,}000"), ("29322216", "29,\\!322,\\!216"), ("100000", "1,00,000"),
     ("\\frac{12}{5525}", "\\frac{12}{5,525}"), ("1.5", "1 1/2"), ("-1.5", "-1 \\frac{1}{2}"), ("1000", "1e3"),
     ("0.05", "5\\cdot10^{-2}"), ("42", "４２"), ("16", "4²"), ("\\frac{1}{2}", "½"), ("2.5", "2½"), ("2\\sqrt{3}", "2√3"),
     ("4", "4 \\text{ feet}"), ("10 \\text{ cm}", "10"), ("10", "10 weeks"), ("12", "12\\mbox{ cm}^2"), ("7", "7 km/h"),
-    ("5 \\text{ m/s}", "5 \\text{ m/s}"), ("4.5", "\\$4.50"), ("90", "90^\\circ"), ("90", "90 degrees"), ("10\\%", "10"),
-    ("7", "x = 7"), ("5", "f(2)=5"), ("4", "x = 8/2 = 4"), ("(5,4)", "y=4, x=5"), ("x=3, y=2", "y=2, x=3"),
+    ("5 \\text{ m/s}", "5 \\text{ m/s}"), ("4.5", "\\$4.50"), ("90", "90^\\circ"), ("90", "90 degrees"),
+    ("10\\%", "10"),
+    ("7", "x = 7"), ("5", "f(2)=5"), ("4", "x = 8/2 = 4"), ("(5,4)", "(x,y)=(5,4)"),
     ("1,2", "x=1 \\text{ or } x=2"), ("E", "\\text{(E)}"), ("ellipse", "an ellipse"), ("[2,5)", "2 \\le x < 5"),
-    ("\\boxed{42}", "42"), ("3:4:5", "3 : 4 : 5"), ("(1,2,3)", "\\langle 1, 2, 3 \\rangle"), ("3\\pi", "3 \\pi \\mathrm{~cm}"),
+    ("\\boxed{42}", "42"), ("3:4:5", "3 : 4 : 5"), ("(1,2,3)", "\\langle 1, 2, 3 \\rangle"),
+    ("3\\pi", "3 \\pi \\mathrm{~cm}"),
     ("Solution is: $[k=4]$", "Solution is: $[k=4]$"), ("1\\pm\\sqrt2", "1+\\sqrt2, 1-\\sqrt2"), ("y=2x+1", "2y=4x+2")]
 DIFFERENT = [
     ("16", "$16$ million"), ("5", "at most $5$"), ("2", "2 \\text{ ninths}"), ("1", "1 out of 6"), ("7", "7 mil"),
-    ("42", "42 squared"), ("200", "200 profit"), ("12", "12 noon"), ("5", "5 apples and 3 pears"), ("5", "5 and a half"),
+    ("42", "42 squared"), ("200", "200 profit"), ("12", "12 noon"), ("5", "5 apples and 3 pears"),
+    ("5", "5 and a half"),
     ("5 \\text{ m/s}", "5 \\text{ s/m}"), ("5 km north", "5 km south"), ("8 \\text{ A.M.}", "8 \\text{ P.M.}"),
     ("5 \\text{ cm}", "5 \\text{ km}"), ("2", "2 t"), ("2", "2t"), ("7t", "7g"), ("x+t", "x+s"), ("1003", "1 501/502"),
     ("10.5", "2½"), ("(E)", "\\text{(E)}+1"), ("C", "C, 7"), ("f(x)=2x", "\\text{not }f(x)=2x"), ("2", "2 sin x"),
@@ -78,7 +83,8 @@ DIFFERENT = [
     ("204", "204_5"), ("\\frac{1}{2004!}", "\\frac{1}{2006!}"), ("10^{-9}", "10^{-8}"), ("0", "10^{-9}"), ("no", "on"),
     ("listen", "silent"), ("3 million", "3"), ("7", "\\text{not }7"), ("7", "7 or more"), ("7", "7 \\text{ or } 8"),
     ("7", "\\neg 7"), ("E", "D"), ("E", "\\mathrm{E}*2"), ("3", "minus 3"), ("3", "—3"), ("0.33", "1/3"), ("35", "3,5"),
-    ("2", "x=2, y=3"), ("(2,3)", "x=3, y=2"), ("x=3, y=2", "x=2, y=3"), ("p=2", "q=2"), ("1:2:3", "1:3:2"), ("1:2:3", "1:6"),
+    ("2", "x=2, y=3"), ("(2,3)", "x=3, y=2"), ("x=3, y=2", "x=2, y=3"), ("p=2", "q=2"), ("1:2:3", "1:3:2"),
+    ("1:2:3", "1:6"),
     ("3.4", "\\langle 3,4,5 \\rangle"), ("y=c\\begin{pmatrix}4\\\\3\\end{pmatrix}", "x^2+50=0"), ("7", "[0,10]"),
     ("x^2+50=0", "I_p=\\frac{3}{13}(8 \\cos 50 t-\\sin 50 t)"), ("1+\\frac1{e}", "1-\\frac1{e}"), ("4", "k \\ge 4"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "(1,2)"), ("\\sqrt{10^{20}+1}", "10^{10}"), ("7", "7" + "+0" * 2000)]
@@ -97,7 +103,8 @@ OPTIONS = ["cat", "dog", "5", "a tree"]
 
 @pytest.mark.parametrize("answer, letter", [
     ("B", "B"), ("(b)", "B"), ("B.", "B"), ("B. dog", "B"), ("(B) dog", "B"), ("B - dog", "B"), ("option B", "B"),
-    ("The correct answer is B", "B"), ("\\text{B) dog}", "B"), ("\\left( \\text{C} \\right)", "C"), ("5", "C"), ("Dog.", "B"),
+    ("The correct answer is B", "B"), ("\\text{B) dog}", "B"), ("\\left( \\text{C} \\right)", "C"), ("5", "C"),
+    ("Dog.", "B"),
     ("$B$", "B"), ("**B**", "B"), ("（B）", "B"), ("D a tree", "D"), ("A\\ ", "A"), ("B. cat", None), ("A or B", None),
     ("A, B", None), ("A,\\ B", None), ("A~B", None), ("A/B", None), ("(A)(B)", None), ("A dog", None), ("E", None),
     ("(A) false (B) true", None), ("Neither (B)", None), ("(B) is wrong", None), ("\\neg B", None), ("not B", None),
@@ -109,7 +116,8 @@ def test_letters(answer, letter):
 @pytest.mark.parametrize("answer, labels, label", [
     ("Yes.", common.YES_NO, "yes"), ("\\text{True}", common.YES_NO, "yes"), ("false", common.YES_NO, "no"),
     ("yes, if n is odd", common.YES_NO, None), ("yes or no", common.YES_NO, None), ("not yes", common.YES_NO, None),
-    ("no way", common.YES_NO, None), ("Neutral", common.ENTAILMENT, "neutral"), ("not neutral", common.ENTAILMENT, None),
+    ("no way", common.YES_NO, None), ("Neutral", common.ENTAILMENT, "neutral"),
+    ("not neutral", common.ENTAILMENT, None),
     ("not entailed", ["entailed", "not entailed"], "not entailed"), ("-1", ["", "b"], None)])
 def test_labels(answer, labels, label):
     assert common.label_of(answer, labels) == label
@@ -136,8 +144,10 @@ def test_a_cut_answer_is_wrong(checker):
 
 # False positives by the labels of ../shared/graders, and why they stay.
 POLICY = {"cases": {
-    "c00307": "the gold is three boxes in a row, of which the label drops the first", "c00356": "10 for 10cm (c00351 is right)",
-    "c00688": "right but not factored completely: only the problem tells", "c01213": "10{,}000 is 10000: the label is wrong"},
+    "c00307": "the gold is three boxes in a row, of which the label drops the first",
+    "c00356": "10 for 10cm (c00351 is right)",
+    "c00688": "right but not factored completely: only the problem tells",
+    "c01213": "10{,}000 is 10000: the label is wrong"},
     "reports": {}}
 
 
@@ -152,8 +162,8 @@ def test_labelled_answers(checker, shared, capsys, name, least):
     path = Path(os.environ.get(f"GRADER_{name.upper()}", shared / "graders" / f"{name}.jsonl"))
     rows = [json.loads(line) for line in open(path)]
     kinds, wrong, false_positives = collections.Counter(), collections.Counter(), set()
-    futures = [checker.submit({**row, "answer": str(row["gold"])}, row["response"] if "response" in row else bare_boxed(row))
-               for row in rows]
+    texts = [row["response"] if "response" in row else bare_boxed(row) for row in rows]
+    futures = [checker.submit({**row, "answer": str(row["gold"])}, text) for row, text in zip(rows, texts)]
     for row, future in zip(rows, futures):
         correct, expected = future.result()[0], str(row.get("expected", row.get("label")))
         kind = row["source"][:80] if name == "cases" else row["id"].rpartition("-")[0]
@@ -203,7 +213,8 @@ def grade(problem, text):
 @pytest.mark.parametrize("text, reason", [
     ("open('pwned', 'w')", "forbidden"), ("open('pwned', 'x')", "forbidden"), ("open(__file__, 'r+')", "forbidden"),
     ("os.open('pwned', os.O_CREAT)", "forbidden"), ("os.system('touch pwned')", "forbidden"),
-    ("subprocess.run(['touch', 'pwned'])", "forbidden"), ("os.fork()", "forbidden"), ("os.execv('/bin/ls', ['ls'])", "forbidden"),
+    ("subprocess.run(['touch', 'pwned'])", "forbidden"), ("os.fork()", "forbidden"),
+    ("os.execv('/bin/ls', ['ls'])", "forbidden"),
     ("socket.create_connection(('127.0.0.1', 9))", "forbidden"), ("os.remove(__file__)", "forbidden"),
     ("os.kill(os.getppid(), 9)", "forbidden"), ("os.putenv('A', 'b')", "forbidden"), ("os.mkdir('pwned')", "forbidden"),
     ("shutil.copy(__file__, 'pwned')", "forbidden"), ("import ctypes; ctypes.CDLL(None)", "forbidden"),
@@ -314,9 +325,11 @@ def test_a_grader_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("name, words", [
     ("mine.py:other", "other"), ("none.py:f", "No such file"), ("mine.py:no_module", "no_such_module"),
-    ("mine.py:raises", "ZeroDivisionError"), ("mine.py:one_value", "cannot unpack"), ("mine.py:three", "too many values")])
+    ("mine.py:raises", "ZeroDivisionError"), ("mine.py:one_value", "cannot unpack"),
+    ("mine.py:three", "too many values")])
 def test_a_broken_grader_is_told_at_the_start(tmp_path, capsys, name, words):
-    (tmp_path / "mine.py").write_text("def raises(problem, text):\n    1 / 0\ndef one_value(problem, text):\n    return True\n"
+    (tmp_path / "mine.py").write_text(
+        "def raises(problem, text):\n    1 / 0\ndef one_value(problem, text):\n    return True\n"
         "def three(problem, text):\n    return 1, 2, 3\ndef no_module(problem, text):\n    import no_such_module\n")
     with pytest.raises(SystemExit):
         common.Checker(1, f"{tmp_path}/{name}")
@@ -326,7 +339,8 @@ def test_a_broken_grader_is_told_at_the_start(tmp_path, capsys, name, words):
 
 def test_a_grader_that_only_crashes_ends_the_program(tmp_path, capsys):
     """It must not be reported as 0.0 %."""
-    (tmp_path / "mine.py").write_text("def grade(problem, text):\n    return text == '5' or problem['id'] == 'check/1' or 1 / 0, ''\n")
+    (tmp_path / "mine.py").write_text(
+        "def grade(problem, text):\n    return text == '5' or problem['id'] == 'check/1' or 1 / 0, ''\n")
     checker = common.Checker(1, f"{tmp_path}/mine.py:grade")
     with pytest.raises(SystemExit):
         checker.submit({"id": "a"}, "4").result()
