@@ -30,7 +30,6 @@ import fcntl
 import functools
 import gc
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -39,6 +38,7 @@ import os
 import platform
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -51,6 +51,7 @@ import warnings
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from fractions import Fraction
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -59,238 +60,332 @@ from pathlib import Path
 
 CHECK_SECONDS = 2  # processor time after which a checking worker is killed; after half of it, it is asked to stop
 CHECK_BYTES = 2 << 30  # address space of a worker
-NO_VERDICT = ("bad_gold", "timeout", "memory", "crash", "forbidden")  # reasons for "wrong" without a comparison
+NO_VERDICT = ("bad_gold", "cut", "timeout", "memory", "crash", "forbidden")  # reasons for "wrong" without a comparison
 YES_NO = ("yes", "no")
+LONG = 2000  # characters, plus twice the gold's, beyond which an answer is not compared: it is not this one
+DECIMALS = 10  # to which math-verify compares decimal numbers
 
-# The policy. A false "correct" weighs more than a false "wrong", since it becomes training data.
-# 1. What a response states: `final_answer`, one place in the text and never a number from anywhere.
-# 2. A letter, a label or yes/no is read by `letter_of` and `label_of`; two at once, or a denied one, are none.
-# 3. A mathematical answer is right if it is the gold text; else both are rewritten (`normalize`), and compared as text
-#    where that is enough (`equal_as_text`); else math-verify compares them, both in a box, in a process with limits.
-# 4. What math-verify takes for equal and is not, is wrong: `clearly_different`, `sound`. Units are not compared.
+# The policy. A wrong answer called right becomes training data, so whatever is doubtful is wrong. Each line is a name
+# and a regular expression; <NAME> stands for the last expression of that name, indented lines continue.
+POLICY = r"""
+# Words: styles of LaTeX; the closed list of units; what is part of a number and no unit.
+STYLE text|textbf|textit|textrm|mbox|mathrm|mathbf|boldsymbol|bm|underline|rm|bf
+UNITS (?:square |cubic |sq\.? |cu\.? )?(?:dollar|USD|cent|euro|pound|inche?|feet|foot|ft|yard|yd|mile|mi|
+  (?:centi|milli|kilo)?met(?:er|re)|[cmkd]m|[km]g|(?:kilo|milli)?gram|ounce|oz|lb|gallon|lit(?:er|re)|ml|second|sec|
+  minute|min|hour|hr|day|week|month|year|mph|kph|unit|people|person|student|child|children|men|women|boy|girl|friend|
+  way|time|point|step|apple|egg|book|clip|ticket|page|cookie|car|dog|cat|coin)s?
+ONE_UNIT (?:<UNITS>|\\(?:<STYLE>)\{ *[a-z] *\})
+UNIT (?i)(.*(?:\d|[^\s\w\\,./]|\\[a-z]+|(?<![A-Za-z\\])[A-Za-z])) *(<ONE_UNIT>(?: ?(?:/|per) ?(?:<ONE_UNIT>|[a-z]))?
+  (?: ?\^\{?[23]\}?)?)
+SCALES hundred|thousand|million|billion|trillion|dozen|lakh|crore|percent|per cent|pct|squared|cubed|factorial|plus|
+  minus|
+  times|divided|mod|or|out|half|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|
+  twelfths|hundredths|thousandths|mil|bn|grand
+# What does not count: all to the end of the thinking; a thought that is not closed, but for an <answer> behind it.
+THOUGHT (?s)^(?:.*(?:</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>))?
+  (?:.*?(?:<(?:think|thinking|thought|reasoning)>|<\|begin_of_thought\|>).*?(?=<answer>[^<]*</answer>\s*\Z|\Z))?
+# A box: balanced, up to eight deep; or \boxed 9. One that explains the form is none; several may be a list.
+INSIDE (?:\\.|[^{}\\])*
+INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
+INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
+INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
+INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
+INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
+INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
+INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
+BOX (?s)(?<!\\)\\+(?:boxed|fbox)(?:\s*\{|\s+(?=[^\s{}$\\]))((?<=\{)<INSIDE>(?=\}|\Z)|(?<!\{)[^\s{}$\\]+)\}?
+EXPLAINS_THE_BOX [\s.?]*|\\[lc]?dots|(?:\\text\{)?\s*(?:[a-z]+ ){0,4}(?:answer|result)(?: here)?[\s}.]*
+SAME_LIST (?is)(?!.{0,200}\b(?:no|wait|actually|correct\w*|instead|final|answer|should|however)\b).{0,200}
+# Mathematics or words before and behind a box (\0) that change what is in it; units, which belong to it.
+BEFORE -\$*(?=\0)|\S[ \t]*-[\s$]*|[+/^_×÷±]|(?<![=|\w-])[<>]|(?<!\*)\*|\d(?=[ \t]*\0)|(?<![A-Za-z\\])[A-Za-z](?=\0)|
+  [+-]\w*\)|
+  \\(?:cdot|times|div|pm|mp|sqrt|pi|neq?|lt|gt|not|neg|log|ln|sin|cos|tan)(?![a-z])|
+  (?:[\^_}]|\\(?:sqrt|[dtc]?frac|binom|overline|sin|cos|tan|ln|log)(?:\[[^\]\n]*\])?)\{[^{}\n]*|
+  \b(?:not|\w+n't|never|cannot|neither|(?:minus|negative)(?=[ $]*\0)|(?:more|less|greater|fewer|larger) than|twice|
+  half|double|suppose|assume|
+  if|maybe|perhaps|possibly)(?: (?:be|is|it|equal|equals|to|the|that|final|answer|value|were|was|of))*
+UNIT_BEHIND \}?(?:[ \t$~]|\\[,;!: ])*(\\?%|\^\{?\\circ\}?|°|(?:\\(?:<STYLE>)\s*\{[\s~]*(?:(?:<UNITS>|
+  [a-z])(?:\s*/\s*\w+)?[\s.]*|(?:<SCALES>)\b[^{}]*)\}|
+  (?:<UNITS>|<SCALES>)(?![A-Za-z]))(?:\^\{?\d\}?)?)
+BEHIND \Z|\}?(?:[A-Za-z](?![a-z])|\(|(?:[ \t$~]|\\[,;!: ])*(?:[\^_/+>≤≥±×÷]|\*(?!\*)|<(?![/|a-z])|-\s*[\d\\]|
+  (?<!\$)(?<!\$ )\d|
+  !\s*[$\\]|\\(?:pi|sqrt|[dt]?frac|cdot|times|div|pm|mp|theta|alpha|beta|sin|cos|tan|log|ln|left|leq?|geq?|neq?|bmod|
+  cup|cap|infty|binom|vec)(?![a-z])))
+UNIT_HERE \0<UNIT_BEHIND>
+CHANGED (?i)(?:<BEFORE>)(?:[ \t$:]|\\[,;!: ])*\0|\0(?!<UNIT_BEHIND>)(?:<BEHIND>)
+# Without a box: the line behind ####, if it is no heading; <answer>; then what is said by a line or sentence that is
+# nothing but an answer (then the rest), unless what follows revokes it; else the whole text, if it is one short line.
+MARKED (?s)^.*####\s*((?![^\n]*[A-Za-z]{3}[^\n]*\n)[^\n]+).*$|^.*<answer>([^<]*)</answer>.*$
+SAID (?ims)\A.*(?:(?:(?:^|[.!?:。]\s)[\s>*_#-]*(?:(?:so|thus|hence|therefore|then|finally|now|and|no|wait|actually|
+  in conclusion)\b[,:]?\s*)*
+  (?:(?:the|our|my)\s+)?(?:(?:correct|final)\s+)*(?:answer|答案|ответ|réponse)[\s*_]*
+  (?:(?:is|was|:|：|是|为|=)+|\n|(?=\$|\\[\[(]))(?!\W*(?:correct|right|wrong|clear|reasonable)\b)[\s*_:：]*)+|
+  ^[ \t]*A:(?=[ \t]*[-+$\\(.\d])\s*)
+  ((?:\\\[.+?\\\]|\$\$.+?\$\$)?[^\n]*?)(?:[.!。](?=\s|[*_]*\s*$)|<\||\n|\Z)(.*)
+REVOKED (?i)\b(?:wait|however|actually|but|no|not|\w+n't|wrong|incorrect|mistake\w*|oops|sorry|correction|instead|
+  rather|
+  should|maybe|perhaps|unless|else|alternatively|misses|forgot|hmm|redo|re-?check\w*|recount\w*|let me|i get)\b|
+  \bit(?: is|'s) (?!correct|right)
+SHORT_LINE (?!.*\\f?box)(.{1,200})()
+EXPLAINED (?i)\b(?:because|since|as (?:required|desired|claimed|wanted|expected)|exactly|in (?:total|all)|
+  altogether|total|
+  it (?:is|does|did|has|can)(?: not|n't)?$)
+# A letter, perhaps with its option's text; a value with a name (f(x) = 2).
+LETTER (?:(?:the |correct )*(?:option|choice|answer)(?: is)?:? )?\(? ?([a-z]) ?\)?(?: ?[-.,:)]+)?(?:(?:(?<=\)) ?|
+   )(.+))?
+NAME_PART (?:[A-Za-z]+|\\(?:angle|triangle|overline|vec|hat|alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)(?![a-z])
+  \s*\{?[A-Za-z]*\}?|\\frac\{d\w\}\{d\w\})(?:_\w|_\{\w+\})?'*(?:\([^()=]*\))?
+NAME \|?(?:<NAME_PART>|\(<NAME_PART>(?:, ?<NAME_PART>)*\))(?: ?[-+:] ?<NAME_PART>)*\|?
+EQUALS (?<![<>!]) ?= ?(?![^{}]*\})
+NAMED \s*(<NAME>)\s*(?:=|\\in(?![a-z]))\s*([^=]+)
+NO_DIFFERENCE (?m)^(?:the|an?) |[^\S\n]
+NUMBER [-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*)
+VARIABLE (?<![\\A-Za-z])[A-DF-HJ-Za-df-hj-z](?![A-Za-z])
+# Not for math-verify, which reads them wrongly: words (products of letters), ratios and times, several equations,
+# bases, "7 8", huge factorials; nor a number against what has a variable or a comma: they differ.
+ONLY_AS_TEXT (?m)(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)(?!sqrt|frac|pi\b|sin|cos|tan|log|exp|mod\b)[A-Za-z]{3,}|
+  ^[A-Za-z]{2,}$|:|=[^=\n]*,[^=\n]*=|\d_|(?<!frac )(?<!binom )\b\d+ \d|\d{3}!|
+  \A(?:<NUMBER>)\n(?!.*=).*(?:,|<VARIABLE>)|\A(?!.*=).*(?:,|<VARIABLE>).*\n(?:<NUMBER>)\Z
+"""
+# How an answer is rewritten before it is compared, in this order (\040 is a blank).
+REWRITE = r"""
+[\u200b-\u200f\u202a-\u202e\u2060\ufeff] ->
+[−‐–—] -> -
+∞ -> \\infty\040
+° -> ^\\circ\040
+√ *([0-9]+|[a-z]|\([^()]*\)) -> \\sqrt{\1}
+\u2044 -> /
+(?<=\d)(?:,?\\!\s*|\{,\}|')+(?=\d{3}) ->
+(?<!\\)\\(?:text)?color\s*\{\w*\}|(?<!\\)\\[()\[\]]|\\?\$|\\displaystyle(?![a-z])|\\(?:left|right)(?![a-z])|\\!|
+  \*\*|\\(?:bf|rm)(?![a-z]) ->
+\\q?quad(?![a-z])|(?<!\\)\\[,;:> ]|~|\s+ -> \040
+^\s*\\f?boxed\s*\{(.*)\}\s*$ -> \1
+\\langle(?![a-z]) -> (
+\\rangle(?![a-z]) -> )
+\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|boldsymbol|bm|underline|
+  operatorname)\s*\{\s*([^{}\s][^{}]*[^{}\s]|[^{}a-z\s])\s*\} -> \040\1\040
+\\(?:text|mbox|mathrm|rm)\s*\{ ?([a-z]) ?\} -> \\text{\1}
+[ ]+ -> \040
+(?<=\d) (?=\d{3}(?![\d/])) ->
+(?<=\d),(?=\d{3}\}|(?:\d{2,3},)*\d{3}(?:\.\d+)?$) ->
+(?i)(?<=\d) *(?:percent(?:age)?|pct)\b -> \\%
+(?i)(?<=\d) *degrees?\b -> ^\\circ
+(?<=\d) to (?=\d) -> :
+,? *\b(?:and|or)\b,? * -> ,\040
+>= -> \\geq\040
+<= -> \\leq\040
+!= -> \\neq\040
+^\s*(-?\d+) (\d+) ?/ ?(\d+)(?!\d) -> \1\\frac{\2}{\3}
+^\s*(-?[\d.]+)[eE]([+-]?\d+)(?= |$) -> \1\\cdot10^{\2}
+^\s*(\d+) out of (\d+)\s*$ -> \\frac{\1}{\2}
+(\d)_\{?10\}?\s*$ -> \1
+(\d)_\{(\w+)\} -> \1_\2
+\{-\} -> -
+\\[dt]frac -> \\frac
+^\s*(-?) ?\\frac ?\{?(\d+)\}? ?\{(\d+)\}\s*$ -> \1\2/\3
+^((\w+) ?= ?[^=]+), \2 ?= ? -> \1,\040
+^((\w+) ?= ?[^=]+), \2 ?= ? -> \1,\040
+^[=+\s]+|(?:[.,;:\s]|\\\\)+$ ->
+(?i)^true$ -> yes
+(?i)^false$ -> no
+"""
+RULES = {}
+for line in POLICY.replace("\n  ", "").splitlines():
+    name, _, pattern = line.partition(" ")
+    RULES[name] = re.compile(re.sub("<([A-Z_]+)>", lambda other: RULES[other[1]].pattern, pattern))
 
 
 def last_boxed(text):
     r"""The content of the last balanced \boxed{...} (or brace-less \boxed 9), or None. Linear in the text."""
-    opened, last = [], None
-    for mark in re.finditer(r"(?<!\\)\\+boxed(?:\s*\{|\s+([^\s{}$\\]+))|\\.|\{|\}", text, re.DOTALL):
-        token = mark[0]
-        if "boxed" in token and token.endswith("{"):
-            opened.append(mark.end())
-        elif "boxed" in token:
-            last = mark[1].rstrip(".,;:")
-        elif token == "{":
-            opened.append(None)
-        elif token == "}" and opened:
-            start = opened.pop()
-            if start is not None:
-                last = text[start:mark.start()]
-    return last
-
-
-STATED = r"(?i)\banswer\**\s*(?:is|:)(?!\**\s*(?:correct|helpful|clear|right|reasonable|wrong)\b)(?:[\s:*]|\\\[|\$\$)*"
-LAST_LINE = r"^[ \t]*A:(?=[ \t]*[-+$\\(.\d])"  # of GSM8K's early solutions
-MATH = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]|\*\*([^*\n]+)\*\*", re.DOTALL)
-LONG = 2000  # characters, plus twice the gold's, beyond which an answer is not compared: it is not this one
-ONE_LINE = 200  # characters up to which a response of one line is taken to be nothing but an answer
+    boxes = [None, *RULES["BOX"].findall(text)]
+    return boxes[-1]
 
 
 def final_answer(text):
-    r"""What a response states as its answer, as it is written there; None if it states none. In what stands behind the
-    last </think>, the first of these that there is:
-
-    the last balanced \boxed{}; the line behind the last "####"; the sentence behind the last "answer is", "answer:" or
-    (before a number) "A:" at the beginning of a line; the whole text, if it is one line of at most 200 characters."""
-    text = text.rsplit("</think>", 1)[-1]
-    stated = last_boxed(text) if "boxed" in text else None
-    if stated is None and "####" in text:
-        line, _, more = text.rsplit("####", 1)[1].strip().partition("\n")
-        stated = line if not more or re.search(r"\d", line) and ":" not in line else None  # else a heading
-    where, said = (text, f"{STATED}|{LAST_LINE}") if stated is None else (stated, STATED)
-    marks = list(re.finditer(said, where, re.MULTILINE))
-    if marks:
-        sentence = re.split(r"[.!](?:\s|\**$)|<\|", where[marks[-1].end():].strip().split("\n")[0])[0]
-        sentence = re.split(r",?\s(?:because|since|as|so|which|where|when)\b", sentence)[0]
-        stated = re.sub(r"^[A-Za-z](?:[^\d$\\(*,;:]|\$[A-Za-z]+\$)*\b(?:is|are) ", "", sentence)  # the sum is 12
-    elif stated is None and len(text) <= ONE_LINE and "\n" not in text.strip() and "boxed" not in text:
-        stated = text
-    return (stated or "").strip() or None
+    """What a response states as its answer, as it is written there; None if it states none, or in doubt."""
+    text = RULES["THOUGHT"].sub("", text)
+    boxes = [box for box in RULES["BOX"].finditer(text) if not RULES["EXPLAINS_THE_BOX"].fullmatch(box[1])]
+    if boxes:
+        return boxed_answer(text, boxes)
+    text = RULES["MARKED"].sub(r"\1\2", text).strip()
+    stated = RULES["SAID"].search(text) or RULES["SHORT_LINE"].fullmatch(text)
+    if not stated or RULES["REVOKED"].search(stated[2]) or "?" in stated[1]:
+        return None
+    return RULES["EXPLAINED"].split(stated[1])[0].rstrip(" ,(") or None
 
 
-OTHERWISE = (r"(?i)\b(?:not|never|no|or|and|between|than|least|most|approximately|about|almost|nearly|minus|negative|"
-             r"plus|twice|half|double|triple|multiples?|power|square|cube|root|all|any|except|but|if|when|for|unlike|"
-             r"dozen|(?:hundred|thousand|million|billion|trillion)s?)\b|n't|\\")
+def boxed_answer(text, boxes):
+    r"""What the last of these boxes states, with a unit behind it, or the last ones if they stand together ("5, 6");
+    None if mathematics or words around it change it."""
+    last = boxes[-1]
+    answers = [box[1] for box in boxes[-9:] if RULES["SAME_LIST"].fullmatch(text[box.end():last.start()])]
+    if len(set(answers)) > 1:
+        return ", ".join(answers)
+    around = f"{text[:last.start()][-100:]}\0{text[last.end(1):][:100]}"
+    if RULES["CHANGED"].search(around):
+        return None
+    return " ".join([last[1], *RULES["UNIT_HERE"].findall(around)])
 
 
-def piece_of(sentence):
-    r"""The one piece of mathematics ($...$, \[...\], bold) in a sentence whose words change nothing; or all of it."""
-    pieces = list(MATH.finditer(sentence))
-    if len(pieces) != 1:
-        return sentence
-    before, after = sentence[:pieces[0].start()].rstrip(), sentence[pieces[0].end():].lstrip()
-    joined = re.search(r"[\d+\-*/=^<>]$", before) or re.match(r"[\d+\-*/=^<>%]", after)
-    words = f"{before} {after}"
-    if joined or not re.search(r"[^\W\d_]{2}", words) or re.search(OTHERWISE, words):
-        return sentence
-    return next(filter(None, pieces[0].groups()))
-
-
-UNIT_WORD = r"\\(?:text|mbox|textbf|textrm|mathrm)\s*\{([^{}]{0,60})\}"
-WORD = r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|boldsymbol|underline|operatorname)\s*\{([^{}]{0,60})\}"
-NOT_UNITS = (r"(?i)\W*([ie]|pi|percent|pct|[ap]\.?m\.?|.*\b((hundred|thousand|million|billion|trillion|dozen|tenth)s?"
-             r"|or|and|to|not|than|most|least|more|less|mod|base|is|if|plus|minus|below|above|remainder|wrong|"
-             r"sin|cos|tan|log|exp|sqrt|root|pi)\b.*"
-             r"|.*\d.*)\W*")
-UNITS = (r"(?:square |cubic |sq |cu )?(?:degree|dollar|cent|euro|pound|inch(?:e(?=s))?|foot|feet|ft|yard|mile|cm|mm|km|"
-         r"mg|kg|(?:centi|kilo|milli)?met(?:er|re)|gram|ounce|oz|lb|gallon|lit(?:er|re)|ml|second|sec|minute|min|hour|"
-         r"hr|day|week|month|year|unit|mph|people|student|point|way|time)s?")
-MIXED = (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}")  # 1 1/2
-REWRITE = [(re.compile(pattern), by) for pattern, by in (  # in this order
-    (r"(?<!\\)\\(?:text)?color\s*\{\w*\}|(?<!\\)\\[()\[\]]|\\?\$|\\displaystyle(?![a-z])", ""),
-    (r"(?<=\d)(?:,?\\!\s*|\{,\})+(?=\d{3})", ""),  # 1,\!000 and 1{,}000
-    (r"(?<!\\)\\[,;:> ]|~|\s+", " "),
-    (r"\\!", ""),
-    MIXED,
-    (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?! ?\d)", lambda m: m[0].replace(" ", "")),  # 1 000
-    (r"(?<!\\)\{\d{1,3}(?:,\d{3})+\}", lambda m: m[0].replace(",", "")),  # \frac{12}{5,525}
-    (r"^\s*[A-Za-z]\([^()=]*\)\s*=(?=[^=]*$)", ""),  # f(2) = 5
-    (r"\\(?:text|mbox)\s*\{\s*(?:percent|pct)\s*\}", r"\%"),
-    (r"^[=+\s*]+|(?:[.,;:\s*]|\\\\)+$", ""),  # what stands around: a full stop, **bold**
-    (rf"^\{{?\s*{WORD}\s*\}}?$", lambda m: m[1].strip()),
-    (r"^(-?[\d.]+)[eE]([+-]?\d+)$", r"\1\\cdot10^{\2}"),  # 1e3
-    (rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\\pi ))\s*(?:{UNIT_WORD}(?:\^\{{?\d\}}?)?|(?:{UNITS})(?:\^\{{?\d\}}?|\d)?)$",
-     lambda m: m[0] if m[1] is not None and re.fullmatch(NOT_UNITS, m[1]) else ""),  # 4 feet, 5\text{ cm}^2
-    (r"^(-?\d[\d.,]*)( [a-z]{3,}(?: [a-z]+){0,3})$",
-     lambda m: m[0] if re.fullmatch(NOT_UNITS, m[2]) else m[1]),  # 18 eggs
-    MIXED,
-    (r"[.,;:\s]+$", ""),
-)]
-
-
-@functools.lru_cache(1 << 17)
-def normalize(answer):
-    r"""An answer as it goes to math-verify: what that does not read, or reads wrongly, rewritten. Linear in the text.
-
-    Digits of all scripts, full-width forms, superscripts and fractions of Unicode; $, \( and bold around it; thousands
-    apart by blanks or \, and \!; mixed fractions; 1e3; units behind a number; a full stop at the end."""
-    if not answer.isascii():
-        answer = re.sub("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", answer)  # 10²³
-        answer = re.sub("√ *([0-9]+|[a-z]|\\([^()]*\\))", r"\\sqrt{\1}", "".join(map(_latex_of, answer)))
-    for pattern, by in REWRITE:
-        answer = pattern.sub(by, answer)
+def rewritten(answer):
+    """An answer as it is compared: what math-verify does not read, or reads wrongly, in other words."""
+    answer = re.sub("([⁻⁰¹²³⁴-⁹]+)", r"^{\1}", re.sub("(?=[¼-¾⅐-⅞])", " ", answer))
+    answer = unicodedata.normalize("NFKC", answer)
+    for line in REWRITE.replace("\n  ", "").strip().splitlines():
+        pattern, by = line.split(" ->")
+        answer = re.sub(pattern, by.strip(), answer)
     return answer
 
 
-def _latex_of(c):
-    """A character as LaTeX and ASCII have it."""
-    kind = unicodedata.decomposition(c).split(" ")[0]
-    if unicodedata.decimal(c, None) is not None:
-        return str(unicodedata.decimal(c))
-    if kind == "<fraction>":
-        above, _, below = unicodedata.normalize("NFKC", c).partition("\u2044")
-        return f"\\frac{{{above}}}{{{below}}}"
-    if kind in ("<wide>", "<noBreak>"):
-        return unicodedata.normalize("NFKC", c)
-    if unicodedata.category(c) == "Cf":  # invisible
-        return ""
-    return {"−": "-", "–": "-", "∞": "\\infty ", "°": "^\\circ ", "µ": "\\mu "}.get(c, c)
+def plain(text):
+    """A letter, a label or an option's text without LaTeX, quotes and capitals."""
+    return rewritten(text).strip('{}" ').casefold()
 
 
 def letter_of(answer, options=()):
-    """The letter of the option that an answer means, by its letter ("B", "(b)", "B. a dog", "option B: ...") or its
-    text; None if that is none, or two ("A or B"). Without options any letter will do."""
-    def plain(text):
-        text = re.sub(r"\\[()\[\]]|\\(?:left|right)(?![a-z])|\*\*|[$\"]", "", re.sub(
-            WORD.replace("{0,60}", "*"), r" \1 ", text))
-        return re.sub(r"\( ?([A-Za-z]) ?\)", r"(\1)", " ".join(text.split())).strip(".,:; ")
-
-    answer, options = plain(answer), [plain(option).casefold() for option in options]
-    letters = [chr(65 + i) for i in range(len(options) or 26)]
-    if alone := re.fullmatch(r"\(?([A-Za-z])\)?", answer):
-        return alone[1].upper() if alone[1].upper() in letters else None
-    same = [letter for letter, option in zip(letters, options) if option == answer.casefold()]
-    if len(same) == 1:
-        return same[0]
-    mark = re.match(r"(?:the )?(?:correct )?(?:(?:option|choice|answer)(?: is)?:? )?"
-                    r"(?:\(([a-z])\)|([a-z])(?=$|[).,:;]|( )))[).,:;]*(.*)", answer, re.IGNORECASE)
-    letter, blank, rest = ((mark[1] or mark[2]).upper(), mark[3], mark[4].strip()) if mark else ("", "", "")
-    its_text = options[letters.index(letter)] if options and letter in letters else ""
-    if letter in letters and its_text and rest.casefold() == its_text:
-        return letter
-    if letter in letters and not blank:  # with a blank it may be the article of "A dog"
-        another = re.match(r"(?:or|and|/|&)?\s*\(?[A-H]\)?(?![A-Za-z' ])|(?:or|and|is (?:not|wrong|incorrect))\b", rest)
-        return None if another or re.search(r"\([A-H]\)|\b[A-H][.)]", rest) else letter
-    named = {*re.findall(r"\(([A-H])\)", answer)}  # "It is (B)"
-    denied = re.search(OTHERWISE + r"|\b(?:neither|nor|cannot|wrong|incorrect|anything)\b", answer)
-    return min(named) if len(named) == 1 and named <= {*letters} and not denied else None
+    """The letter of the option that an answer is: its letter ("B", "(b)", "option B"), its text, or both ("B. a dog");
+    None if it is none, or two. Without options any letter will do."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    mark = RULES["LETTER"].fullmatch(plain(answer))
+    for letter, option in zip(letters, options or letters):
+        if mark and mark[1] == letter.lower() and mark[2] in (None, plain(option)):
+            return letter
+    label = label_of(answer, options)
+    return letters[options.index(label)] if label else None
 
 
 def label_of(answer, labels):
-    """The one of the labels that an answer names; None if it names none or two, or denies one ("not neutral")."""
-    text = " ".join(re.sub(r"\\[a-z]+|[{}$*\"]", " ", answer).casefold().split())
-    if labels == YES_NO:  # "no" begins other sentences too: "no way to tell"
-        first = re.match(r"(?:(yes|true)\b(?! or\b|/)|(no|false)\b(?=\s*(?:$|[,.;:!(])))", text)
-        return first and ("yes" if first[1] else "no")
-    named = [label for label in labels if label and re.search(rf"(?<!\w){re.escape(label.casefold())}(?!\w)", text)]
-    named = [label for label in named if not any(label in other and label != other for other in named)]
-    before = text.partition(named[0].casefold())[0] if named else ""
-    denied = re.search(r"\b(?:not|no|non|never|neither|nor|cannot|hardly|far)\b|n't", before)
-    return named[0] if len(named) == 1 and not denied else None
+    """The one of the labels that an answer is; None if it is anything else or more ("not neutral")."""
+    same = [label for label in labels if plain(label) == plain(answer)]
+    return same[0] if len(same) == 1 else None
+
+
+def grade(problem, text, equal):
+    """(correct, reason) of a response; equal(gold, answer) compares what their texts alone do not tell."""
+    answer, kind = final_answer(text), problem.get("kind", "math")
+    gold = problem["answer"].strip()
+    if "box" in gold:
+        gold = final_answer(gold) or gold
+    if kind != "math":
+        meant_by = letter_of if kind == "choice" else label_of
+        options = problem.get("choices", YES_NO if kind == "yesno" else ())
+        gold, answer = meant_by(gold, options), meant_by(answer or "", options)
+    if not gold:
+        return False, "bad_gold"
+    if not answer:
+        return False, "no_answer"
+    correct = answer == gold
+    if kind == "math":
+        correct = same_value(gold, answer, equal)
+    return correct, "equal" if correct else "different"
+
+
+def canonical(answer):
+    """(answer, unit) as two mathematical answers are compared."""
+    answer = rewritten(answer)
+    unit = RULES["UNIT"].fullmatch(answer)
+    if not unit:
+        return answer, ""
+    return unit[1], unit[2].casefold().rstrip("s")
+
+
+def same_value(gold, answer, equal):
+    """Whether two mathematical answers are equal, as far as possible by their texts."""
+    if len(answer) > LONG + 2 * len(gold):
+        return False
+    (gold, unit), (answer, its_unit) = canonical(gold), canonical(answer)
+    if unit and its_unit and unit != its_unit:
+        return False
+    (name, value), (its_name, its_value) = named(gold), named(answer)
+    if name == its_name or "=" not in gold or "=" not in answer:
+        gold, answer = value, its_value
+    elif name not in answer or its_name not in gold:
+        return False
+    both = f"{gold}\n{answer}"
+    text, its_text = RULES["NO_DIFFERENCE"].sub("", both.casefold()).split("\n")
+    if text == its_text or RULES["ONLY_AS_TEXT"].search(both):
+        return text == its_text
+    if RULES["NUMBER"].fullmatch(text) and RULES["NUMBER"].fullmatch(its_text):
+        return Fraction(text) == Fraction(its_text)
+    sides = [answer]
+    if "=" not in gold:  # of "m + n = 256 + 37 = 293" two
+        sides = [side for side in RULES["EQUALS"].split(answer) if not RULES["NAME"].fullmatch(side)] or sides
+    return all(equal(gold, side) for side in sides)
+
+
+def named(answer):
+    """(name, value) of "x = 3" or "f(2) = 3"; ("", answer) of anything else."""
+    found = RULES["NAMED"].fullmatch(answer)
+    return found.groups() if found else ("", answer)
+
+
+def math_verify_grader():
+    """grade(problem, text) by math-verify, where texts do not tell: each answer in a box, as `rewritten` leaves it."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
+    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(
+        malformed_operators=True, nits=True))]  # not units: those are ours to drop
+
+    @functools.lru_cache(1 << 10)
+    def parsed(answer):
+        return parse(f"\\boxed{{{answer}}}", extraction_config=config, parsing_timeout=None)
+
+    @functools.lru_cache(1 << 15)
+    def equal(gold, answer):
+        return verify(parsed(gold), parsed(answer), float_rounding=DECIMALS, allow_set_relation_comp=True,
+                      timeout_seconds=None)
+
+    equal("1", "\\frac{2}{2}")  # builds the parser
+    return functools.partial(grade, equal=equal)
 
 
 class Checker:
-    """Compares answers in worker processes (by math-verify, or your own grader), which are replaced when they hang."""
+    """Grades responses in worker processes (by math-verify, or your own grader), which are replaced when they hang."""
 
     def __init__(self, workers, grader=""):
         self.grader = grader
         self.threads = ThreadPoolExecutor(workers)  # each waits for a process of its own, which does the work
         self.own = threading.local()
-        self.verdicts = {}
-        if grader:  # your file may not work at all
-            self.threads.submit(self.compare, ({"id": "", "problem": "", "answer": "", "kind": "math"}, "")).result()
+        self.works = False  # a grader that has done nothing but crash ends the program
+        if grader:
+            self.submit({"id": "check/1", "problem": "1 + 1 = ?", "answer": "2", "kind": "math"}, "\\boxed{2}").result()
+            self.works = False  # real problems may ask more of it
 
-    def submit(self, problem, text):
+    def submit(self, problem, text, finish="stop"):
         """Future of (correct, reason): equal, different, no_answer, one of NO_VERDICT, or a grader's."""
-        verdict = None
-        pair = problem, text
-        if not self.grader:
-            verdict, pair = judge(problem, text)
-        key = json.dumps(pair or verdict)
-        if len(self.verdicts) > 1 << 18:
-            self.verdicts.clear()  # a file of millions would fill the memory
-        if key not in self.verdicts:
-            self.verdicts[key] = given(verdict) if verdict else self.threads.submit(self.compare, pair)
-        return self.verdicts[key]
+        if finish == "length":
+            return given((False, "cut"))
+        return self.threads.submit(self.ask, problem, text)
 
-    def compare(self, pair):
-        """(correct, reason) from this thread's worker; a second try if the first died, perhaps not by this case."""
-        for _ in range(2):
-            worker = self.worker()
-            end = time.monotonic() + 10 * CHECK_SECONDS
-            late = threading.Timer(10 * CHECK_SECONDS, worker.kill)
-            late.start()
-            try:
-                worker.stdin.write(json.dumps(pair).encode() + b"\n")
-                worker.stdin.flush()
-                return tuple(json.loads(worker.stdout.readline()))
-            except (OSError, ValueError):  # it is dead
-                self.own.worker = None
-            finally:
-                late.cancel()
-            if worker.wait() == -signal.SIGXCPU or time.monotonic() >= end:  # else the system may have killed it
-                return False, "timeout"
-        return False, "crash"
+    def ask(self, *case):
+        """(correct, reason) from this thread's worker."""
+        worker = self.worker()
+        late = threading.Timer(10 * CHECK_SECONDS, worker.kill)
+        late.start()
+        try:
+            print(json.dumps(case), file=worker.stdin, flush=True)
+            correct, reason, error = json.loads(worker.stdout.readline())
+        except (OSError, ValueError):  # it is dead
+            worker.wait()
+            correct, reason, error = False, "crash", "its process died"
+        late.cancel()
+        if self.grader and reason == "crash" and not self.works:
+            fail(f"--grader {self.grader}: {error}")
+        self.works = True
+        return correct, reason
 
     def worker(self):
-        """This thread's worker, started if there is none (a second or two); ends the program if it does not start."""
-        if getattr(self.own, "worker", None) is None:
-            command = [sys.executable, __file__] + [self.grader] * bool(self.grader)
-            self.own.worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                               stderr=subprocess.DEVNULL)
-            line = self.own.worker.stdout.readline().decode().strip()
+        """This thread's worker, started (a second or two) if there is none; ends the program if it does not start."""
+        worker = getattr(self.own, "worker", None)
+        if worker is None or worker.poll() is not None:
+            worker = subprocess.Popen(
+                [sys.executable, "-B", __file__, self.grader], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, text=True)
+            line = worker.stdout.readline().strip()
             if line != "ready":
-                fail(f"a checking worker does not start: {line or 'see what `python common.py` says'}")
-        return self.own.worker
+                fail(f"a checking worker does not start: {line}")
+            self.own.worker = worker
+        return worker
 
 
 def given(verdict):
@@ -300,225 +395,64 @@ def given(verdict):
     return future
 
 
-def judge(problem, text):
-    """((correct, reason), None) where the text tells, else (None, (gold, answer)): what math-verify is to compare."""
-    gold, answer, kind = problem["answer"], final_answer(text), problem.get("kind", "math")
-    gold = last_boxed(gold) or gold if gold.count("boxed") == 1 else gold
-    if not gold.strip():
-        return (False, "bad_gold"), None
-    if answer is None:
-        return (False, "no_answer"), None
-    if kind != "math":
-        meant_by, options = (letter_of, ()) if kind == "choice" else (label_of, YES_NO)
-        options = problem.get("choices", options)
-        right, meant = meant_by(gold, options), meant_by(answer, options)
-        reason = "bad_gold" if right is None else "no_answer" if meant is None else "equal" if meant == right else ""
-        return (reason == "equal", reason or "different"), None
-    equal = answer == gold
-    if not equal and len(answer) <= LONG + 2 * len(gold):
-        answer = piece_of(answer) if piece_of(gold) == gold else answer
-        gold, answer = normalize(gold), normalize(answer)
-        if not answer:
-            return (False, "no_answer"), None
-        equal = equal_as_text(gold, answer)
-        if equal is None:
-            return None, (gold, answer)
-    return (equal, "equal" if equal else "different"), None
-
-
-def equal_as_text(gold, answer):
-    """Whether two normalized answers are equal; None where only math-verify can tell."""
-    if gold == answer:
-        return True
-    if re.fullmatch(r"-?\d+", gold) and re.fullmatch(r"-?\d+", answer):
-        return re.sub("^(-?)0+(?=.)", r"\1", gold) == re.sub("^(-?)0+(?=.)", r"\1", answer)
-    if re.fullmatch(r"[A-Z]|\([A-Z]\)( .*)?", gold):
-        alone = r"(?i)\(?[A-Z]\)?|(?:\([A-Z]\)|[A-Z](?:[.:)]|,(?= [a-z]))) *(?!or\b|and\b)[^-+=^*/,]*"
-        return bool(re.fullmatch(alone, re.sub(WORD, r"\1 ", answer))) and letter_of(answer) == letter_of(gold)
-    if re.search(r"\bnot\b", answer) and "not" not in gold:
-        return False
-    words = [re.sub(r"^(the|an?) ", "", a.casefold()) for a in (gold, answer)]
-    if re.fullmatch(r"[a-z' -]*[a-z]{2}[a-z' -]*", words[0]):  # else "listen" is "silent", a product of letters
-        return words[0] == words[1]
-    bases = [re.findall(r"\d_\{?(\d+)", a) for a in (gold, answer)]
-    if all(bases) and bases[0] != bases[1]:  # math-verify does not read them
-        return False
-    if any(re.search(r"(?<!frac )(?<!binom )\b\d+ \d", a) for a in (gold, answer)):
-        return False  # "7 8": math-verify multiplies
-    gold, answer = (re.sub(r"\\(?:left|right|[,;! ])|\s|(?<=\\)[dt](?=frac)", "", a) for a in (gold, answer))
-    return True if gold == answer else None
-
-
 class Stop(BaseException):
     """A case has used its time, or would do what no comparison needs. Not an Exception: sympy catches those."""
 
 
-def confine():
-    """Take from this process what no comparison needs: writing files, starting programs, connections. sympy evaluates
-    as Python what it makes of some texts (numbers and names, as far as is known); should more get through, it finds
-    nothing to do. Of the limits the kernel's own come first; NPROC does not bind root."""
-    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):
-        resource.setrlimit(limit, (0, 0))
-    sys.dont_write_bytecode = True
-    barred = {"os", "subprocess", "socket", "shutil", "ctypes", "pty", "tempfile", "fcntl", "mmap", "signal", "sqlite3"}
+def late(*_):
+    raise Stop("timeout")
 
-    def refuse(event, arguments):
-        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes or event.partition(".")[0] in barred and event not in ("os.listdir", "os.scandir"):
-            raise Stop("forbidden")
 
-    sys.addaudithook(refuse)
+def refuse(event, arguments):
+    """Bar this process from writing files, starting programs and connecting: an audit hook.
+
+    sympy evaluates as Python what it makes of some texts (numbers and names, as far as is known); should more get
+    through, it finds nothing to do. It can still read files, and code in C can do all that the kernel lets it."""
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if writes or re.match(r"(?:os\.(?!listdir|scandir)|subprocess|socket|ctypes|pty|tempfile|fcntl|mmap|sqlite3)",
+                          event):
+        raise Stop("forbidden")
 
 
 def checking_worker(grader=""):
-    """The program of a worker: a line of JSON in, a line [correct, reason] out; "ready" before the first.
-
-    A line is [gold, answer] for math-verify or, with a grader of one's own ("file.py:function"), [problem, text]."""
+    """The program of a worker: "ready"; then for each line of JSON [problem, text] a line [correct, reason, error]."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
     resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-    def late(*_):
-        raise Stop("timeout")
-
     signal.signal(signal.SIGPROF, late)
     try:
-        compare = own_grader(grader) if grader else math_verify_grader()
+        if grader:  # file.py:function
+            path, _, function = grader.rpartition(":")
+            compare = runpy.run_path(path)[function]
+        else:
+            compare = math_verify_grader()
     except Exception as error:  # whatever somebody's file raises
-        print(f"{type(error).__name__}: {error}".splitlines()[0], file=out, flush=True)
+        print(repr(error), file=out, flush=True)
         return
     if not grader:
-        confine()
+        for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):  # the latter does not bind root
+            resource.setrlimit(limit, (0, 0))
+        sys.addaudithook(refuse)
     print("ready", file=out, flush=True)
     for line in sys.stdin:
-        # Limits in processor time, so that a verdict does not depend on what else runs here. Python may not get to
-        # ask (a huge power is one instruction): then the kernel ends this process, at a whole second after these.
-        until = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) + CHECK_SECONDS
-        resource.setrlimit(resource.RLIMIT_CPU, (1 + int(until), resource.RLIM_INFINITY))
-        try:
-            try:
-                signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS / 2, 0.1)
-                verdict = compare(*json.loads(line))
-            finally:  # not later: freeing what a late case holds takes time too
-                signal.setitimer(signal.ITIMER_PROF, 0)
-            verdict = bool(verdict[0]), str(verdict[1])
-        except Stop as stop:
-            verdict = False, str(stop)
-        except MemoryError:
-            verdict = False, "memory"
-        except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
-            verdict = False, "crash"
-        signal.setitimer(signal.ITIMER_PROF, 0)  # should it have fired in that very line
-        print(json.dumps(verdict), file=out, flush=True)
-        if verdict[1] == "memory":
-            return  # a new worker has its memory back
+        print(json.dumps(in_time(compare, *json.loads(line))), file=out, flush=True)
 
 
-def own_grader(name):
-    """The function that --grader file.py:function names."""
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py"):
-        raise ValueError(f"--grader {name}: not file.py:function")
-    spec = importlib.util.spec_from_file_location("grader", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, function)
-
-
-def math_verify_grader():
-    """compare(gold, answer) -> (correct, reason) by math-verify, both in a box, as `normalize` leaves them."""
-    import logging
-
-    import math_verify.parser
-    from antlr4.atn.ParserATNSimulator import ParserATNSimulator, PredictionMode
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-    logging.disable(logging.CRITICAL)
-    # Units are ours to drop: math-verify takes the last letter of 2t for one.
-    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"))]
-    golds, mode, latex2sympy = {}, [PredictionMode.LL], math_verify.parser.latex2sympy
-    # ANTLR's two stages, as its authors advise: where the faster mode finds no error, it finds what the other would.
-    ParserATNSimulator.predictionMode = property(lambda self: mode[0], lambda self, _: None)
-
-    def in_two_stages(*arguments, **more):
-        try:
-            mode[0] = PredictionMode.SLL
-            return latex2sympy(*arguments, **more)
-        except Exception:
-            mode[0] = PredictionMode.LL
-            return latex2sympy(*arguments, **more)
-
-    math_verify.parser.latex2sympy = in_two_stages
-
-    def parsed(answer):
-        return parse(f"\\boxed{{{answer}}}", extraction_config=config, parsing_timeout=None)
-
-    def compare(gold, answer):
-        golds[gold] = golds.get(gold) or parsed(gold)
-        if not golds[gold]:
-            return False, "bad_gold"
-        answers = parsed(answer)
-        if not answers:
-            return False, "different"
-        pair = golds[gold][0], answers[0]
-        correct = not clearly_different(*pair) and verify(
-            golds[gold], answers, allow_set_relation_comp=True, timeout_seconds=None) and sound(*pair)
-        return correct, "equal" if correct else "different"
-
-    compare("1", "\\frac{2}{2}")  # builds the parser
-    return compare
-
-
-def clearly_different(gold, answer):
-    """Whether two parsed answers have other values at a point, or one is a number and the other a set or a tuple, or
-    both are equations without a common symbol.
-
-    Told ten times faster than by simplifying their difference, as math-verify does. It also tells tiny numbers apart:
-    math-verify rounds at six decimals."""
-    from latex2sympy2_extended import is_expr_of_only_symbols
-    from sympy import Eq, Expr, Set, Tuple, UnevaluatedExpr
-    if isinstance(gold, Eq) and isinstance(answer, Eq):
-        if not gold.free_symbols & answer.free_symbols:
-            return gold.rhs != answer.rhs
-        if gold.lhs == answer.lhs and gold.lhs.is_Symbol:  # y = this and y = that
-            gold, answer = gold.rhs, answer.rhs
-    pair = gold, answer
-    if not all(isinstance(side, Expr) for side in pair):
-        return any(isinstance(side, Expr) and not side.free_symbols for side in pair) and any(
-            isinstance(side, (Set, Tuple)) and len(side.args) > 1 for side in pair)
-    names = sorted({symbol.name.lower() for side in pair for symbol in side.free_symbols})
-    if any(side.has(UnevaluatedExpr) for side in pair) or names and all(map(is_expr_of_only_symbols, pair)):
-        return False  # a percentage; or letters, which may be a word
+def in_time(compare, *case):
+    """(correct, reason, error), in limited processor time, so that a verdict does not depend on what else runs here."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, CHECK_SECONDS)  # ends the process: a huge power cannot be asked to stop
     try:
-        gold, answer = (side.subs({symbol: 0.41 + 0.17 * names.index(symbol.name.lower())
-                                   for symbol in side.free_symbols}).doit().evalf() for side in pair)
-        return bool(abs(gold - answer) > 1e-3 * abs(gold))
-    except Exception:  # no number there, for one of many reasons
-        return False
-
-
-def sound(gold, answer):
-    """False of what math-verify takes for equal and is not: an equation for a value (5 = 3, 2x = 6 or a + b = 3 for 3),
-    and equations with a symbol times a matrix, of which it reads nothing."""
-    from sympy import Add, Eq, MatrixBase, MatrixExpr, Mul, Number, Pow, simplify
-    from sympy.core.relational import Relational
-
-    def names_a_value(equation):
-        left = equation.lhs
-        if not equation.free_symbols:
-            return simplify(left - equation.rhs) == 0  # 3 + 4 = 7
-        return not (left.has(Add, Pow) or isinstance(left, Mul) and left.has(Number))  # x = 7
-
-    equations, relations = ([e for e in (side, *getattr(side, "args", ())) if isinstance(e, Relational)]
-                            for side in (answer, gold))
-    if equations and not relations:
-        return all(names_a_value(e) for e in equations if isinstance(e, Eq))
-    if isinstance(answer, Eq) and isinstance(gold, Eq):
-        sides = [side for side in (*gold.args, *answer.args) if not isinstance(side, MatrixBase)]
-        return not any(side.has(MatrixBase, MatrixExpr) for side in sides)
-    return True
+        try:
+            signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS / 2, 0.1)  # again, should sympy swallow the first
+            correct, reason = compare(*case)
+        finally:  # not later: freeing what a late case holds takes time too
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        return bool(correct), str(reason), ""
+    except Stop as stop:
+        signal.setitimer(signal.ITIMER_PROF, 0)  # should it have fired in that very line
+        return False, str(stop), ""
+    except Exception as error:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
+        return False, "crash", repr(error)
 
 
 if __name__ == "__main__":  # as a program this file is such a worker, and what follows (torch) is not for it
@@ -1511,7 +1445,10 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
             for request, answer in engine.answers(next_request):
                 problem = problems[request.place]
                 answer = {"id": problem["id"], "draw": request.draw, **answer, "prompt_tokens": len(request.ids)}
-                verdict = given(grade(problem, answer)) if grade else run.checker.submit(problem, answer["text"])
+                if grade:
+                    verdict = given(grade(problem, answer))
+                else:
+                    verdict = run.checker.submit(problem, answer["text"], answer["finish"])
                 pending.append((answer, verdict))
                 record_verdicts(wait=False)
             record_verdicts(wait=True)

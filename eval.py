@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (MAY_DIFFER, Checker, accuracy, bar, constants_of, fail, final_answer, hold_out, launch,
-                    load_problems, load_solved, load_tokenizer, make_prompt, normalize, piece_of, print_table, rank,
+from common import (MAY_DIFFER, Checker, accuracy, bar, canonical, constants_of, fail, final_answer, hold_out, launch,
+                    load_problems, load_solved, load_tokenizer, make_prompt, print_table, rank,
                     read, read_problem, sample, say, seed_of, setup, start_run, text_of, threads_per_process,
                     wilson_interval, worked_examples, write)
 
@@ -144,7 +144,7 @@ def vote_of(response):
     answer = final_answer(response["text"])
     if answer is None or response["finish"] == "length":
         return None
-    return normalize(piece_of(answer))
+    return canonical(answer)[0]
 
 
 def score_samples(problems, responses):
@@ -222,12 +222,12 @@ def regrade(path):
     if not records:
         fail(f"--regrade {path}: no answers in it")
     checker = Checker(threads_per_process(), GRADER)
-    verdicts = [checker.submit(problem, record["text"]) for problem, record in zip(problems, records)]
+    verdicts = []
+    for problem, record in zip(problems, records):
+        verdicts.append(checker.submit(problem, record["text"], record.get("finish")))
     with bar(len(records), "checked") as progress:
         for record, verdict in zip(records, verdicts):
             record["correct"], record["reason"] = verdict.result()
-            if record.get("finish") == "length":
-                record["correct"], record["reason"] = False, "cut"
             progress.update()
     graded = path.with_suffix(".graded.jsonl")
     write(graded, records)

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-import eval  # noqa: E402
 import sai_dpo  # noqa: E402
 
 PIECES = [  # what graders are known to trip over; {} is filled with other texts
@@ -96,8 +95,9 @@ def fuzz(examples, derandomize=False):
             problem = {"id": "f/1", "problem": gold, "answer": gold, "kind": kind}
             if kind == "label":
                 problem["choices"] = ["entailment", "neutral", gold]
-            waiting.append((gold, text, kind, timed("judge", checker.submit, problem, text)))
-            timed("vote", eval.vote_of, {"text": text, "correct": False, "finish": "stop"})
+            waiting.append((gold, text, kind, checker.submit(problem, text)))
+            timed("stated", common.final_answer, text)
+            timed("canonical", common.canonical, text[:common.LONG])
             timed("tags", sai_dpo.last_list, text)
             timed("steps", sai_dpo.steps_of, text)
             timed("shown", common.printable, text).encode()
