@@ -50,6 +50,7 @@ import warnings
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from fractions import Fraction
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -1057,77 +1058,95 @@ def bar(total, what):
 
 # 4. Problems and prompts ----------------------------------------------------------------------------------------------
 
-SETS = {  # name: {split: its file in the DATA folder, and where the Hub has it: owner/name:configuration@split}
-    "gsm8k": {"train": "gsm8k/train.jsonl openai/gsm8k:main@train", "test": "gsm8k/test.jsonl openai/gsm8k:main@test"},
-    "math": {"train": "math/train.jsonl DigitalLearningGmbH/MATH-lighteval@train",
-             "test": "math/test.jsonl DigitalLearningGmbH/MATH-lighteval@test"},
-    "math500": {"test": "math500/test.jsonl HuggingFaceH4/MATH-500@test"},
-    "aime24": {"test": "aime24/test.jsonl HuggingFaceH4/aime_2024@train"},
-    "aime25": {"test": "aime25/test.jsonl math-ai/aime25@test"},
-    "aime_1983_2023": {"train": "aime_1983_2023/train.jsonl"},
-    "amc23": {"test": "amc23/test.jsonl math-ai/amc23@test"},
-    "olympiadbench": {"test": "olympiadbench/test.jsonl Hothan/OlympiadBench:OE_TO_maths_en_COMP@train"},
-    "minerva_math": {"test": "minerva_math/test.jsonl math-ai/minervamath@test"},
-    "college_math": {"test": "college_math/test.jsonl di-zhang-fdu/College_Math_Test@test"},
-    "gaokao2023en": {"test": "gaokao2023en/test.jsonl MARIO-Math-Reasoning/Gaokao2023-Math-En@train"},
-    "theoremqa": {"test": "theoremqa/test.jsonl TIGER-Lab/TheoremQA@test"},
-    "tal_scq": {"train": "tal_scq5k/en_train.jsonl", "test": "tal_scq5k/en_test.jsonl"},
-    "svamp": {"train": "svamp/train.jsonl ChilleD/SVAMP@train", "test": "svamp/test.jsonl ChilleD/SVAMP@test"},
-    "adastar_svamp": {"train": "adastar_svamp/train.jsonl", "test": "adastar_svamp/test.jsonl"},
-    "adastar_gsm8k": {"test": "adastar_gsm8k/test.jsonl"},
-    "arc_challenge": {"train": "arc_challenge/train.jsonl allenai/ai2_arc:ARC-Challenge@train",
-                      "test": "arc_challenge/test.jsonl allenai/ai2_arc:ARC-Challenge@test"},
-    "commonsenseqa": {"train": "commonsenseqa/train_rand_split.jsonl tau/commonsense_qa@train",
-                      "test": "commonsenseqa/dev_rand_split.jsonl tau/commonsense_qa@validation"},
-    "anli_r1": {"train": "anli_r1/train_r1.jsonl facebook/anli@train_r1",
-                "test": "anli_r1/test_r1.jsonl facebook/anli@test_r1"},
-    "adastar_arc": {"train": "arc_challenge/train_val_combined.jsonl", "test": "arc_challenge/test_new.jsonl"},
-    "cladder": {"train": "cladder/cladder_train.jsonl",
-                "test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default"},
+SETS = {  # name/split: its file in the DATA folder, and where the Hub has it: owner/name:configuration@split
+    "gsm8k/train": "gsm8k/train.jsonl openai/gsm8k:main@train",
+    "gsm8k/test": "gsm8k/test.jsonl openai/gsm8k:main@test",
+    "math/train": "math/train.jsonl DigitalLearningGmbH/MATH-lighteval@train",
+    "math/test": "math/test.jsonl DigitalLearningGmbH/MATH-lighteval@test",
+    "math500/test": "math500/test.jsonl HuggingFaceH4/MATH-500@test",
+    "aime24/test": "aime24/test.jsonl HuggingFaceH4/aime_2024@train",
+    "aime25/test": "aime25/test.jsonl math-ai/aime25@test",
+    "aime_1983_2023/train": "aime_1983_2023/train.jsonl",
+    "amc23/test": "amc23/test.jsonl math-ai/amc23@test",
+    "olympiadbench/test": "olympiadbench/test.jsonl Hothan/OlympiadBench:OE_TO_maths_en_COMP@train",
+    "minerva_math/test": "minerva_math/test.jsonl math-ai/minervamath@test",
+    "college_math/test": "college_math/test.jsonl di-zhang-fdu/College_Math_Test@test",
+    "gaokao2023en/test": "gaokao2023en/test.jsonl MARIO-Math-Reasoning/Gaokao2023-Math-En@train",
+    "theoremqa/test": "theoremqa/test.jsonl TIGER-Lab/TheoremQA@test",
+    "tal_scq/train": "tal_scq5k/en_train.jsonl",
+    "tal_scq/test": "tal_scq5k/en_test.jsonl",
+    "svamp/train": "svamp/train.jsonl ChilleD/SVAMP@train",
+    "svamp/test": "svamp/test.jsonl ChilleD/SVAMP@test",
+    "adastar_svamp/train": "adastar_svamp/train.jsonl",
+    "adastar_svamp/test": "adastar_svamp/test.jsonl",
+    "adastar_gsm8k/test": "adastar_gsm8k/test.jsonl",
+    "arc_challenge/train": "arc_challenge/train.jsonl allenai/ai2_arc:ARC-Challenge@train",
+    "arc_challenge/test": "arc_challenge/test.jsonl allenai/ai2_arc:ARC-Challenge@test",
+    "commonsenseqa/train": "commonsenseqa/train_rand_split.jsonl tau/commonsense_qa@train",
+    "commonsenseqa/test": "commonsenseqa/dev_rand_split.jsonl tau/commonsense_qa@validation",
+    "anli_r1/train": "anli_r1/train_r1.jsonl facebook/anli@train_r1",
+    "anli_r1/test": "anli_r1/test_r1.jsonl facebook/anli@test_r1",
+    "adastar_arc/train": "arc_challenge/train_val_combined.jsonl",
+    "adastar_arc/test": "arc_challenge/test_new.jsonl",
+    "cladder/train": "cladder/cladder_train.jsonl",
+    "cladder/test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default",
 }
-FIELDS = {  # the names that the sets give to the parts of a problem; the first that is there counts
-    "problem": ("problem", "question_concat", "question", "Question", "prompt"),
-    "answer": ("answer", "expected_answer", "final_answer", "Answer", "answerKey", "answer_value", "label"),
+FILES = (".jsonl", ".json", ".parquet")
+FIELDS = {  # what sets call the parts of a problem, in any case; the first that is there and not null counts
+    "problem": ("problem", "question_concat", "question", "prompt"),
+    "answer": ("answer", "expected_answer", "final_answer", "ground_truth", "target", "answerkey", "answer_value",
+               "label"),
     "solution": ("solution", "reference_solution", "reasoning", "answer_analysis"),
     "level": ("level", "difficulty"),
-    "tags": ("tags", "subject", "type", "Type", "subfield", "data_topic", "knowledge_point_routes", "query_type"),
+    "tags": ("tags", "subject", "type", "subfield", "data_topic", "knowledge_point_routes", "query_type"),
+    "choices": ("choices", "options", "answer_option_list"),
 }
+UNREAD = "option|choice|alternative|context|passage|^[a-f]$"  # other fields without which a problem is not whole
+PLAIN = {"math": "(?s).+", "choice": r"\(?[A-Za-z]\)?", "yesno": "(?i)yes|no|true|false"}  # answers without choices
 ENTAILMENT = ("entailment", "neutral", "contradiction")  # of the labels 0, 1, 2
+PLACEHOLDER = (r"(?i:[\s?.–—_*/-]*|n/?a\.?|none|null|nil|nan|-?inf|tbd|todo|unknown|missing|proof|"
+               r"(?:not|no)[ _-]?(?:found|available|applicable|provided|given|answer))")
+ONE_OF_SEVERAL = rf"(?!{PLACEHOLDER}$)(?:[^,]+|[(\[{{].+)"  # a part of an answer that is a list
+# In a record as JSON: half a character, control characters, and LaTeX with one backslash, as in \frac, \right, \times
+DAMAGED = (r"[\ud800-\udfff\ufffd\x7f]|(?<!\\)(?:\\\\)*\\(?:[bf]|r(?!\\n)|u00|t(?:imes|ext|heta|frac|an|o|au|ilde)\b|"
+           r"n(?:(?:eq|abla|ot|otin|leq|geq)\b|e [-\d\\]|u\$))")
 
 
 def load_problems(names, split, folder, limit=0):
-    """The problems of sets ("gsm8k,math", "my/file.jsonl"), in order; of each `limit` random but fixed ones (0: all).
+    """Read the problems of sets ("gsm8k,math", "my/file.jsonl") in order; of each `limit` random but fixed ones (0: all).
 
     A name of SETS is read from `folder` if its file is there, else from the Hub; "owner/name:configuration@split" is
-    a set of the Hub (this needs the package datasets). `read_problem` says what a record has. One that cannot be used
-    ends the program with file, line and reason; an empty answer drops the record, counted and said."""
+    a set of the Hub. `read_problem` says what a record has. One of your own files that cannot be used ends the program
+    with file, line and reason; one of a public set, which you cannot edit, is dropped, counted and said."""
     problems = []
-    for name in filter(None, names.split(",")):
-        path, hub, where = Path(name), name, name
-        if name in SETS:
-            if split not in SETS[name]:
-                fail(f"{name} has no {split} split, only {', '.join(SETS[name])}")
-            file, _, hub = SETS[name][split].partition(" ")
-            path, where = Path(folder) / file, f"{name}/{split}"
-        elif not re.fullmatch(r".*\.jsonl?|[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", name):
-            fail(f"unknown problem set {name!r}; known are {', '.join(SETS)}, paths that end in .jsonl or .json, and "
-                 "owner/name:configuration@split on the Hub")
-        if path.is_file():
-            where, records = path, _records_of_file(path)
-            ids = f"{path.resolve().parent.name}/{path.stem}"
-        elif name in SETS or not name.endswith((".jsonl", ".json")):
-            hint = f"{path}: no such file (--data names the folder that has it); " if name in SETS else ""
-            ids = where if name in SETS else re.sub(r"[:@]", "/", name if "@" in name else f"{name}@{split}")
-            records = _records_of_hub(hub, split, hint)
-        else:
-            fail(f"{path}: no such file")
-        found = _read_set(where, records, ids)
-        problems += [found[i] for i in sorted(np.random.default_rng(0).permutation(len(found))[:limit or None])]
+    notes = defaultdict(list)  # what is said, and where it is so
+    for name in names.split(","):
+        if name:
+            found = _read_set(name, split, folder, notes)
+            chosen = np.random.default_rng(0).permutation(len(found))[:limit or None]
+            problems += [found[i] for i in sorted(chosen)]
     if not problems:
         fail(f"no problem set is named ({names!r})")
-    twice = [i for i, n in Counter(p["id"] for p in problems).items() if n > 1]
-    if twice:
-        fail(f"two problems have the id {twice[0]!r} (of {len(twice)}); rename one of the files or folders")
+    for i, n in Counter(p["id"] for p in problems).items():
+        if n > 1:
+            fail(f"two problems have the id {i!r}; rename one of the files or folders")
+    first = {}
+    checker = Checker(threads_per_process())
+    verdicts = []
+    for problem in problems:
+        earlier = first.setdefault(problem["problem"], problem)
+        if earlier is not problem:
+            notes["problems kept that repeat the text of an earlier one"].append(problem["id"])
+        if earlier["answer"] != problem["answer"]:
+            notes["of these, with another answer than the earlier one"].append(problem["id"])
+        if "solution" in problem:
+            verdicts.append((problem, checker.submit(problem, problem["solution"])))
+    for problem, verdict in verdicts:
+        if verdict.result()[1] in ("different", "no_answer"):  # it would be learnt
+            del problem["solution"]
+            notes["solutions left out, whose box is not the answer"].append(problem["id"])
+    for note, where in notes.items():
+        say(f"  {note}: {len(where):,} (the first: {where[0]})")
     return problems
 
 
@@ -1141,158 +1160,232 @@ def load_solved(names, folder):
     return solved
 
 
-def _records_of_file(path):
-    """(number, record) of a .jsonl file's lines, or of the list that a .json file is (or has under "data")."""
+def _read_set(name, split, folder, notes):
+    path = Path(name)
+    hub = name
+    public = f"{name}/{split}" in SETS
+    if public:
+        file, _, hub = SETS[f"{name}/{split}"].partition(" ")
+        path = Path(folder) / file
+    where = path
+    ids = f"{path.resolve().parent.name}/{path.stem}"
+    if not path.is_file():
+        if hub.endswith(FILES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", hub):
+            known = [name for name in SETS if name.endswith(split)]
+            fail(f"{path}: no such file, nor one of the sets that are known (in --data {folder!r} or on the Hub: "
+                 f"{', '.join(known)}) or owner/name:configuration@split on the Hub")
+        public = True
+        where = hub if "@" in hub else f"{hub}@{split}"
+        ids = re.sub("[:@]", "/", where)
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # `_read_set` names the line
-            if path.suffix == ".jsonl":
-                yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-                return
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    except (ValueError, RecursionError) as error:
-        fail(f"{path}: not valid JSON ({lines_of(error)[0]})")
-    records = records.get("data") if isinstance(records, dict) else records
-    if not isinstance(records, list):
-        fail(f"{path}: neither a list of problems nor an object with one under 'data'")
-    yield from enumerate(records, 1)
-
-
-def _records_of_hub(name, split, hint):
-    if not name:
-        fail(f"{hint}the Hub does not have it in a form that is read here")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        fail(f"{hint}to get {name} from the Hub: pip install datasets")
-    repository, _, of = name.partition("@")
-    repository, _, configuration = repository.partition(":")
-    try:
-        return enumerate(load_dataset(repository, configuration or None, split=of or split), 1)
-    except Exception as error:  # no network, no such name: many kinds
-        fail(f"{hint}{name} is not to be had from the Hub: {lines_of(error)[0]}")
-
-
-def _read_set(where, records, ids):
-    problems, empty = [], 0
-    for number, record in records:
+        records = _records_of(where)
+    except Exception as error:  # files of any content, the network
+        fail(f"{where} cannot be read: {lines_of(error)[0]} (what is read are .jsonl, .json and, with the packages "
+             f"pyarrow and datasets, .parquet and the Hub; sets are in --data {folder!r})")
+    problems = []
+    for number, record in enumerate(records, 1):
+        if record == "":  # a blank line
+            continue
         try:
-            if isinstance(record, str):
-                record.encode()
             problem = read_problem(json.loads(record) if isinstance(record, str) else record)
-        except (ValueError, RecursionError) as error:
-            reason = ("not valid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else
-                      "not UTF-8" if isinstance(error, UnicodeError) else str(error)[:200])
-            fail(f"{where}:{number}: {reason}; mend or remove it")
-        if problem is None:
-            empty += 1
-        else:
+        except Exception as error:  # JSON of any form
+            if not public:
+                fail(f"{where}:{number}: {lines_of(error)[0]}; fix or remove it (a line is one problem in JSON)")
+            notes[f"{where}: records dropped that cannot be used"].append(f"{number}, {error}")
+            continue
+        if problem:
             problems.append({"id": f"{ids}/{number}", **problem})
-    if empty:
-        say(f"{where}: {empty} problem{'s' * (empty > 1)} with an empty answer dropped")
+        else:
+            notes[f"{where}: problems dropped for want of an answer"].append(number)
     if not problems:
         fail(f"{where}: no problem in it")
     return problems
 
 
-def read_problem(record):
-    """One source record as a problem without its id; None if its answer is empty; ValueError if it cannot be used.
+def _records_of(where):
+    """The records of a .parquet or .json file or of a set of the Hub, or the lines of a .jsonl file."""
+    if isinstance(where, str):
+        from datasets import load_dataset
+        repository, _, split = where.partition("@")
+        repository, _, configuration = repository.partition(":")
+        return load_dataset(repository, configuration or None, split=split)
+    if where.suffix == ".parquet":
+        from pyarrow import parquet
+        return parquet.read_table(where).to_pylist()
+    text = where.read_text(encoding="utf-8-sig", errors="surrogateescape")  # `read_problem` refuses what is not UTF-8
+    if where.suffix == ".jsonl":
+        return [line.strip() for line in text.split("\n")]
+    records = json.loads(text)
+    if not isinstance(records, list):
+        raise ValueError("it is not a list of problems")
+    return records
 
-    FIELDS has the names that are looked for. An answer may be a number, stand behind "####" (GSM8K) or, where there
-    is none, in the last box of the solution (MATH). With `choices` the problem ends in lettered options, and the
-    answer is a letter. `kind` may be given; else it is told from the answer."""
+
+def read_problem(record):
+    """One source record as a problem without its id; None if it has no answer; ValueError if it cannot be used.
+
+    FIELDS has the names that are looked for. An answer may be a number, a list (all of it must be given, in any
+    order), stand behind "####" (GSM8K) or, where there is none, in the last box of the solution (MATH). With `choices`
+    the problem ends in lettered options, and the answer is a letter. `kind` may be given; else the answer tells it."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    text, answer, solution, level, tags = (next((record[n] for n in names if n in record), None)
-                                           for names in FIELDS.values())
-    solution = "\n\n".join(map(str, solution)) if isinstance(solution, list) else solution
-    if not isinstance(solution, (str, type(None))):
-        raise ValueError("'solution' is neither a text nor a list of texts")
-    choices, kind = record.get("choices") or record.get("answer_option_list"), record.get("kind")
+    record = {name.lower(): value for name, value in record.items()}
+    for name, value in record.items():
+        if value and name not in FIELDS["choices"] and re.search(UNREAD, name):
+            raise ValueError(f"{name!r} is not read; put a text into 'problem', and options as a list into 'choices'")
+    text, answer, solution, level, tags, choices = [_first(record, names) for names in FIELDS.values()]
+    kind = record.get("kind")
+    answer_type = str(record.get("answer_type"))  # TheoremQA
     if isinstance(text, dict):  # CommonsenseQA
-        text, choices = text.get("stem"), text.get("choices")
-    elif isinstance(record.get("Body"), str) and "question_concat" not in record:  # SVAMP
-        text = f"{record['Body']} {text}"
-    elif "premise" in record and "hypothesis" in record:  # ANLI
-        text = (f"Premise: {record['premise']}\nHypothesis: {record['hypothesis']}\nDoes the premise entail the "
+        choices = text.get("choices")
+        text = text.get("stem")
+    elif "body" in record and "question_concat" not in record:  # SVAMP
+        text = f"{record['body']} {text}"
+    elif "premise" in record:  # ANLI
+        text = (f"Premise: {record['premise']}\nHypothesis: {record.get('hypothesis')}\nDoes the premise entail the "
                 "hypothesis? Answer entailment, neutral or contradiction.")
-        answer = ENTAILMENT[int(answer)] if str(answer) in ("0", "1", "2") else answer
-        kind, choices = "label", list(ENTAILMENT)
+        answer = dict(enumerate(ENTAILMENT)).get(answer, answer)
+        kind = "label"
+        choices = list(ENTAILMENT)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"no text under {' or '.join(map(repr, FIELDS['problem'][:3:2]))}")
+        raise ValueError("no text under 'problem' or 'question'")
+    damaged = re.search(DAMAGED, json.dumps([text, answer, solution, tags, choices], ensure_ascii=False, default=str))
+    if damaged:
+        raise ValueError("not UTF-8, a control character, or LaTeX with one backslash where JSON has two: "
+                         + damaged.string[damaged.start():][:20])
+    if answer_type.startswith("list"):  # numbers, in this order
+        answer = str(answer)
     answer, solution = _answer_and_solution(answer, solution)
-    if not answer:
+    if answer is None and not any(name in record for name in FIELDS["answer"]):
+        raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
+    if not answer or not choices and re.fullmatch(PLACEHOLDER, re.sub(r"\\text|[][(){}$\"']", "", answer)):
         return None
-    problem = {"problem": text.strip(), "answer": answer, "kind": kind or _kind_of(answer, choices, record)}
-    if problem["kind"] not in ("math", "choice", "label", "yesno"):
-        raise ValueError(f"'kind' is {kind!r}, and not math, choice, label or yesno")
+
+    if not kind:
+        kind = "math"
+        if choices or answer_type == "option":
+            kind = "choice"
+        elif re.fullmatch(PLAIN["yesno"], answer):
+            kind = "yesno"
+    problem = {"problem": text.strip().replace("\r\n", "\n"), "answer": answer, "kind": kind}
     if choices:
         _add_choices(problem, choices)
-    if isinstance(solution, str) and solution.strip():
-        boxed = "" if last_boxed(solution) else f"\n\n\\boxed{{{problem['answer']}}}"  # what is learnt gives its answer
-        problem["solution"] = solution.strip() + boxed
-    level = re.search(r"\d+", str(level))
-    if level:
-        problem["level"] = int(level[0])
+    elif not re.fullmatch(PLAIN.get(kind, ""), answer):
+        raise ValueError(f"'kind' is {kind!r}, and not math, choice or yesno with an answer to match")
+    if solution:
+        if not last_boxed(solution):
+            solution += f"\n\n\\boxed{{{problem['answer']}}}"  # what is learnt gives its answer
+        problem["solution"] = solution
+    whole = re.fullmatch(r"(?i)(?:level )?(\d+)(?:\.0+)?", str(level))
+    if whole:
+        problem["level"] = int(whole[1])
     if tags:
-        problem["tags"] = list(map(str, tags)) if isinstance(tags, list) else [str(tags)]
-    texts = text, answer, problem.get("solution", ""), *problem.get("choices", ()), *problem.get("tags", ())
-    if re.search("[\ud800-\udfff]", "".join(texts)):
-        raise ValueError("half a character, \\ud800 or the like")
+        problem["tags"] = [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
     return problem
 
 
+def _first(record, names):
+    """The first value that is there under one of the names, and not null."""
+    for name in names:
+        if record.get(name) is not None:
+            return record[name]
+
+
 def _answer_and_solution(answer, solution):
-    """The answer as text, and the solution, which may stand before the answer."""
-    if isinstance(answer, list):  # OlympiadBench: a list of one; TheoremQA: numbers
-        answer = answer[0] if len(answer) == 1 and isinstance(answer[0], str) else str(answer)
-    elif isinstance(answer, float) and math.isfinite(answer):
-        answer = np.format_float_positional(answer, trim="-")
-    elif isinstance(answer, int):
-        answer = str(answer)
-    if answer is None and isinstance(solution, str):
-        answer = last_boxed(solution)
-    if not isinstance(answer, str):
-        raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
-    if "####" in answer:  # GSM8K: one step a line with <<calculator notes>>, and the answer
-        steps, answer = answer.rsplit("####", 1)
-        solution = re.sub(r"<<.*?>>", "", steps).strip().replace("\n", "\n\n")
-    return answer.strip(), solution
+    """The answer as text or None, and the solution as text, in the form of MATH: it ends in a box, if in an answer.
+
+    GSM8K has both as the answer: a step a line, with <<calculator notes>>, and the answer behind "####" in the last."""
+    if isinstance(answer, str) and re.search(r"####|\\boxed", answer) and not solution:
+        solution = answer
+        answer = None
+    if isinstance(solution, list):
+        solution = "\n\n".join(solution)
+    if not isinstance(solution, str | None):
+        raise ValueError("'solution' is neither a text nor a list of texts")
+    solution = (solution or "").strip().replace("\r\n", "\n")
+    marked = re.fullmatch("(.*)####(.*)", solution, re.DOTALL)
+    if marked and "\n" not in marked[2]:  # else a heading
+        steps = re.sub("<<.*?>>", "", marked[1]).strip().replace("\n", "\n\n")
+        solution = f"{steps}\n\n\\boxed{{{marked[2].strip()}}}"
+    stated = last_boxed(solution)
+    if re.fullmatch(PLACEHOLDER, solution) or solution.strip() == f"\\boxed{{{stated}}}":
+        solution = ""
+    if answer is None:
+        return stated, solution
+    answer = _text_of(answer)
+    if re.search(r"<<|####|\\boxed|^\[\s*['\"]", answer):
+        raise ValueError(f"the answer {answer[:60]!r} is a list as text, or worked without a line '#### answer'")
+    return answer, solution
 
 
-def _kind_of(answer, choices, record):
-    if choices or record.get("Answer_type") == "option":
-        return "choice"
-    return "yesno" if answer.casefold() in ("yes", "no", "true", "false") else "math"
+def _text_of(answer):
+    """An answer as text: a number in full, the parts of a list apart by commas."""
+    if isinstance(answer, float):
+        return np.format_float_positional(answer + 0.0, trim="-")  # + 0.0 makes -0.0 a 0
+    if isinstance(answer, str | int):
+        return str(answer).strip()
+    if not isinstance(answer, list):
+        raise ValueError("no 'answer' that is a text, a number or a list of these")
+    parts = [_text_of(part) for part in answer]
+    if len(parts) > 1:
+        values = {_value_of(part) for part in parts}
+        if len(values) < len(parts) or not all(re.fullmatch(ONE_OF_SEVERAL, part) for part in parts):
+            raise ValueError(f"the answers {parts} are not different ones that must all be given")
+    return ", ".join(parts)
+
+
+def _value_of(text):
+    """The number that a text is, or the text."""
+    try:
+        return Fraction(re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text))
+    except (ValueError, ZeroDivisionError):
+        return text
 
 
 def _add_choices(problem, choices):
     """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
-    if isinstance(choices, dict) and not {"text", "label"} <= {*choices}:  # {"A": "a cat", "B": "a dog"}
-        choices = {"label": list(choices), "text": list(choices.values())}
-    if isinstance(choices, dict) and all(isinstance(choices[name], list) for name in ("text", "label")):
-        choices = [{"text": t, "label": n} for t, n in zip(choices["text"], choices["label"])]
-    if not isinstance(choices, list):
-        raise ValueError("'choices' is not a list of at most 26 texts")
-    choices = [c[0] if isinstance(c, list) and len(c) == 1 else c for c in choices]
-    texts = [c.get("text", c.get("content")) if isinstance(c, dict) else c for c in choices]
-    if not all(isinstance(text, str) for text in texts) or len(texts) > 26:
-        raise ValueError("'choices' is not a list of at most 26 texts")
-    texts, answer = [text.strip() for text in texts], problem["answer"]
-    if problem["kind"] == "label":
-        if answer not in texts:
-            raise ValueError(f"the answer {answer!r} is none of the choices")
+    if isinstance(choices, dict) and "text" in choices:  # ARC
+        options = zip(choices["label"], choices["text"], strict=True)
+    elif isinstance(choices, dict):
+        options = choices.items()
+    elif isinstance(choices[0], list):  # TAL-SCQ
+        options = [(option["aoVal"], option["content"]) for [option] in choices]
+    elif isinstance(choices[0], dict):  # CommonsenseQA
+        options = [(option["label"], option["text"]) for option in choices]
     else:
-        labels = [str(c.get("label", c.get("aoVal"))).upper() if isinstance(c, dict) else chr(65 + i)
-                  for i, c in enumerate(choices)]
-        place = labels.index(answer.upper()) if answer.upper() in labels else texts.index(answer) if answer in texts \
-            else None
-        if place is None:
-            raise ValueError(f"the answer {answer!r} is none of the choices")
-        problem["answer"] = chr(65 + place)
-        problem["problem"] += "".join(f"\n({chr(65 + i)}) {text}" for i, text in enumerate(texts))
+        options = [(None, text) for text in choices]
+    answer = problem["answer"].strip("(). ").casefold()
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    texts = []
+    bare = []
+    by_label = []
+    by_text = []
+    for i, (label, text) in enumerate(options):
+        if not isinstance(text, str) or i == 26:
+            raise ValueError("'choices' is not a list of at most 26 texts")
+        texts.append(text.strip())
+        bare.append(re.sub(rf"^\(?{letters[i]}[.):]\)?\s*", "", texts[i]))  # "A. a cat"
+        if str(letters[i] if label is None else label).casefold() == answer:
+            by_label.append(i)
+        if answer in (texts[i].strip("(). ").casefold(), bare[i].strip("(). ").casefold()):
+            by_text.append(i)
+    named = by_label
+    if label is None or not by_label:
+        named = [*{*by_label, *by_text}]
+        if answer.isdecimal() and int(answer) <= len(texts):
+            named = []  # counted from 0, from 1, or a text
+    if len(named) != 1:
+        raise ValueError(f"the answer {problem['answer']!r} is not clearly one of the choices; give its letter")
+    if not {*bare} & {*texts}:
+        texts = bare
     problem["choices"] = texts
+    problem["answer"] = texts[named[0]]
+    if problem["kind"] == "choice":
+        problem["answer"] = letters[named[0]]
+        for letter, text in zip(letters, texts):
+            problem["problem"] += f"\n({letter}) {text}"
+    elif problem["kind"] != "label":
+        raise ValueError(f"'kind' is {problem['kind']!r}, and not choice or label, as choices want it")
 
 
 def load_network(kind, folder, **options):

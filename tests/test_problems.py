@@ -33,7 +33,8 @@ RECORDS = [
      {"problem": "Ed has 2. How many?", "answer": "2", "kind": "math"}),
     ({"question": "n?", "final_answer": ["$7$"], "solution": ["One.", "Two."]},  # OlympiadBench
      {"problem": "n?", "answer": "$7$", "kind": "math", "solution": "One.\n\nTwo.\n\n\\boxed{$7$}"}),
-    ({"Question": "n?", "Answer": [0, 5]}, {"problem": "n?", "answer": "[0, 5]", "kind": "math"}),  # TheoremQA
+    ({"Question": "n?", "Answer": [0, 5], "Answer_type": "list of integer"},  # TheoremQA
+     {"problem": "n?", "answer": "[0, 5]", "kind": "math"}),
     ({"Question": "n?", "Answer": False}, {"problem": "n?", "answer": "False", "kind": "yesno"}),
     ({"Question": "n?", "Answer": "(c)", "Answer_type": "option"},
      {"problem": "n?", "answer": "(c)", "kind": "choice"}),
@@ -42,6 +43,15 @@ RECORDS = [
     ({"problem": "x?", "expected_answer": "236", "reference_solution": None},
      {"problem": "x?", "answer": "236", "kind": "math"}),
     ({"problem": "x?", "answer": "no", "kind": "math"}, {"problem": "x?", "answer": "no", "kind": "math"}),
+    ({"question": "Which barks?", "options": ["A. a cat", "B. a dog"], "answer": "(b)"}, CHOICE),
+    ({"question": "Which barks?", "options": ["A) a cat", "B) a dog"], "answer": "B) a dog"}, CHOICE),
+    ({"PROBLEM": "p", "ground_truth": ["2", 3.0, "\\frac{1}{2}"], "solution": "Two."},  # all of them, in any order
+     {"problem": "p", "answer": "2, 3, \\frac{1}{2}", "kind": "math",
+      "solution": "Two.\n\n\\boxed{2, 3, \\frac{1}{2}}"}),
+    ({"problem": "p\r\nq", "answer": -0.0, "difficulty": 0.75, "solution": "N/A"},
+     {"problem": "p\nq", "answer": "0", "kind": "math"}),
+    ({"problem": "p", "answer": "#### Sum\nSo \\boxed{6}"},
+     {"problem": "p", "answer": "6", "kind": "math", "solution": "#### Sum\nSo \\boxed{6}"}),
     ({"problem": "p", "answer": 1e-7, "tags": 3},
      {"problem": "p", "answer": "0.0000001", "kind": "math", "tags": ["3"]}),
     ({"question": "q", "answer": "48/2 = <<48/2=24>>24 in May.\n48+24 = <<48+24=72>>72.\n#### 1,072"},  # GSM8K
@@ -62,17 +72,59 @@ def test_one_record_of_each_form(tmp_path, record, problem):
             {"id": f"{tmp_path.name}/p/1", **problem}]
 
 
-def test_blank_lines_and_empty_answers_shift_no_id(tmp_path, capsys):
-    (tmp_path / "p.jsonl").write_text('\ufeff{"problem": "1+1?", "answer": 2.0}\n\n{"problem": "q", "answer": " "}\n'
-                                      '{"problem": "r", "answer": "3"}\n')
+@pytest.mark.parametrize("rest, words", [
+    (r'"answer": "\frac{1}{2}"', "one backslash"), (r'"answer": "2 \times 3"', "one backslash"),
+    (r'"answer": "2", "solution": "\right"', "one backslash"), (r'"answer": "A\u0000"', "a control character"),
+    ('"answer": ["1/2", "0.5"]', "different ones"), ('"answer": ["2", "1,000"]', "different ones"),
+    ('"answer": [["1", "2"], ["3"]]', "different ones"), ("\"answer\": \"['2', '3']\"", "a list as text"),
+    ('"answer": "1+1=<<1+1=2>>2"', "worked without a line '#### answer'"), ('"solution": "So 2."', "no 'answer'"),
+    ('"answer": 1, "choices": ["a", "b"]', "give its letter"), ('"answer": "1", "choices": ["1", "2"]', "its letter"),
+    ('"answer": 0, "options": {"A": "a", "B": "b"}', "give its letter"),
+    ('"answer": "A", "choices": ["B", "A"]', "give its letter"), ('"answer": "a", "choices": ["a", "a"]', "its letter"),
+    ('"answer": "B", "option_list": ["a", "b"]', "'option_list' is not read"),
+    ('"answer": "B", "A": "a", "B": "b"', "'a' is not read"), ('"answer": "2", "kind": "label"', "'kind' is 'label'"),
+    ('"answer": "B", "kind": "math", "choices": ["a", "b"]', "'kind' is 'math'"),
+    ('"answer": "2",', "Expecting property name"), ('"answer": {"is": 2}', "a number or a list"),
+])
+def test_what_could_be_misread_is_refused_with_its_line(tmp_path, capsys, rest, words):
+    (tmp_path / "p.jsonl").write_text('\n{"problem": "?", ' + rest + "}\n")
+    with pytest.raises(SystemExit):
+        common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
+    error = capsys.readouterr().err
+    assert "p.jsonl:2: " in error and words in error, error
+
+
+@pytest.mark.parametrize("answer", [None, "", "N/A", "?", "-", "None", "\\text{not found}", [], float("nan"), "[]"])
+def test_a_problem_without_an_answer_is_dropped_and_shifts_no_id(tmp_path, capsys, answer):
+    records = [{"problem": "q", "answer": answer}, {"problem": "r", "answer": "3"}]
+    (tmp_path / "p.jsonl").write_text("\ufeff\n" + "\r\n".join(map(json.dumps, records)))
+    [found] = common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
+    assert (found["id"].rsplit("/", 1)[1], found["answer"]) == ("3", "3")
+    assert "for want of an answer: 1 (the first: 2)" in capsys.readouterr().out
+
+
+def test_what_repeats_or_contradicts_itself_is_counted(tmp_path, capsys):
+    records = [("p", "1/2", "It is \\boxed{0.5}."), ("p", "1/2", "No box."), ("p", "3", "It is \\boxed{4}.")]
+    text = "".join(json.dumps({"problem": p, "answer": a, "solution": s}) + "\n" for p, a, s in records)
+    (tmp_path / "p.jsonl").write_text(text)
     found = common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
-    assert [(p["id"].rsplit("/", 1)[1], p["answer"]) for p in found] == [("1", "2"), ("4", "3")]
-    assert "1 problem with an empty answer dropped" in capsys.readouterr().out
+    assert ["solution" in p for p in found] == [True, True, False]
+    said = [re.sub(r" \(the first: .*/", " (", line) for line in capsys.readouterr().out.strip().splitlines()]
+    assert said == ["problems kept that repeat the text of an earlier one: 2 (2)",
+                    "  of these, with another answer than the earlier one: 1 (3)",
+                    "  solutions left out, whose box is not the answer: 1 (3)"]
 
 
-def test_json_with_the_problems_under_data(tmp_path):
-    (tmp_path / "d.json").write_text(json.dumps({"data": [{"problem": "1?", "answer": 1}]}))
-    assert [p["id"] for p in common.load_problems(f"{tmp_path}/d.json", "test", "")] == [f"{tmp_path.name}/d/1"]
+def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the package pyarrow is not installed")
+    import pyarrow
+    parquet.write_table(pyarrow.table({"question": ["2+3?"], "answer": [5.0]}), tmp_path / "p.parquet")
+    [found] = common.load_problems(f"{tmp_path}/p.parquet", "test", "")
+    assert (found["problem"], found["answer"]) == ("2+3?", "5")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
+    with pytest.raises(SystemExit):
+        common.load_problems(f"{tmp_path}/p.parquet", "test", "")
+    assert "with the packages pyarrow" in capsys.readouterr().err
 
 
 SETS = {  # name/split: (problems, kinds, with a solution)
@@ -81,55 +133,48 @@ SETS = {  # name/split: (problems, kinds, with a solution)
     "aime25/test": (30, "math", 29), "aime_1983_2023/train": (975, "math", 975), "amc23/test": (40, "math", 0),
     "olympiadbench/test": (675, "math", 675), "minerva_math/test": (272, "math", 272),
     "college_math/test": (2818, "math yesno", 0), "gaokao2023en/test": (383, "math", 0),
-    "theoremqa/test": (800, "choice math yesno", 0), "tal_scq/train": (3000, "choice", 3000),
-    "tal_scq/test": (2000, "choice", 948), "svamp/test": (1000, "math", 0), "adastar_svamp/train": (800, "math", 0),
+    "theoremqa/test": (794, "choice math yesno", 0), "tal_scq/train": (3000, "choice", 2936),
+    "tal_scq/test": (2000, "choice", 130), "svamp/test": (1000, "math", 0), "adastar_svamp/train": (800, "math", 0),
     "adastar_svamp/test": (200, "math", 0), "adastar_gsm8k/test": (500, "math", 500),
     "arc_challenge/train": (1119, "choice", 0), "arc_challenge/test": (1172, "choice", 0),
     "commonsenseqa/train": (9741, "choice", 0), "commonsenseqa/test": (1221, "choice", 0),
     "anli_r1/test": (1000, "label", 0), "cladder/test": (500, "yesno", 500),
-    "adastar_arc/train": (1418, "choice", 0), "adastar_arc/test": (500, "choice", 0)}
-FAILS = {"tal_scq5k/en_train/2974"}  # its solution's box is "(\rm B) \textasciitilde A\textasciitilde makes ..."
+    "adastar_arc/train": (1417, "choice", 0), "adastar_arc/test": (500, "choice", 0)}
 
 
 def test_every_set_and_its_golds(shared, capsys):
-    """Counts as data/MANIFEST.md has them; each gold is right, and each solution as a response, but those named."""
+    """Counts as data/MANIFEST.md has them, without damaged records; each gold is right, and each solution."""
     checker = common.Checker(2)
-    failed = set()
     for name, (n, kinds, solutions) in SETS.items():
         problems = common.load_problems(*name.split("/"), shared / "data")
         assert (len(problems), " ".join(sorted({p["kind"] for p in problems}))) == (n, kinds), name
-        assert len({p["id"] for p in problems}) == n and sum("solution" in p for p in problems) == solutions, name
+        assert sum("solution" in p for p in problems) == solutions, name
         responses = [(p, f"\\boxed{{{p['answer']}}}") for p in problems]
         responses += [(p, p["solution"]) for p in problems if "solution" in p]
         verdicts = [checker.submit(*response) for response in responses]
-        failed |= {p["id"] for (p, _), verdict in zip(responses, verdicts) if not verdict.result()[0]}
-    assert failed == FAILS
-    assert capsys.readouterr().out.count("2 problems with an empty answer dropped") == 2  # MATH train, gaokao2023en
+        assert not [p["id"] for (p, _), verdict in zip(responses, verdicts) if not verdict.result()[0]]
+    assert capsys.readouterr().out.count("for want of an answer: 2") == 2  # MATH train, gaokao2023en
     assert {p.get("level") for p in common.load_problems("math", "train", shared / "data")} == {1, 2, 3, 4, 5, None}
 
 
-def test_gsm8k_answers_in_their_own_form_are_right(shared):
-    """The answer behind ####."""
-    for split in ("train", "test"):
-        with open(shared / "data" / "gsm8k" / f"{split}.jsonl") as file:
-            for problem, line in zip(common.load_problems("gsm8k", split, shared / "data"), file):
-                verdict = common.judge(problem, json.loads(line)["answer"])
-                assert verdict == ((True, "equal"), None), problem["id"]
-
-
-def test_every_file_of_data_can_be_read_by_its_path(shared):
-    for path in (shared / "data").glob("*/*.jsonl"):
-        assert common.load_problems(str(path), "test", "")
+def test_every_file_of_data_can_be_read_by_its_path(shared, capsys):
+    """Those with LaTeX after one backslash, or with a control character, are refused: whoever has a file can fix it."""
+    for path in sorted((shared / "data").glob("*/*.jsonl")):
+        try:
+            assert common.load_problems(str(path), "test", "")
+        except SystemExit:
+            pass
+    refused = re.findall(r"(\w+)\.jsonl:(\d+): not UTF-8", capsys.readouterr().err)
+    assert refused == [("train_val_combined", "1209"), ("validation", "90"), ("test", "53")]
 
 
 @pytest.mark.parametrize("name, split, words", [
-    ("gsm9k", "train", ["unknown problem set 'gsm9k'", "gsm8k, math"]),
+    ("gsm9k", "train", ["gsm9k: no such file, nor one of the sets", "gsm8k/train, math/train"]),
     ("no/such.jsonl", "train", ["no/such.jsonl: no such file"]),
-    ("gsm8k", "train", ["nowhere/gsm8k/train.jsonl: no such file", "--data"]),
+    ("gsm8k", "train", ["openai/gsm8k:main@train cannot be read", "packages pyarrow and datasets", "--data 'nowhere'"]),
     ("", "train", ["no problem set"]),
-    ("math500", "train", ["math500 has no train split, only test"]),
-    ("math500", "test", ["pip install datasets"]),
-    ("acme/sums:hard@dev", "test", ["pip install datasets"]),
+    ("math500", "train", ["math500: no such file, nor one of the sets", "gsm8k/train, math/train"]),
+    ("acme/sums:hard@dev", "test", ["acme/sums:hard@dev cannot be read", "packages pyarrow and datasets"]),
     ("adastar_gsm8k", "test", ["adastar_gsm8k/test.jsonl: no such file"]),
 ])
 def test_a_set_that_is_not_there_is_one_line(capsys, monkeypatch, name, split, words):
