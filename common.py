@@ -1389,17 +1389,18 @@ def _add_choices(problem, choices):
 
 
 def load_network(kind, folder, **options):
-    """The model in a folder, as transformers has it; ends the program where tensors are missing or have other shapes:
-    those would be random, silently."""
+    """The model in a folder, as transformers has it; ends the program where a tensor is missing or has another shape:
+    it would be random, silently."""
     try:
         network, about = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
                                               ignore_mismatched_sizes=True, **options)
     except Exception as error:  # files of any content are read here, by a library
         fail(f"{folder}: {' '.join(lines_of(error))[:300]}")
-    for name, found, wanted in about["mismatched_keys"]:
-        fail(f"{folder}: {name} has the shape {tuple(found)}, where config.json wants {tuple(wanted)}")
-    if missing := [name for name in sorted(about["missing_keys"]) if "pooler." not in name]:  # which nothing here uses
-        fail(f"{folder}: {missing[0]} is missing, and {len(missing) - 1} more tensors of a {network.config.model_type}")
+    lost = [f"{name} has the shape {tuple(found)}, where config.json wants {tuple(wanted)}"
+            for name, found, wanted in about["mismatched_keys"]]
+    lost += [f"{name} is missing" for name in sorted(about["missing_keys"]) if "pooler." not in name]  # none is used
+    if lost:
+        fail(f"{folder}: {lost[0]}, and {len(lost) - 1} more such tensors of a {network.config.model_type}")
     return network
 
 
@@ -1430,21 +1431,24 @@ def load_tokenizer(model, prompt, system=""):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
-            raise ValueError("there is no tokenizer in it")
-        size, room = max(tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size
+            fail(f"{model}: there is no tokenizer in it")
+        size = max(tokenizer.get_vocab().values()) + 1
+        room = config.get_text_config().vocab_size
         if size > room:
-            raise ValueError(f"its tokenizer has {size:,} tokens, and the model only {room:,}")
+            fail(f"{model}: its tokenizer has {size:,} tokens, and the model only {room:,}")
         if prompt and not tokenizer.eos_token:
-            raise ValueError("its tokenizer has no end token (eos_token in tokenizer_config.json)")
-        if prompt == "chat" and tokenizer.chat_template:
+            fail(f"{model}: its tokenizer has no end token (eos_token in tokenizer_config.json)")
+        if prompt == "chat":
+            if not tokenizer.chat_template:
+                fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
             end_token(tokenizer, prompt)
+            example = {"problem": "2 + 2 = ?", "solution": "4"}
+            if "1 + 1 = ?" not in make_prompt(tokenizer, prompt, {"problem": "1 + 1 = ?"}, [example], system):
+                fail(f"{model}: its chat template does not show the last turn; take --prompt few_shot or zero_shot")
     except Exception as error:  # files of any content are read here, by libraries
-        own = "custom code" in str(error)
-        fail(f"{model}: {'it brings code of its own, which is never run here' if own else lines_of(error)[0]}")
-    if prompt == "chat" and not tokenizer.chat_template:
-        fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
-    if prompt == "chat":
-        make_prompt(tokenizer, prompt, {"problem": "?"}, [{"problem": "?", "solution": "!"}], system)
+        if "custom code" in str(error):
+            fail(f"{model}: it brings code of its own, which is never run here")
+        fail(f"{model}: {lines_of(error)[0]}")
     return tokenizer
 
 
@@ -1460,30 +1464,38 @@ def check_length(problem, ids, new, context):
              f"{context:,}; shorten either (--max-new-tokens, --shots)")
 
 
-def make_prompt(tokenizer, prompt, problem, examples=(), system=""):
+def make_prompt(tokenizer, prompt, problem, examples=(), system="", think=""):
     """The text to be continued: plain with `examples` before it ("few_shot", "zero_shot") or turns of a "chat"."""
-    if prompt == "chat":
-        turns = [{"role": "system", "content": system}] if system else []
-        for example in examples:
-            turns += [{"role": "user", "content": example["problem"]},
-                      {"role": "assistant", "content": example["solution"]}]
-        turns.append({"role": "user", "content": problem["problem"]})
-        try:
-            return chat_text(tokenizer, turns, add_generation_prompt=True)
-        except ValueError as error:
-            fail(f"{tokenizer.name_or_path}: {error}")
-    shots = "".join(f"Question: {e['problem']}\nAnswer:\n{e['solution']}\n\n" for e in examples)
-    return f"{shots}Question: {problem['problem']}\nAnswer:\n"
+    if prompt != "chat":
+        shots = [f"Question: {e['problem']}\nAnswer:\n{e['solution']}\n\n" for e in examples]
+        return f"{''.join(shots)}Question: {problem['problem']}\nAnswer:\n"
+    turns = []
+    if system:
+        turns.append({"role": "system", "content": system})
+    for example in examples:
+        turns.append({"role": "user", "content": example["problem"]})
+        turns.append({"role": "assistant", "content": example["solution"]})
+    turns.append({"role": "user", "content": problem["problem"]})
+    return chat_text(tokenizer, turns, think, add_generation_prompt=True)
 
 
-def chat_text(tokenizer, turns, **options):
-    """Turns of a conversation as the model's chat template has them; ValueError where that cannot."""
+def chat_text(tokenizer, turns, think="", **options):
+    """Turns of a conversation as the model's chat template has them; ValueError where that cannot.
+
+    think: "on" or "off" for a template that knows enable_thinking, else "". Its clock, if it has one, stands still."""
+    if think:
+        options["enable_thinking"] = think == "on"
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=_date, **options)
     except Exception as error:  # a template is a program, though in a sandbox
-        without = "; --system '' leaves the system's turn out" if turns[0]["role"] == "system" else ""
-        raise ValueError("its chat template fails for turns of " + ", ".join(turn["role"] for turn in turns)
-                         + f" ({lines_of(error)[-1]}){without}")
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise ValueError(f"its chat template fails for turns of {roles} ({lines_of(error)[-1]}); --system '' leaves the "
+                         "system's turn out")
+
+
+def _date(form):
+    """What a template takes for today, so that prompts do not depend on the day: Llama 3's own date without a clock."""
+    return time.strftime(form, time.strptime("2024-07-26", "%Y-%m-%d"))
 
 
 def end_token(tokenizer, prompt):
@@ -1491,10 +1503,14 @@ def end_token(tokenizer, prompt):
     if prompt != "chat":
         return tokenizer.eos_token
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
-    behind = chat_text(tokenizer, turns).rpartition("!!")[2]
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    special = [i for i in ids if i in tokenizer.all_special_ids]
-    return tokenizer.convert_ids_to_tokens(special[0]) if special else tokenizer.eos_token
+    _, shown, behind = chat_text(tokenizer, turns).rpartition("!!")
+    ids = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"]
+    marks = [i for i in ids if i in tokenizer.added_tokens_decoder]  # special or not
+    if not shown or len(ids) > 1 and not marks:
+        raise ValueError(f"its chat template ends an answer with {behind[:50]!r}, which is no token of its own")
+    if not ids:
+        return tokenizer.eos_token
+    return tokenizer.convert_ids_to_tokens((marks or ids)[0])
 
 
 def end_ids(tokenizer, folder):
@@ -1505,19 +1521,27 @@ def end_ids(tokenizer, folder):
             ends.add(tokenizer.convert_tokens_to_ids(end_token(tokenizer, "chat")))
     path = Path(folder) / "generation_config.json"
     named = read(path).get("eos_token_id") if path.exists() else None
-    return sorted(ends.union(named if isinstance(named, list) else [named]) - {None})
+    ends.update(named if isinstance(named, list) else [named])
+    return sorted(ends - {None})
 
 
-def make_example(tokenizer, prompt, problem, *completions, system=""):
+def make_example(tokenizer, prompt, problem, *completions, system="", think=""):
     """A training example: the zero-shot form of the problem, and what is to be learnt from it."""
-    return {"id": problem["id"], "prompt": make_prompt(tokenizer, prompt, problem, system=system),
+    return {"id": problem["id"], "prompt": make_prompt(tokenizer, prompt, problem, (), system, think),
             "completions": list(completions), "end": end_token(tokenizer, prompt)}
 
 
 def encode(tokenizer, text):
-    """Token ids of a prompt; a beginning-of-text token is added only where the text (a chat) does not bring its own."""
-    brings_its_own = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not brings_its_own)["input_ids"]
+    """Token ids of a prompt: with the beginning that the tokenizer adds, unless the text (a chat) brings its own, and
+    without an end that it adds."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text)["input_ids"]
+    beginning = []
+    while len(whole) > len(ids) and whole[:len(ids)] != ids:
+        beginning.append(whole.pop(0))
+    if ids[:len(beginning)] == beginning:
+        return ids
+    return beginning + ids
 
 
 # 5. Sampling: requests in, checked responses out ----------------------------------------------------------------------
@@ -2374,11 +2398,14 @@ def hold_out(problems, n, seed):
 
 
 def worked_examples(problem):
-    """Problems with solutions to show before one like `problem`: our own, of its family."""
+    """Problems with solutions to show before one like `problem`: our own, of its family.
+
+    A mathematical problem with LaTeX in its text (a command, or $...$, and not two prices) is taken for competition
+    mathematics, any other for a word problem, whatever file it comes from."""
     family = problem["kind"]
     if family == "math":
-        words = {"gsm8k", "adastar_gsm8k", "svamp", "adastar_svamp"}  # sets of word problems
-        family = "grade-school" if words & {*problem["id"].split("/")} else "competition"
+        latex = re.search(r"\\[A-Za-z(\[]|\$(?!\s)[^$]*(?<!\s)\$(?!\d)", problem["problem"])
+        family = "competition" if latex else "grade-school"
     return [{"problem": text, "solution": solution} for text, solution in EXAMPLES[family]]
 
 

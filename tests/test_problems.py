@@ -240,11 +240,12 @@ def test_worked_examples_are_in_the_form_that_is_to_be_learnt(family):
         assert family != "yesno" or answer in common.YES_NO
 
 
-@pytest.mark.parametrize("family, problem", [
-    ("grade-school", {"id": "gsm8k/test/1", "kind": "math"}), ("competition", {"id": "math/test/1", "kind": "math"}),
-    *((kind, {"id": "a/b/1", "kind": kind}) for kind in ("choice", "label", "yesno"))])
-def test_worked_examples_are_of_the_problem_s_family(family, problem):
-    shown = [e["problem"] for e in common.worked_examples(problem)]
+@pytest.mark.parametrize("family, kind, text", [
+    ("grade-school", "math", "A pen costs $2, 3 pens cost $5. How many dollars are 9 pens?"),
+    ("competition", "math", "Solve $x^2=4$."), ("competition", "math", "What is \\frac12 of 6?"),
+    *((kind, kind, "$x$?") for kind in ("choice", "label", "yesno"))])
+def test_worked_examples_are_of_the_problem_s_family(family, kind, text):
+    shown = [e["problem"] for e in common.worked_examples({"id": "a/b/1", "kind": kind, "problem": text})]
     assert shown == [text for text, _ in common.EXAMPLES[family]]
 
 
@@ -276,17 +277,42 @@ def test_examples_end_in_the_end_token_and_in_no_other(tokenizer):
     assert completion[-1] == end and spelled not in completion
 
 
-def test_tokens_at_both_ends_where_a_tokenizer_adds_a_beginning(tokenizer):
-    """As Llama's does: the end token of a chat is not the beginning, and a chat that brings one does not get two."""
+def test_a_prompt_begins_once_and_does_not_end(tokenizer):
+    """Where a post-processor adds both: a chat that brings the beginning does not get two, and no prompt has the end."""
     from tokenizers.processors import TemplateProcessing
-    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    tokenizer.bos_token = "<|im_start|>"
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
+        single="<|im_start|> $A <|endoftext|>", special_tokens=[("<|im_start|>", start), ("<|endoftext|>", end)])
+    plain = common.encode(tokenizer, "1+1?")
+    assert tokenizer.decode(plain) == "<|im_start|>1+1?"
     chat = common.make_prompt(tokenizer, "chat", {"problem": "1+1?"})
-    assert common.end_token(tokenizer, "chat") == "<|im_end|>"
-    assert common.encode(tokenizer, "1+1?")[0] == start != common.encode(tokenizer, "1+1?")[1]
-    assert chat.startswith("<|im_start|>") and common.encode(tokenizer, chat).count(start) == 2  # user, assistant
+    assert tokenizer.decode(common.encode(tokenizer, chat)) == chat and chat.startswith("<|im_start|>")
+
+
+def test_a_template_with_a_clock_and_thinking(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ enable_thinking }} {{ messages[-1].content }}"
+    texts = [common.make_prompt(tokenizer, "chat", {"problem": "1+1?"}, think=think) for think in ("", "on", "off")]
+    assert texts == ["26 Jul 2024  1+1?", "26 Jul 2024 True 1+1?", "26 Jul 2024 False 1+1?"]
+
+
+@pytest.mark.parametrize("behind, end", [
+    ("<end>\n", "<end>"), ("\n", "<|endoftext|>"), ("<|im_end|> <end>", "<|im_end|>"), ("### End", None)])
+def test_what_ends_a_turn_ends_an_answer_special_or_not(tokenizer, behind, end):
+    tokenizer.add_tokens(["<end>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + behind + "{% endfor %}"
+    if end:
+        assert common.end_token(tokenizer, "chat") == end
+    else:
+        with pytest.raises(ValueError, match="ends an answer with '### End'"):
+            common.end_token(tokenizer, "chat")
+
+
+def test_a_template_that_hides_the_last_turn_is_refused(tmp_path, capsys):
+    shutil.copytree(TOY / "model", tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").write_text("{{ messages[0].content }}!!<|im_end|>")
+    with pytest.raises(SystemExit):
+        common.load_tokenizer(str(tmp_path / "m"), "chat")
+    assert "m: its chat template does not show the last turn" in capsys.readouterr().err
 
 
 def test_tokenizer_round_trips(tokenizer):
