@@ -1093,7 +1093,7 @@ SETS = {  # name/split: its file in the DATA folder, and where the Hub has it: o
 }
 FILES = (".jsonl", ".json", ".parquet")
 FIELDS = {  # what sets call the parts of a problem, in any case; the first that is there and not null counts
-    "problem": ("problem", "question_concat", "question", "prompt"),
+    "problem": ("problem", "question_concat", "question", "stem", "prompt"),
     "answer": ("answer", "expected_answer", "final_answer", "ground_truth", "target", "answerkey", "answer_value",
                "label"),
     "solution": ("solution", "reference_solution", "reasoning", "answer_analysis"),
@@ -1230,16 +1230,14 @@ def read_problem(record):
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     record = {name.lower(): value for name, value in record.items()}
+    if isinstance(record.get("question"), dict):  # CommonsenseQA
+        record |= record.pop("question")
     for name, value in record.items():
         if value and name not in FIELDS["choices"] and re.search(UNREAD, name):
             raise ValueError(f"{name!r} is not read; put a text into 'problem', and options as a list into 'choices'")
     text, answer, solution, level, tags, choices = [_first(record, names) for names in FIELDS.values()]
     kind = record.get("kind")
-    answer_type = str(record.get("answer_type"))  # TheoremQA
-    if isinstance(text, dict):  # CommonsenseQA
-        choices = text.get("choices")
-        text = text.get("stem")
-    elif "body" in record and "question_concat" not in record:  # SVAMP
+    if "body" in record and "question_concat" not in record:  # SVAMP
         text = f"{record['body']} {text}"
     elif "premise" in record:  # ANLI
         text = (f"Premise: {record['premise']}\nHypothesis: {record.get('hypothesis')}\nDoes the premise entail the "
@@ -1247,23 +1245,18 @@ def read_problem(record):
         answer = dict(enumerate(ENTAILMENT)).get(answer, answer)
         kind = "label"
         choices = list(ENTAILMENT)
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("no text under 'problem' or 'question'")
     damaged = re.search(DAMAGED, json.dumps([text, answer, solution, tags, choices], ensure_ascii=False, default=str))
     if damaged:
-        raise ValueError("not UTF-8, a control character, or LaTeX with one backslash where JSON has two: "
-                         + damaged.string[damaged.start():][:20])
-    if answer_type.startswith("list"):  # numbers, in this order
-        answer = str(answer)
-    answer, solution = _answer_and_solution(answer, solution)
-    if answer is None and not any(name in record for name in FIELDS["answer"]):
-        raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
+        raise ValueError(f"not UTF-8, a control character, or LaTeX with one backslash where JSON has two: {damaged[0]}")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("no text under 'problem' or 'question'")
+    answer, solution = _answer_and_solution(record, answer, solution)
     if not answer or not choices and re.fullmatch(PLACEHOLDER, re.sub(r"\\text|[][(){}$\"']", "", answer)):
         return None
 
     if not kind:
         kind = "math"
-        if choices or answer_type == "option":
+        if choices or re.fullmatch(r"\([A-Za-z]\)", answer):
             kind = "choice"
         elif re.fullmatch(PLAIN["yesno"], answer):
             kind = "yesno"
@@ -1291,8 +1284,8 @@ def _first(record, names):
             return record[name]
 
 
-def _answer_and_solution(answer, solution):
-    """The answer as text or None, and the solution as text, in the form of MATH: it ends in a box, if in an answer.
+def _answer_and_solution(record, answer, solution):
+    """The answer as text ("" for null), and the solution as text in the form of MATH, whose answer is in a box.
 
     GSM8K has both as the answer: a step a line, with <<calculator notes>>, and the answer behind "####" in the last."""
     if isinstance(answer, str) and re.search(r"####|\\boxed", answer) and not solution:
@@ -1303,15 +1296,18 @@ def _answer_and_solution(answer, solution):
     if not isinstance(solution, str | None):
         raise ValueError("'solution' is neither a text nor a list of texts")
     solution = (solution or "").strip().replace("\r\n", "\n")
-    marked = re.fullmatch("(.*)####(.*)", solution, re.DOTALL)
-    if marked and "\n" not in marked[2]:  # else a heading
-        steps = re.sub("<<.*?>>", "", marked[1]).strip().replace("\n", "\n\n")
-        solution = f"{steps}\n\n\\boxed{{{marked[2].strip()}}}"
+    if re.search(r"####.*\Z", solution):  # and no heading
+        solution = re.sub("<<.*?>>", "", solution).replace("\n", "\n\n")
+        solution = re.sub(r"#### *(.*)\Z", r"\\boxed{\1}", solution)
     stated = last_boxed(solution)
-    if re.fullmatch(PLACEHOLDER, solution) or solution.strip() == f"\\boxed{{{stated}}}":
+    if re.fullmatch(PLACEHOLDER, solution) or solution == f"\\boxed{{{stated}}}":
         solution = ""
+    if answer is None and stated is None and not any(name in record for name in FIELDS["answer"]):
+        raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
     if answer is None:
-        return stated, solution
+        return stated or "", solution
+    if str(record.get("answer_type")).startswith("list"):  # TheoremQA: numbers, in this order
+        return str(answer), solution
     answer = _text_of(answer)
     if re.search(r"<<|####|\\boxed|^\[\s*['\"]", answer):
         raise ValueError(f"the answer {answer[:60]!r} is a list as text, or worked without a line '#### answer'")
@@ -1325,67 +1321,56 @@ def _text_of(answer):
     if isinstance(answer, str | int):
         return str(answer).strip()
     if not isinstance(answer, list):
-        raise ValueError("no 'answer' that is a text, a number or a list of these")
+        raise ValueError(f"{str(answer)[:60]!r} is neither a text, a number nor a list of these")
     parts = [_text_of(part) for part in answer]
     if len(parts) > 1:
-        values = {_value_of(part) for part in parts}
-        if len(values) < len(parts) or not all(re.fullmatch(ONE_OF_SEVERAL, part) for part in parts):
-            raise ValueError(f"the answers {parts} are not different ones that must all be given")
+        values = set()
+        for part in parts:
+            value = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", part)
+            with contextlib.suppress(ValueError):
+                value = Fraction(value)
+            if value in values or not re.fullmatch(ONE_OF_SEVERAL, part):
+                raise ValueError(f"the answers {parts} are not different ones that must all be given")
+            values.add(value)
     return ", ".join(parts)
-
-
-def _value_of(text):
-    """The number that a text is, or the text."""
-    try:
-        return Fraction(re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", text))
-    except (ValueError, ZeroDivisionError):
-        return text
 
 
 def _add_choices(problem, choices):
     """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
-    if isinstance(choices, dict) and "text" in choices:  # ARC
-        options = zip(choices["label"], choices["text"], strict=True)
-    elif isinstance(choices, dict):
-        options = choices.items()
-    elif isinstance(choices[0], list):  # TAL-SCQ
-        options = [(option["aoVal"], option["content"]) for [option] in choices]
-    elif isinstance(choices[0], dict):  # CommonsenseQA
-        options = [(option["label"], option["text"]) for option in choices]
-    else:
-        options = [(None, text) for text in choices]
-    answer = problem["answer"].strip("(). ").casefold()
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    texts = []
-    bare = []
-    by_label = []
-    by_text = []
-    for i, (label, text) in enumerate(options):
-        if not isinstance(text, str) or i == 26:
-            raise ValueError("'choices' is not a list of at most 26 texts")
-        texts.append(text.strip())
-        bare.append(re.sub(rf"^\(?{letters[i]}[.):]\)?\s*", "", texts[i]))  # "A. a cat"
-        if str(letters[i] if label is None else label).casefold() == answer:
-            by_label.append(i)
-        if answer in (texts[i].strip("(). ").casefold(), bare[i].strip("(). ").casefold()):
-            by_text.append(i)
-    named = by_label
-    if label is None or not by_label:
-        named = [*{*by_label, *by_text}]
+    labels = letters
+    if isinstance(choices, dict) and "text" in choices:  # ARC
+        labels = choices["label"]
+        choices = choices["text"]
+    elif isinstance(choices, dict):
+        labels = choices.keys()
+        choices = choices.values()
+    elif isinstance(choices[0], list | dict):  # TAL-SCQ, in lists of one; CommonsenseQA
+        options = [option[0] if isinstance(option, list) else option for option in choices]
+        labels, choices = zip(*[option.values() for option in options])
+    order = "".join(map(str, labels)).upper()[:len(choices)]
+    if len(order) < len(choices) or not letters.startswith(order) and not "123456789".startswith(order):
+        raise ValueError("'choices' are not at most 26 texts, without labels or with A, B, ... or 1, 2, ...")
+    texts = [_text_of(text) for text in choices]
+    bare = [re.sub(rf"^\(?{letter}[.):]\)?\s*", "", text) for letter, text in zip(letters, texts)]  # "A. a cat"
+    answer = problem["answer"]
+    named = {i for i, label in enumerate(order) if label == answer.strip("(). ").upper()}
+    if labels is letters or not named:
+        named.update(i for i, both in enumerate(zip(texts, bare)) if answer in both)
         if answer.isdecimal() and int(answer) <= len(texts):
-            named = []  # counted from 0, from 1, or a text
+            named = {}  # counted from 0, from 1, or a text
     if len(named) != 1:
-        raise ValueError(f"the answer {problem['answer']!r} is not clearly one of the choices; give its letter")
+        raise ValueError(f"the answer {answer!r} is not clearly one of the choices; give its letter")
     if not {*bare} & {*texts}:
         texts = bare
+    [place] = named
     problem["choices"] = texts
-    problem["answer"] = texts[named[0]]
-    if problem["kind"] == "choice":
-        problem["answer"] = letters[named[0]]
+    problem["answer"] = texts[place]
+    if problem["kind"] != "label":
+        problem["kind"] = "choice"
+        problem["answer"] = letters[place]
         for letter, text in zip(letters, texts):
             problem["problem"] += f"\n({letter}) {text}"
-    elif problem["kind"] != "label":
-        raise ValueError(f"'kind' is {problem['kind']!r}, and not choice or label, as choices want it")
 
 
 def load_network(kind, folder, **options):
@@ -1396,11 +1381,11 @@ def load_network(kind, folder, **options):
                                               ignore_mismatched_sizes=True, **options)
     except Exception as error:  # files of any content are read here, by a library
         fail(f"{folder}: {' '.join(lines_of(error))[:300]}")
-    lost = [f"{name} has the shape {tuple(found)}, where config.json wants {tuple(wanted)}"
-            for name, found, wanted in about["mismatched_keys"]]
-    lost += [f"{name} is missing" for name in sorted(about["missing_keys"]) if "pooler." not in name]  # none is used
+    lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # which nothing here uses
+    for name, found, wanted in about["mismatched_keys"]:
+        lost.append(f"{name} of the shape {tuple(wanted)}, as config.json has it, instead of {tuple(found)}")
     if lost:
-        fail(f"{folder}: {lost[0]}, and {len(lost) - 1} more such tensors of a {network.config.model_type}")
+        fail(f"{folder}: {len(lost)} missing tensors, first {lost[0]}")
     return network
 
 
@@ -1488,9 +1473,7 @@ def chat_text(tokenizer, turns, think="", **options):
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=_date, **options)
     except Exception as error:  # a template is a program, though in a sandbox
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise ValueError(f"its chat template fails for turns of {roles} ({lines_of(error)[-1]}); --system '' leaves the "
-                         "system's turn out")
+        raise ValueError(f"its chat template fails: {lines_of(error)[-1]} (--system '' leaves the system's turn out)")
 
 
 def _date(form):
@@ -1503,14 +1486,13 @@ def end_token(tokenizer, prompt):
     if prompt != "chat":
         return tokenizer.eos_token
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
-    _, shown, behind = chat_text(tokenizer, turns).rpartition("!!")
-    ids = tokenizer(behind.strip(), add_special_tokens=False)["input_ids"]
-    marks = [i for i in ids if i in tokenizer.added_tokens_decoder]  # special or not
-    if not shown or len(ids) > 1 and not marks:
+    behind = chat_text(tokenizer, turns).rpartition("!!")[2].strip()
+    for i in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+        if i in tokenizer.added_tokens_decoder:  # special or not
+            return tokenizer.convert_ids_to_tokens(i)
+    if behind:
         raise ValueError(f"its chat template ends an answer with {behind[:50]!r}, which is no token of its own")
-    if not ids:
-        return tokenizer.eos_token
-    return tokenizer.convert_ids_to_tokens((marks or ids)[0])
+    return tokenizer.eos_token
 
 
 def end_ids(tokenizer, folder):
@@ -1536,12 +1518,7 @@ def encode(tokenizer, text):
     without an end that it adds."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer(text)["input_ids"]
-    beginning = []
-    while len(whole) > len(ids) and whole[:len(ids)] != ids:
-        beginning.append(whole.pop(0))
-    if ids[:len(beginning)] == beginning:
-        return ids
-    return beginning + ids
+    return whole[:whole.index(ids[0])] + ids
 
 
 # 5. Sampling: requests in, checked responses out ----------------------------------------------------------------------
