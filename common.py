@@ -1106,14 +1106,14 @@ PLAIN = {"math": "(?s).+", "choice": r"\(?[A-Za-z]\)?", "yesno": "(?i)yes|no|tru
 ENTAILMENT = ("entailment", "neutral", "contradiction")  # of the labels 0, 1, 2
 PLACEHOLDER = (r"(?i:[\s?.–—_*/-]*|n/?a\.?|none|null|nil|nan|-?inf|tbd|todo|unknown|missing|proof|"
                r"(?:not|no)[ _-]?(?:found|available|applicable|provided|given|answer))")
-ONE_OF_SEVERAL = rf"(?!{PLACEHOLDER}$)(?:[^,]+|[(\[{{].+)"  # a part of an answer that is a list
+ONE_OF_SEVERAL = rf"(?!{PLACEHOLDER}$)(?=.*[\d\\]|\w$)(?:[^,]+|[(\[{{].+)"  # of a list's parts: no word, no comma
 # In a record as JSON: half a character, control characters, and LaTeX with one backslash, as in \frac, \right, \times
 DAMAGED = (r"[\ud800-\udfff\ufffd\x7f]|(?<!\\)(?:\\\\)*\\(?:[bf]|r(?!\\n)|u00|t(?:imes|ext|heta|frac|an|o|au|ilde)\b|"
            r"n(?:(?:eq|abla|ot|otin|leq|geq)\b|e [-\d\\]|u\$))")
 
 
 def load_problems(names, split, folder, limit=0):
-    """Read the problems of sets ("gsm8k,math", "my/file.jsonl") in order; of each `limit` random but fixed ones (0: all).
+    """Read the problems of sets ("gsm8k,math", "my/file.jsonl") in order; of each `limit` random, fixed ones (0: all).
 
     A name of SETS is read from `folder` if its file is there, else from the Hub; "owner/name:configuration@split" is
     a set of the Hub. `read_problem` says what a record has. One of your own files that cannot be used ends the program
@@ -1236,6 +1236,8 @@ def read_problem(record):
         if value and name not in FIELDS["choices"] and re.search(UNREAD, name):
             raise ValueError(f"{name!r} is not read; put a text into 'problem', and options as a list into 'choices'")
     text, answer, solution, level, tags, choices = [_first(record, names) for names in FIELDS.values()]
+    if len({str(record[name]) for name in FIELDS["answer"] if record.get(name) is not None}) > 1:
+        raise ValueError("two fields have different answers")
     kind = record.get("kind")
     if "body" in record and "question_concat" not in record:  # SVAMP
         text = f"{record['body']} {text}"
@@ -1247,7 +1249,7 @@ def read_problem(record):
         choices = list(ENTAILMENT)
     damaged = re.search(DAMAGED, json.dumps([text, answer, solution, tags, choices], ensure_ascii=False, default=str))
     if damaged:
-        raise ValueError(f"not UTF-8, a control character, or LaTeX with one backslash where JSON has two: {damaged[0]}")
+        raise ValueError(f"not UTF-8, a control character, or LaTeX with one backslash (JSON has two): {damaged[0]!r}")
     if not isinstance(text, str) or not text.strip():
         raise ValueError("no text under 'problem' or 'question'")
     answer, solution = _answer_and_solution(record, answer, solution)

@@ -13,7 +13,7 @@ CHOICE = {"problem": "Which barks?\n(A) a cat\n(B) a dog", "answer": "B", "kind"
           "choices": ["a cat", "a dog"]}
 RECORDS = [
     ({"question": "Which barks?", "answer": "a dog", "choices": ["a cat", "a dog"]}, CHOICE),  # one's own
-    ({"problem": "Which barks?", "answer": "b", "choices": ["a cat", "a dog"]}, CHOICE),
+    ({"problem": "Which barks?", "answer": "(b)", "choices": ["a cat", "a dog"]}, CHOICE),
     ({"question": "Which barks?", "answer": "B", "choices": {"A": "a cat", "B": "a dog"}}, CHOICE),
     ({"question": "Which barks?", "answerKey": "2",  # ARC
       "choices": {"text": ["a cat", "a dog"], "label": ["1", "2"]}}, CHOICE),
@@ -29,8 +29,6 @@ RECORDS = [
       "choices": list(common.ENTAILMENT)}),
     ({"Body": "Ed has 2.", "Question": "How many?", "Answer": 2.0, "Type": "Sum"},  # SVAMP
      {"problem": "Ed has 2. How many?", "answer": "2", "kind": "math", "tags": ["Sum"]}),
-    ({"Body": "Ed has 2.", "question": "How many?", "question_concat": "Ed has 2. How many?", "answer": "2"},
-     {"problem": "Ed has 2. How many?", "answer": "2", "kind": "math"}),
     ({"question": "n?", "final_answer": ["$7$"], "solution": ["One.", "Two."]},  # OlympiadBench
      {"problem": "n?", "answer": "$7$", "kind": "math", "solution": "One.\n\nTwo.\n\n\\boxed{$7$}"}),
     ({"Question": "n?", "Answer": [0, 5], "Answer_type": "list of integer"},  # TheoremQA
@@ -40,20 +38,15 @@ RECORDS = [
      {"problem": "n?", "answer": "(c)", "kind": "choice"}),
     ({"question": "So?", "answer": "yes", "reasoning": "Let."},
      {"problem": "So?", "answer": "yes", "kind": "yesno", "solution": "Let.\n\n\\boxed{yes}"}),
-    ({"problem": "x?", "expected_answer": "236", "reference_solution": None},
-     {"problem": "x?", "answer": "236", "kind": "math"}),
     ({"problem": "x?", "answer": "no", "kind": "math"}, {"problem": "x?", "answer": "no", "kind": "math"}),
-    ({"question": "Which barks?", "options": ["A. a cat", "B. a dog"], "answer": "(b)"}, CHOICE),
-    ({"question": "Which barks?", "options": ["A) a cat", "B) a dog"], "answer": "B) a dog"}, CHOICE),
+    ({"question": "Which barks?", "options": ["A. a cat", "B. a dog"], "answer": "B. a dog"}, CHOICE),
     ({"PROBLEM": "p", "ground_truth": ["2", 3.0, "\\frac{1}{2}"], "solution": "Two."},  # all of them, in any order
      {"problem": "p", "answer": "2, 3, \\frac{1}{2}", "kind": "math",
       "solution": "Two.\n\n\\boxed{2, 3, \\frac{1}{2}}"}),
-    ({"problem": "p\r\nq", "answer": -0.0, "difficulty": 0.75, "solution": "N/A"},
-     {"problem": "p\nq", "answer": "0", "kind": "math"}),
     ({"problem": "p", "answer": "#### Sum\nSo \\boxed{6}"},
      {"problem": "p", "answer": "6", "kind": "math", "solution": "#### Sum\nSo \\boxed{6}"}),
-    ({"problem": "p", "answer": 1e-7, "tags": 3},
-     {"problem": "p", "answer": "0.0000001", "kind": "math", "tags": ["3"]}),
+    ({"problem": "p\r\nq", "answer": [1e-7, -0.0], "tags": 3, "difficulty": 0.75, "solution": "N/A"},
+     {"problem": "p\nq", "answer": "0.0000001, 0", "kind": "math", "tags": ["3"]}),
     ({"question": "q", "answer": "48/2 = <<48/2=24>>24 in May.\n48+24 = <<48+24=72>>72.\n#### 1,072"},  # GSM8K
      {"problem": "q", "answer": "1,072", "kind": "math",
       "solution": "48/2 = 24 in May.\n\n48+24 = 72.\n\n\\boxed{1,072}"}),
@@ -83,8 +76,8 @@ def test_one_record_of_each_form(tmp_path, record, problem):
     ('"answer": "A", "choices": ["B", "A"]', "give its letter"), ('"answer": "a", "choices": ["a", "a"]', "its letter"),
     ('"answer": "B", "option_list": ["a", "b"]', "'option_list' is not read"),
     ('"answer": "B", "A": "a", "B": "b"', "'a' is not read"), ('"answer": "2", "kind": "label"', "'kind' is 'label'"),
-    ('"answer": "2",', "Expecting property name"), ('"answer": {"is": 2}', "neither a text, a number"),
-])
+    ('"answer": "2", "final_answer": "3"', "two fields"), ('"answer": ["6", "six"]', "different ones"),
+    ('"answer": "2",', "Expecting property name"), ('"answer": {"is": 2}', "neither a text, a number")])
 def test_what_could_be_misread_is_refused_with_its_line(tmp_path, capsys, rest, words):
     (tmp_path / "p.jsonl").write_text('\n{"problem": "?", ' + rest + "}\n")
     with pytest.raises(SystemExit):
@@ -108,22 +101,15 @@ def test_what_repeats_or_contradicts_itself_is_counted(tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text(text)
     found = common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
     assert ["solution" in p for p in found] == [True, True, False]
-    said = [re.sub(r" \(the first: .*/", " (", line) for line in capsys.readouterr().out.strip().splitlines()]
-    assert said == ["problems kept that repeat the text of an earlier one: 2 (2)",
-                    "  of these, with another answer than the earlier one: 1 (3)",
-                    "  solutions left out, whose box is not the answer: 1 (3)"]
+    said = re.findall(r"(\w+ \w+): (\d) \(the first: .*/(\d)\)", capsys.readouterr().out)
+    assert said == [("earlier one", "2", "2"), ("earlier one", "1", "3"), ("the answer", "1", "3")]
 
 
-def test_parquet_is_read_where_pyarrow_is(tmp_path, monkeypatch, capsys):
+def test_parquet_is_read(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="the package pyarrow is not installed")
     import pyarrow
     parquet.write_table(pyarrow.table({"question": ["2+3?"], "answer": [5.0]}), tmp_path / "p.parquet")
-    [found] = common.load_problems(f"{tmp_path}/p.parquet", "test", "")
-    assert (found["problem"], found["answer"]) == ("2+3?", "5")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
-    with pytest.raises(SystemExit):
-        common.load_problems(f"{tmp_path}/p.parquet", "test", "")
-    assert "with the packages pyarrow" in capsys.readouterr().err
+    assert common.load_problems(f"{tmp_path}/p.parquet", "test", "")[0]["answer"] == "5"
 
 
 SETS = {  # name/split: (problems, kinds, with a solution)
@@ -156,26 +142,11 @@ def test_every_set_and_its_golds(shared, capsys):
     assert {p.get("level") for p in common.load_problems("math", "train", shared / "data")} == {1, 2, 3, 4, 5, None}
 
 
-def test_every_file_of_data_can_be_read_by_its_path(shared, capsys):
-    """Those with LaTeX after one backslash, or with a control character, are refused: whoever has a file can fix it."""
-    for path in sorted((shared / "data").glob("*/*.jsonl")):
-        try:
-            assert common.load_problems(str(path), "test", "")
-        except SystemExit:
-            pass
-    refused = re.findall(r"(\w+)\.jsonl:(\d+): not UTF-8", capsys.readouterr().err)
-    assert refused == [("train_val_combined", "1209"), ("validation", "90"), ("test", "53")]
-
-
 @pytest.mark.parametrize("name, split, words", [
     ("gsm9k", "train", ["gsm9k: no such file, nor one of the sets", "gsm8k/train, math/train"]),
-    ("no/such.jsonl", "train", ["no/such.jsonl: no such file"]),
     ("gsm8k", "train", ["openai/gsm8k:main@train cannot be read", "packages pyarrow and datasets", "--data 'nowhere'"]),
-    ("", "train", ["no problem set"]),
-    ("math500", "train", ["math500: no such file, nor one of the sets", "gsm8k/train, math/train"]),
     ("acme/sums:hard@dev", "test", ["acme/sums:hard@dev cannot be read", "packages pyarrow and datasets"]),
-    ("adastar_gsm8k", "test", ["adastar_gsm8k/test.jsonl: no such file"]),
-])
+    ("adastar_gsm8k", "test", ["adastar_gsm8k/test.jsonl: no such file"])])
 def test_a_set_that_is_not_there_is_one_line(capsys, monkeypatch, name, split, words):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
     with pytest.raises(SystemExit):
@@ -184,25 +155,18 @@ def test_a_set_that_is_not_there_is_one_line(capsys, monkeypatch, name, split, w
     assert all(word in line for word in words), line
 
 
-def test_a_set_of_the_hub(tmp_path, monkeypatch, capsys):
-    """By the real library, from a folder of that name (it looks there first); a name that is nowhere is one line."""
+def test_a_set_of_the_hub(tmp_path, monkeypatch):
+    """By the real library, from a folder of that name (it looks there first)."""
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
-    import huggingface_hub.constants as hub
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme" / "sums").mkdir(parents=True)
-    for split, n in (("train", 3), ("validation", 2)):
-        records = [{"question": f"{i}+1?", "answer": f"It is.\n#### {i + 1}"} for i in range(n)]
-        (tmp_path / f"acme/sums/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    found = common.load_problems("acme/sums", "train", "")
-    assert [p["id"] for p in found] == [f"acme/sums/train/{i}" for i in (1, 2, 3)]
-    found = common.load_problems("acme/sums@validation", "train", "")
-    assert [(p["id"], p["answer"]) for p in found] == [("acme/sums/validation/1", "1"), ("acme/sums/validation/2", "2")]
-    with pytest.raises(SystemExit):
-        common.load_problems("acme/products", "train", "")
-    assert "acme/products" in capsys.readouterr().err
+    for split in ("train", "validation"):
+        (tmp_path / f"acme/sums/{split}.jsonl").write_text(json.dumps({"question": split, "answer": "6"}) + "\n")
+    for name, split in (("acme/sums", "train"), ("acme/sums@validation", "validation")):
+        assert common.load_problems(name, "train", "") == [
+            {"id": f"acme/sums/{split}/1", "problem": split, "answer": "6", "kind": "math"}]
 
 
 def test_a_limit_takes_the_same_random_problems_every_time():
@@ -268,8 +232,7 @@ def test_prompts(tokenizer):
 def test_examples_end_in_the_end_token_and_in_no_other(tokenizer):
     """A response that spells the end token has not ended there."""
     example = common.make_example(tokenizer, "few_shot", {"id": "a", "problem": "1+1?"}, "2<|im_end|>")
-    assert example == {"id": "a", "prompt": "Question: 1+1?\nAnswer:\n", "completions": ["2<|im_end|>"],
-                       "end": "<|endoftext|>"}
+    assert (example["id"], example["completions"], example["end"]) == ("a", ["2<|im_end|>"], "<|endoftext|>")
     [(prompt, completion)] = common.tokenize(tokenizer, example)
     end, spelled = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert tokenizer.decode(prompt) == example["prompt"]
@@ -277,13 +240,12 @@ def test_examples_end_in_the_end_token_and_in_no_other(tokenizer):
 
 
 def test_a_prompt_begins_once_and_does_not_end(tokenizer):
-    """Where a post-processor adds both: a chat that brings the beginning does not get two, and no prompt has the end."""
+    """Where a post-processor adds both, and a chat brings its beginning itself."""
     from tokenizers.processors import TemplateProcessing
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|endoftext|>", special_tokens=[("<|im_start|>", start), ("<|endoftext|>", end)])
-    plain = common.encode(tokenizer, "1+1?")
-    assert tokenizer.decode(plain) == "<|im_start|>1+1?"
+    assert tokenizer.decode(common.encode(tokenizer, "1+1?")) == "<|im_start|>1+1?"
     chat = common.make_prompt(tokenizer, "chat", {"problem": "1+1?"})
     assert tokenizer.decode(common.encode(tokenizer, chat)) == chat and chat.startswith("<|im_start|>")
 
@@ -295,29 +257,11 @@ def test_a_template_with_a_clock_and_thinking(tokenizer):
 
 
 @pytest.mark.parametrize("behind, end", [
-    ("<end>\n", "<end>"), ("\n", "<|endoftext|>"), ("<|im_end|> <end>", "<|im_end|>"), ("### End", None)])
+    ("<end>\n", "<end>"), ("\n", "<|endoftext|>"), ("<|im_end|> <end>", "<|im_end|>")])
 def test_what_ends_a_turn_ends_an_answer_special_or_not(tokenizer, behind, end):
     tokenizer.add_tokens(["<end>"])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + behind + "{% endfor %}"
-    if end:
-        assert common.end_token(tokenizer, "chat") == end
-    else:
-        with pytest.raises(ValueError, match="ends an answer with '### End'"):
-            common.end_token(tokenizer, "chat")
-
-
-def test_a_template_that_hides_the_last_turn_is_refused(tmp_path, capsys):
-    shutil.copytree(TOY / "model", tmp_path / "m")
-    (tmp_path / "m/chat_template.jinja").write_text("{{ messages[0].content }}!!<|im_end|>")
-    with pytest.raises(SystemExit):
-        common.load_tokenizer(str(tmp_path / "m"), "chat")
-    assert "m: its chat template does not show the last turn" in capsys.readouterr().err
-
-
-def test_tokenizer_round_trips(tokenizer):
-    solutions = [json.loads(line)["solution"] for line in open(TOY / "test.jsonl")]
-    for text in ["Add 12.\n\n 3 * 4 =\t12  \\boxed{12}", "naïve ½ 数学 🙂\r\n", *solutions]:
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert common.end_token(tokenizer, "chat") == end
 
 
 def test_end_tokens_are_those_of_the_base_and_of_the_chat(tokenizer, tmp_path):
