@@ -1196,7 +1196,7 @@ def _read_set(name, split, folder, notes):
         if problem:
             problems.append({"id": f"{ids}/{number}", **problem})
         else:
-            notes[f"{where}: problems dropped for want of an answer"].append(number)
+            notes[f"{where}: problems dropped, no answer (under 'answer' or in a box of 'solution')"].append(number)
     if not problems:
         fail(f"{where}: no problem in it")
     return problems
@@ -1242,7 +1242,7 @@ def read_problem(record):
     if "body" in record and "question_concat" not in record:  # SVAMP
         text = f"{record['body']} {text}"
     elif "premise" in record:  # ANLI
-        text = (f"Premise: {record['premise']}\nHypothesis: {record.get('hypothesis')}\nDoes the premise entail the "
+        text = (f"Premise: {record['premise']}\nHypothesis: {record['hypothesis']}\nDoes the premise entail the "
                 "hypothesis? Answer entailment, neutral or contradiction.")
         answer = dict(enumerate(ENTAILMENT)).get(answer, answer)
         kind = "label"
@@ -1252,7 +1252,9 @@ def read_problem(record):
         raise ValueError(f"not UTF-8, a control character, or LaTeX with one backslash (JSON has two): {damaged[0]!r}")
     if not isinstance(text, str) or not text.strip():
         raise ValueError("no text under 'problem' or 'question'")
-    answer, solution = _answer_and_solution(record, answer, solution)
+    if str(record.get("answer_type")).startswith("list"):  # TheoremQA: numbers, in this order
+        answer = str(answer)
+    answer, solution = _answer_and_solution(answer, solution)
     if not answer or not choices and re.fullmatch(PLACEHOLDER, re.sub(r"\\text|[][(){}$\"']", "", answer)):
         return None
 
@@ -1286,8 +1288,8 @@ def _first(record, names):
             return record[name]
 
 
-def _answer_and_solution(record, answer, solution):
-    """The answer as text ("" for null), and the solution as text in the form of MATH, whose answer is in a box.
+def _answer_and_solution(answer, solution):
+    """The answer as text or None, and the solution as text in the form of MATH, whose answer is in a box.
 
     GSM8K has both as the answer: a step a line, with <<calculator notes>>, and the answer behind "####" in the last."""
     if isinstance(answer, str) and re.search(r"####|\\boxed", answer) and not solution:
@@ -1299,17 +1301,13 @@ def _answer_and_solution(record, answer, solution):
         raise ValueError("'solution' is neither a text nor a list of texts")
     solution = (solution or "").strip().replace("\r\n", "\n")
     if re.search(r"####.*\Z", solution):  # and no heading
-        solution = re.sub("<<.*?>>", "", solution).replace("\n", "\n\n")
+        solution = re.sub("\n+", "\n\n", re.sub("<<.*?>>", "", solution))
         solution = re.sub(r"#### *(.*)\Z", r"\\boxed{\1}", solution)
     stated = last_boxed(solution)
     if re.fullmatch(PLACEHOLDER, solution) or solution == f"\\boxed{{{stated}}}":
         solution = ""
-    if answer is None and stated is None and not any(name in record for name in FIELDS["answer"]):
-        raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
     if answer is None:
-        return stated or "", solution
-    if str(record.get("answer_type")).startswith("list"):  # TheoremQA: numbers, in this order
-        return str(answer), solution
+        return stated, solution
     answer = _text_of(answer)
     if re.search(r"<<|####|\\boxed|^\[\s*['\"]", answer):
         raise ValueError(f"the answer {answer[:60]!r} is a list as text, or worked without a line '#### answer'")
@@ -1341,12 +1339,9 @@ def _add_choices(problem, choices):
     """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     labels = letters
-    if isinstance(choices, dict) and "text" in choices:  # ARC
-        labels = choices["label"]
-        choices = choices["text"]
-    elif isinstance(choices, dict):
-        labels = choices.keys()
-        choices = choices.values()
+    if isinstance(choices, dict):  # {"label": [...], "text": [...]} in ARC; or {"A": "a cat", "B": "a dog"}
+        labels = choices.get("label", choices)
+        choices = choices.get("text", choices.values())
     elif isinstance(choices[0], list | dict):  # TAL-SCQ, in lists of one; CommonsenseQA
         options = [option[0] if isinstance(option, list) else option for option in choices]
         labels, choices = zip(*[option.values() for option in options])

@@ -46,7 +46,7 @@ DATA = {  # name: (content of p.jsonl, words of the line)
     "a list": (b"[1, 2]\n", ["p.jsonl:1: not a JSON object"]),
     "no text": (b'{"answer": "2"}\n', ["p.jsonl:1: no text under 'problem'"]),
     "no text but blanks": (b'{"problem": " ", "answer": "2"}\n', ["p.jsonl:1: no text under 'problem'"]),
-    "no answer": (b'{"problem": "1+1?"}\n', ["p.jsonl:1: no 'answer'"]),
+    "no answer": (b'{"problem": "1+1?"}\n', ["p.jsonl: no problem in it"]),
     "answer of the wrong type": (b'{"problem": "1+1?", "answer": {"is": 2}}\n', ["p.jsonl:1: ", "neither a text"]),
     "only empty answers": (b'{"problem": "1+1?", "answer": " "}\n', ["p.jsonl: no problem in it"]),
     "wrong kind": (b'{"problem": "?", "answer": "2", "kind": "sum"}\n',

@@ -70,7 +70,7 @@ def test_one_record_of_each_form(tmp_path, record, problem):
     (r'"answer": "2", "solution": "\right"', "one backslash"), (r'"answer": "A\u0000"', "a control character"),
     ('"answer": ["1/2", "0.5"]', "different ones"), ('"answer": ["2", "1,000"]', "different ones"),
     ('"answer": [["1", "2"], ["3"]]', "different ones"), ("\"answer\": \"['2', '3']\"", "a list as text"),
-    ('"answer": "1+1=<<1+1=2>>2"', "worked without a line '#### answer'"), ('"solution": "So 2."', "no 'answer'"),
+    ('"answer": "1+1=<<1+1=2>>2"', "worked without a line '#### answer'"), ('"solution": 2', "'solution' is neither"),
     ('"answer": 1, "choices": ["a", "b"]', "give its letter"), ('"answer": "1", "choices": ["1", "2"]', "its letter"),
     ('"answer": 0, "options": {"A": "a", "B": "b"}', "give its letter"),
     ('"answer": "A", "choices": ["B", "A"]', "give its letter"), ('"answer": "a", "choices": ["a", "a"]', "its letter"),
@@ -92,7 +92,7 @@ def test_a_problem_without_an_answer_is_dropped_and_shifts_no_id(tmp_path, capsy
     (tmp_path / "p.jsonl").write_text("\ufeff\n" + "\r\n".join(map(json.dumps, records)))
     [found] = common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
     assert (found["id"].rsplit("/", 1)[1], found["answer"]) == ("3", "3")
-    assert "for want of an answer: 1 (the first: 2)" in capsys.readouterr().out
+    assert "in a box of 'solution'): 1 (the first: 2)" in capsys.readouterr().out
 
 
 def test_what_repeats_or_contradicts_itself_is_counted(tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_every_set_and_its_golds(shared, capsys):
         responses += [(p, p["solution"]) for p in problems if "solution" in p]
         verdicts = [checker.submit(*response) for response in responses]
         assert not [p["id"] for (p, _), verdict in zip(responses, verdicts) if not verdict.result()[0]]
-    assert capsys.readouterr().out.count("for want of an answer: 2") == 2  # MATH train, gaokao2023en
+    assert capsys.readouterr().out.count("in a box of 'solution'): 2 ") == 2  # MATH train, gaokao2023en
     assert {p.get("level") for p in common.load_problems("math", "train", shared / "data")} == {1, 2, 3, 4, 5, None}
 
 
