@@ -1357,7 +1357,7 @@ def _add_choices(problem, choices):
         if answer.isdecimal() and int(answer) <= len(texts):
             named = {}  # counted from 0, from 1, or a text
     if len(named) != 1:
-        raise ValueError(f"the answer {answer!r} is not clearly one of the choices; give its letter")
+        raise ValueError(f"the answer {answer!r} is none of the choices, or could be several; give its letter")
     if not {*bare} & {*texts}:
         texts = bare
     [place] = named

@@ -53,7 +53,7 @@ DATA = {  # name: (content of p.jsonl, words of the line)
                    ["p.jsonl:1: 'kind' is 'sum', and not math, choice"]),
     "choices of the wrong type": (b'{"problem": "?", "answer": "B", "choices": [1, null]}\n',
                                   ["p.jsonl:1: 'None' is neither a text"]),
-    "answer of no choice": (b'{"problem": "?", "answer": "C", "choices": ["a", "b"]}\n', ["answer 'C' is not clearly"]),
+    "answer of no choice": (b'{"problem": "?", "answer": "C", "choices": ["a", "b"]}\n', ["answer 'C' is none of the choices"]),
     "Latin 1": ('{"problem": "caf\u00e9: 1+1?", "answer": "2"}\n'.encode("latin-1"), ["p.jsonl:1: not UTF-8"]),
     "LaTeX with one backslash": (b'{"problem": "?", "answer": "\\frac{1}{2}"}\n', ["p.jsonl:1: ", "one backslash"]),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), ["p.jsonl:1: ", "one problem in JSON"]),
