@@ -53,14 +53,14 @@ DATA = {  # name: (content of p.jsonl, words of the line)
                    ["p.jsonl:1: 'kind' is 'sum', and not math, choice"]),
     "choices of the wrong type": (b'{"problem": "?", "answer": "B", "choices": [1, null]}\n',
                                   ["p.jsonl:1: 'None' is neither a text"]),
-    "answer of no choice": (b'{"problem": "?", "answer": "C", "choices": ["a", "b"]}\n', ["answer 'C' is none of the choices"]),
+    "answer of no choice": (b'{"problem": "?", "answer": "C", "choices": ["a", "b"]}\n', ["none of the choices"]),
     "Latin 1": ('{"problem": "caf\u00e9: 1+1?", "answer": "2"}\n'.encode("latin-1"), ["p.jsonl:1: not UTF-8"]),
-    "LaTeX with one backslash": (b'{"problem": "?", "answer": "\\frac{1}{2}"}\n', ["p.jsonl:1: ", "one backslash"]),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), ["p.jsonl:1: ", "one problem in JSON"]),
     "half a character": (b'{"problem": "\\ud83d 1+1?", "answer": "2"}\n', ["p.jsonl:1: not UTF-8"]),
     "a picture": (bytes(range(256)) * 40, ["p.jsonl:1: ", "one problem in JSON"]),
     "huge problem": (json.dumps(GOOD | {"problem": "1+" * 20_000}).encode(), ["has ", "exceeds the context of 8,192"]),
     "solution of the wrong type": (b'{"problem": "1+1?", "answer": "2", "solution": 5}\n', ["p.jsonl:1: 'solution'"]),
+    "LaTeX with one backslash": (b'{"problem": "?", "answer": "\\frac{1}{2}"}\n', ["p.jsonl:1: ", "one backslash"]),
 }
 
 
@@ -155,10 +155,6 @@ MODELS = {  # name: (what is done to the toy's folder, flags, words of the line)
                                   ["--prompt", "chat"], ["m: ", "chat template", "no turns"]),
     "chat template with an error": (lambda f: (f / "chat_template.jinja").write_text("{% for %}"),
                                     ["--prompt", "chat"], ["m: ", "chat template"]),
-    "chat template of the first turn": (lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].content }}!!"),
-                                        ["--prompt", "chat"], ["m: its chat template does not show the last"]),
-    "chat template without end": (lambda f: (f / "chat_template.jinja").write_text("{{ messages[-1].content }} ### End"),
-                                  ["--prompt", "chat"], ["m: its chat template ends an answer with '### End'"]),
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1_000_000), [], ["m: ", "incomplete metadata"]),
     "a missing shard": (sharded, [], ["m/model-00002-of-00002.safetensors"]),
     "a missing tensor": (lambda f: weights_of(f, lambda w: w.pop("model.norm.weight")), [],
@@ -169,6 +165,10 @@ MODELS = {  # name: (what is done to the toy's folder, flags, words of the line)
     "infinite": (lambda f: weights_of(f, lambda w: w["model.layers.1.mlp.up_proj.weight"][3].fill_(float("inf"))), [],
                  ["m: ", "model.layers.1.mlp.up_proj.weight", "not finite"]),
     "short context": (lambda f: config_of(f, max_position_embeddings=20), [], ["exceeds the context of 20"]),
+    "chat template of the first turn": (lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].content }}!!"),
+                                        ["--prompt", "chat"], ["m: its chat template does not show"]),
+    "chat template without end": (lambda f: (f / "chat_template.jinja").write_text("{{ messages[-1].content }} ### End"),
+                                  ["--prompt", "chat"], ["m: its chat template ends an answer with '### End'"]),
 }
 
 
