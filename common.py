@@ -1008,77 +1008,96 @@ def bar(total, what):
 
 # 4. Problems and prompts ----------------------------------------------------------------------------------------------
 
-SETS = {  # name: {split: its file in the DATA folder, and where the Hub has it: owner/name:configuration@split}
-    "gsm8k": {"train": "gsm8k/train.jsonl openai/gsm8k:main@train", "test": "gsm8k/test.jsonl openai/gsm8k:main@test"},
-    "math": {"train": "math/train.jsonl DigitalLearningGmbH/MATH-lighteval@train",
-             "test": "math/test.jsonl DigitalLearningGmbH/MATH-lighteval@test"},
-    "math500": {"test": "math500/test.jsonl HuggingFaceH4/MATH-500@test"},
-    "aime24": {"test": "aime24/test.jsonl HuggingFaceH4/aime_2024@train"},
-    "aime25": {"test": "aime25/test.jsonl math-ai/aime25@test"},
-    "aime_1983_2023": {"train": "aime_1983_2023/train.jsonl"},
-    "amc23": {"test": "amc23/test.jsonl math-ai/amc23@test"},
-    "olympiadbench": {"test": "olympiadbench/test.jsonl Hothan/OlympiadBench:OE_TO_maths_en_COMP@train"},
-    "minerva_math": {"test": "minerva_math/test.jsonl math-ai/minervamath@test"},
-    "college_math": {"test": "college_math/test.jsonl di-zhang-fdu/College_Math_Test@test"},
-    "gaokao2023en": {"test": "gaokao2023en/test.jsonl MARIO-Math-Reasoning/Gaokao2023-Math-En@train"},
-    "theoremqa": {"test": "theoremqa/test.jsonl TIGER-Lab/TheoremQA@test"},
-    "tal_scq": {"train": "tal_scq5k/en_train.jsonl", "test": "tal_scq5k/en_test.jsonl"},
-    "svamp": {"train": "svamp/train.jsonl ChilleD/SVAMP@train", "test": "svamp/test.jsonl ChilleD/SVAMP@test"},
-    "adastar_svamp": {"train": "adastar_svamp/train.jsonl", "test": "adastar_svamp/test.jsonl"},
-    "adastar_gsm8k": {"test": "adastar_gsm8k/test.jsonl"},
-    "arc_challenge": {"train": "arc_challenge/train.jsonl allenai/ai2_arc:ARC-Challenge@train",
-                      "test": "arc_challenge/test.jsonl allenai/ai2_arc:ARC-Challenge@test"},
-    "commonsenseqa": {"train": "commonsenseqa/train_rand_split.jsonl tau/commonsense_qa@train",
-                      "test": "commonsenseqa/dev_rand_split.jsonl tau/commonsense_qa@validation"},
-    "anli_r1": {"train": "anli_r1/train_r1.jsonl facebook/anli@train_r1",
-                "test": "anli_r1/test_r1.jsonl facebook/anli@test_r1"},
-    "adastar_arc": {"train": "arc_challenge/train_val_combined.jsonl", "test": "arc_challenge/test_new.jsonl"},
-    "cladder": {"train": "cladder/cladder_train.jsonl",
-                "test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default"},
+SETS = {  # name/split: its file in the DATA folder, and where the Hub has it: owner/name:configuration@split
+    "gsm8k/train": "gsm8k/train.jsonl openai/gsm8k:main@train",
+    "gsm8k/test": "gsm8k/test.jsonl openai/gsm8k:main@test",
+    "math/train": "math/train.jsonl DigitalLearningGmbH/MATH-lighteval@train",
+    "math/test": "math/test.jsonl DigitalLearningGmbH/MATH-lighteval@test",
+    "math500/test": "math500/test.jsonl HuggingFaceH4/MATH-500@test",
+    "aime24/test": "aime24/test.jsonl HuggingFaceH4/aime_2024@train",
+    "aime25/test": "aime25/test.jsonl math-ai/aime25@test",
+    "aime_1983_2023/train": "aime_1983_2023/train.jsonl",
+    "amc23/test": "amc23/test.jsonl math-ai/amc23@test",
+    "olympiadbench/test": "olympiadbench/test.jsonl Hothan/OlympiadBench:OE_TO_maths_en_COMP@train",
+    "minerva_math/test": "minerva_math/test.jsonl math-ai/minervamath@test",
+    "college_math/test": "college_math/test.jsonl di-zhang-fdu/College_Math_Test@test",
+    "gaokao2023en/test": "gaokao2023en/test.jsonl MARIO-Math-Reasoning/Gaokao2023-Math-En@train",
+    "theoremqa/test": "theoremqa/test.jsonl TIGER-Lab/TheoremQA@test",
+    "tal_scq/train": "tal_scq5k/en_train.jsonl",
+    "tal_scq/test": "tal_scq5k/en_test.jsonl",
+    "svamp/train": "svamp/train.jsonl ChilleD/SVAMP@train",
+    "svamp/test": "svamp/test.jsonl ChilleD/SVAMP@test",
+    "adastar_svamp/train": "adastar_svamp/train.jsonl",
+    "adastar_svamp/test": "adastar_svamp/test.jsonl",
+    "adastar_gsm8k/test": "adastar_gsm8k/test.jsonl",
+    "arc_challenge/train": "arc_challenge/train.jsonl allenai/ai2_arc:ARC-Challenge@train",
+    "arc_challenge/test": "arc_challenge/test.jsonl allenai/ai2_arc:ARC-Challenge@test",
+    "commonsenseqa/train": "commonsenseqa/train_rand_split.jsonl tau/commonsense_qa@train",
+    "commonsenseqa/test": "commonsenseqa/dev_rand_split.jsonl tau/commonsense_qa@validation",
+    "anli_r1/train": "anli_r1/train_r1.jsonl facebook/anli@train_r1",
+    "anli_r1/test": "anli_r1/test_r1.jsonl facebook/anli@test_r1",
+    "adastar_arc/train": "arc_challenge/train_val_combined.jsonl",
+    "adastar_arc/test": "arc_challenge/test_new.jsonl",
+    "cladder/train": "cladder/cladder_train.jsonl",
+    "cladder/test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default",
 }
-FIELDS = {  # the names that the sets give to the parts of a problem; the first that is there counts
-    "problem": ("problem", "question_concat", "question", "Question", "prompt"),
-    "answer": ("answer", "expected_answer", "final_answer", "Answer", "answerKey", "answer_value", "label"),
+FILES = (".jsonl", ".json", ".parquet")
+FIELDS = {  # what sets call the parts of a problem, in any case; the first that is there and not null counts
+    "problem": ("problem", "question_concat", "question", "stem", "prompt"),
+    "answer": ("answer", "expected_answer", "final_answer", "ground_truth", "target", "answerkey", "answer_value",
+               "label"),
     "solution": ("solution", "reference_solution", "reasoning", "answer_analysis"),
     "level": ("level", "difficulty"),
-    "tags": ("tags", "subject", "type", "Type", "subfield", "data_topic", "knowledge_point_routes", "query_type"),
+    "tags": ("tags", "subject", "type", "subfield", "data_topic", "knowledge_point_routes", "query_type"),
+    "choices": ("choices", "options", "answer_option_list"),
 }
+UNREAD = "option|choice|alternative|context|passage|^[a-f]$"  # other fields without which a problem is not whole
+PLAIN = {"math": "(?s).+", "choice": r"\(?[A-Za-z]\)?", "yesno": "(?i)yes|no|true|false"}  # answers without choices
 ENTAILMENT = ("entailment", "neutral", "contradiction")  # of the labels 0, 1, 2
+PLACEHOLDER = (r"(?i:[\s?.–—_*/-]*|n/?a\.?|none|null|nil|nan|-?inf|tbd|todo|unknown|missing|proof|"
+               r"(?:not|no)[ _-]?(?:found|available|applicable|provided|given|answer))")
+ONE_OF_SEVERAL = rf"(?!{PLACEHOLDER}$)(?=.*[\d\\]|\w$)(?:[^,]+|[(\[{{].+)"  # of a list's parts: no word, no comma
+# In a record as JSON: half a character, control characters, and LaTeX with one backslash, as in \frac, \right, \times
+DAMAGED = (r"[\ud800-\udfff\ufffd\x7f]|(?<!\\)(?:\\\\)*\\(?:[bf]|r(?!\\n)|u00|t(?:imes|ext|heta|frac|an|o|au|ilde)\b|"
+           r"n(?:(?:eq|abla|ot|otin|leq|geq)\b|e [-\d\\]|u\$))")
 
 
 def load_problems(names, split, folder, limit=0):
-    """The problems of sets ("gsm8k,math", "my/file.jsonl"), in order; of each `limit` random but fixed ones (0: all).
+    """Read the problems of sets ("gsm8k,math", "my/file.jsonl") in order; of each `limit` random, fixed ones (0: all).
 
     A name of SETS is read from `folder` if its file is there, else from the Hub; "owner/name:configuration@split" is
-    a set of the Hub (this needs the package datasets). `read_problem` says what a record has. One that cannot be used
-    ends the program with file, line and reason; an empty answer drops the record, counted and said."""
+    a set of the Hub. `read_problem` says what a record has. One of your own files that cannot be used ends the program
+    with file, line and reason; one of a public set, which you cannot edit, is dropped, counted and said."""
     problems = []
-    for name in filter(None, names.split(",")):
-        path, hub, where = Path(name), name, name
-        if name in SETS:
-            if split not in SETS[name]:
-                fail(f"{name} has no {split} split, only {', '.join(SETS[name])}")
-            file, _, hub = SETS[name][split].partition(" ")
-            path, where = Path(folder) / file, f"{name}/{split}"
-        elif not re.fullmatch(r".*\.jsonl?|[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", name):
-            fail(f"unknown problem set {name!r}; known are {', '.join(SETS)}, paths that end in .jsonl or .json, and "
-                 "owner/name:configuration@split on the Hub")
-        if path.is_file():
-            where, records = path, _records_of_file(path)
-            ids = f"{path.resolve().parent.name}/{path.stem}"
-        elif name in SETS or not name.endswith((".jsonl", ".json")):
-            hint = f"{path}: no such file (--data names the folder that has it); " if name in SETS else ""
-            ids = where if name in SETS else re.sub(r"[:@]", "/", name if "@" in name else f"{name}@{split}")
-            records = _records_of_hub(hub, split, hint)
-        else:
-            fail(f"{path}: no such file")
-        found = _read_set(where, records, ids)
-        problems += [found[i] for i in sorted(np.random.default_rng(0).permutation(len(found))[:limit or None])]
+    notes = defaultdict(list)  # what is said, and where it is so
+    for name in names.split(","):
+        if name:
+            found = _read_set(name, split, folder, notes)
+            chosen = np.random.default_rng(0).permutation(len(found))[:limit or None]
+            problems += [found[i] for i in sorted(chosen)]
     if not problems:
         fail(f"no problem set is named ({names!r})")
-    twice = [i for i, n in Counter(p["id"] for p in problems).items() if n > 1]
-    if twice:
-        fail(f"two problems have the id {twice[0]!r} (of {len(twice)}); rename one of the files or folders")
+    for i, n in Counter(p["id"] for p in problems).items():
+        if n > 1:
+            fail(f"two problems have the id {i!r}; rename one of the files or folders")
+    first = {}
+    checker = Checker(1)
+    verdicts = []
+    for problem in problems:
+        earlier = first.setdefault(problem["problem"], problem)
+        if earlier is not problem:
+            notes["problems kept that repeat the text of an earlier one"].append(problem["id"])
+        if earlier["answer"] != problem["answer"]:
+            notes["of these, with another answer than the earlier one"].append(problem["id"])
+        box = last_boxed(problem.get("solution", ""))
+        if box and box != problem["answer"]:
+            verdicts.append((problem, checker.submit(problem, f"\\boxed{{{box}}}")))
+    for problem, verdict in verdicts:
+        if verdict.result()[1] in ("different", "no_answer"):  # it would be learnt
+            del problem["solution"]
+            notes["solutions left out, whose box is not the answer"].append(problem["id"])
+    for note, where in notes.items():
+        say(f"  {note}: {len(where):,} (the first: {where[0]})")
     return problems
 
 
@@ -1092,172 +1111,229 @@ def load_solved(names, folder):
     return solved
 
 
-def _records_of_file(path):
-    """(number, record) of a .jsonl file's lines, or of the list that a .json file is (or has under "data")."""
+def _read_set(name, split, folder, notes):
+    path = Path(name)
+    hub = name
+    public = f"{name}/{split}" in SETS
+    if public:
+        file, _, hub = SETS[f"{name}/{split}"].partition(" ")
+        path = Path(folder) / file
+    where = path
+    ids = f"{path.resolve().parent.name}/{path.stem}"
+    if not path.is_file():
+        if hub.endswith(FILES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", hub):
+            known = [name for name in SETS if name.endswith(split)]
+            fail(f"{path}: no such file, nor one of the sets that are known (in --data {folder!r} or on the Hub: "
+                 f"{', '.join(known)}) or owner/name:configuration@split on the Hub")
+        public = True
+        where = hub if "@" in hub else f"{hub}@{split}"
+        ids = re.sub("[:@]", "/", where)
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # `_read_set` names the line
-            if path.suffix == ".jsonl":
-                yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-                return
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    except (ValueError, RecursionError) as error:
-        fail(f"{path}: not valid JSON ({lines_of(error)[0]})")
-    records = records.get("data") if isinstance(records, dict) else records
-    if not isinstance(records, list):
-        fail(f"{path}: neither a list of problems nor an object with one under 'data'")
-    yield from enumerate(records, 1)
-
-
-def _records_of_hub(name, split, hint):
-    if not name:
-        fail(f"{hint}the Hub does not have it in a form that is read here")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        fail(f"{hint}to get {name} from the Hub: pip install datasets")
-    repository, _, of = name.partition("@")
-    repository, _, configuration = repository.partition(":")
-    try:
-        return enumerate(load_dataset(repository, configuration or None, split=of or split), 1)
-    except Exception as error:  # no network, no such name: many kinds
-        fail(f"{hint}{name} is not to be had from the Hub: {lines_of(error)[0]}")
-
-
-def _read_set(where, records, ids):
-    problems, empty = [], 0
-    for number, record in records:
+        records = _records_of(where)
+    except Exception as error:  # files of any content, the network
+        fail(f"{where} cannot be read: {lines_of(error)[0]} (what is read are .jsonl, .json and, with the packages "
+             f"pyarrow and datasets, .parquet and the Hub; sets are in --data {folder!r})")
+    problems = []
+    for number, record in enumerate(records, 1):
+        if record == "":  # a blank line
+            continue
         try:
-            if isinstance(record, str):
-                record.encode()
             problem = read_problem(json.loads(record) if isinstance(record, str) else record)
-        except (ValueError, RecursionError) as error:
-            reason = ("not valid JSON" if isinstance(error, (json.JSONDecodeError, RecursionError)) else
-                      "not UTF-8" if isinstance(error, UnicodeError) else str(error)[:200])
-            fail(f"{where}:{number}: {reason}; mend or remove it")
-        if problem is None:
-            empty += 1
-        else:
+        except Exception as error:  # JSON of any form
+            if not public:
+                fail(f"{where}:{number}: {lines_of(error)[0]}; fix or remove it (a line is one problem in JSON)")
+            notes[f"{where}: records dropped that cannot be used"].append(f"{number}, {error}")
+            continue
+        if problem:
             problems.append({"id": f"{ids}/{number}", **problem})
-    if empty:
-        say(f"{where}: {empty} problem{'s' * (empty > 1)} with an empty answer dropped")
+        else:
+            notes[f"{where}: problems dropped, no answer (under 'answer' or in a box of 'solution')"].append(number)
     if not problems:
         fail(f"{where}: no problem in it")
     return problems
 
 
-def read_problem(record):
-    """One source record as a problem without its id; None if its answer is empty; ValueError if it cannot be used.
+def _records_of(where):
+    """The records of a .parquet or .json file or of a set of the Hub, or the lines of a .jsonl file."""
+    if isinstance(where, str):
+        from datasets import load_dataset
+        repository, _, split = where.partition("@")
+        repository, _, configuration = repository.partition(":")
+        return load_dataset(repository, configuration or None, split=split)
+    if where.suffix == ".parquet":
+        from pyarrow import parquet
+        return parquet.read_table(where).to_pylist()
+    text = where.read_text(encoding="utf-8-sig", errors="surrogateescape")  # `read_problem` refuses what is not UTF-8
+    if where.suffix == ".jsonl":
+        return [line.strip() for line in text.split("\n")]
+    records = json.loads(text)
+    if not isinstance(records, list):
+        raise ValueError("it is not a list of problems")
+    return records
 
-    FIELDS has the names that are looked for. An answer may be a number, stand behind "####" (GSM8K) or, where there
-    is none, in the last box of the solution (MATH). With `choices` the problem ends in lettered options, and the
-    answer is a letter. `kind` may be given; else it is told from the answer."""
+
+def read_problem(record):
+    """One source record as a problem without its id; None if it has no answer; ValueError if it cannot be used.
+
+    FIELDS has the names that are looked for. An answer may be a number, a list (all of it must be given, in any
+    order), stand behind "####" (GSM8K) or, where there is none, in the last box of the solution (MATH). With `choices`
+    the problem ends in lettered options, and the answer is a letter. `kind` may be given; else the answer tells it."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    text, answer, solution, level, tags = (next((record[n] for n in names if n in record), None)
-                                           for names in FIELDS.values())
-    solution = "\n\n".join(map(str, solution)) if isinstance(solution, list) else solution
-    if not isinstance(solution, (str, type(None))):
-        raise ValueError("'solution' is neither a text nor a list of texts")
-    choices, kind = record.get("choices") or record.get("answer_option_list"), record.get("kind")
-    if isinstance(text, dict):  # CommonsenseQA
-        text, choices = text.get("stem"), text.get("choices")
-    elif isinstance(record.get("Body"), str) and "question_concat" not in record:  # SVAMP
-        text = f"{record['Body']} {text}"
-    elif "premise" in record and "hypothesis" in record:  # ANLI
+    record = {name.lower(): value for name, value in record.items()}
+    if isinstance(record.get("question"), dict):  # CommonsenseQA
+        record |= record.pop("question")
+    for name, value in record.items():
+        if value and name not in FIELDS["choices"] and re.search(UNREAD, name):
+            raise ValueError(f"{name!r} is not read; put a text into 'problem', and options as a list into 'choices'")
+    text, answer, solution, level, tags, choices = [_first(record, names) for names in FIELDS.values()]
+    if len({str(record[name]) for name in FIELDS["answer"] if record.get(name) is not None}) > 1:
+        raise ValueError("two fields have different answers")
+    kind = record.get("kind")
+    if "body" in record and "question_concat" not in record:  # SVAMP
+        text = f"{record['body']} {text}"
+    elif "premise" in record:  # ANLI
         text = (f"Premise: {record['premise']}\nHypothesis: {record['hypothesis']}\nDoes the premise entail the "
                 "hypothesis? Answer entailment, neutral or contradiction.")
-        answer = ENTAILMENT[int(answer)] if str(answer) in ("0", "1", "2") else answer
-        kind, choices = "label", list(ENTAILMENT)
+        answer = dict(enumerate(ENTAILMENT)).get(answer, answer)
+        kind = "label"
+        choices = list(ENTAILMENT)
+    damaged = re.search(DAMAGED, json.dumps([text, answer, solution, tags, choices], ensure_ascii=False, default=str))
+    if damaged:
+        raise ValueError(f"not UTF-8, a control character, or LaTeX with one backslash (JSON has two): {damaged[0]!r}")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"no text under {' or '.join(map(repr, FIELDS['problem'][:3:2]))}")
+        raise ValueError("no text under 'problem' or 'question'")
+    if str(record.get("answer_type")).startswith("list"):  # TheoremQA: numbers, in this order
+        answer = str(answer)
     answer, solution = _answer_and_solution(answer, solution)
-    if not answer:
+    if not answer or not choices and re.fullmatch(PLACEHOLDER, re.sub(r"\\text|[][(){}$\"']", "", answer)):
         return None
-    problem = {"problem": text.strip(), "answer": answer, "kind": kind or _kind_of(answer, choices, record)}
-    if problem["kind"] not in ("math", "choice", "label", "yesno"):
-        raise ValueError(f"'kind' is {kind!r}, and not math, choice, label or yesno")
+
+    if not kind:
+        kind = "math"
+        if choices or re.fullmatch(r"\([A-Za-z]\)", answer):
+            kind = "choice"
+        elif re.fullmatch(PLAIN["yesno"], answer):
+            kind = "yesno"
+    problem = {"problem": text.strip().replace("\r\n", "\n"), "answer": answer, "kind": kind}
     if choices:
         _add_choices(problem, choices)
-    if isinstance(solution, str) and solution.strip():
-        boxed = "" if last_boxed(solution) else f"\n\n\\boxed{{{problem['answer']}}}"  # what is learnt gives its answer
-        problem["solution"] = solution.strip() + boxed
-    level = re.search(r"\d+", str(level))
-    if level:
-        problem["level"] = int(level[0])
+    elif not re.fullmatch(PLAIN.get(kind, ""), answer):
+        raise ValueError(f"'kind' is {kind!r}, and not math, choice or yesno with an answer to match")
+    if solution:
+        if not last_boxed(solution):
+            solution += f"\n\n\\boxed{{{problem['answer']}}}"  # what is learnt gives its answer
+        problem["solution"] = solution
+    whole = re.fullmatch(r"(?i)(?:level )?(\d+)(?:\.0+)?", str(level))
+    if whole:
+        problem["level"] = int(whole[1])
     if tags:
-        problem["tags"] = list(map(str, tags)) if isinstance(tags, list) else [str(tags)]
-    texts = text, answer, problem.get("solution", ""), *problem.get("choices", ()), *problem.get("tags", ())
-    if re.search("[\ud800-\udfff]", "".join(texts)):
-        raise ValueError("half a character, \\ud800 or the like")
+        problem["tags"] = [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
     return problem
 
 
+def _first(record, names):
+    """The first value that is there under one of the names, and not null."""
+    for name in names:
+        if record.get(name) is not None:
+            return record[name]
+
+
 def _answer_and_solution(answer, solution):
-    """The answer as text, and the solution, which may stand before the answer."""
-    if isinstance(answer, list):  # OlympiadBench: a list of one; TheoremQA: numbers
-        answer = answer[0] if len(answer) == 1 and isinstance(answer[0], str) else str(answer)
-    elif isinstance(answer, float) and math.isfinite(answer):
-        answer = np.format_float_positional(answer, trim="-")
-    elif isinstance(answer, int):
-        answer = str(answer)
-    if answer is None and isinstance(solution, str):
-        answer = last_boxed(solution)
-    if not isinstance(answer, str):
-        raise ValueError("no 'answer', nor a \\boxed{} in 'solution'")
-    if "####" in answer:  # GSM8K: one step a line with <<calculator notes>>, and the answer
-        steps, answer = answer.rsplit("####", 1)
-        solution = re.sub(r"<<.*?>>", "", steps).strip().replace("\n", "\n\n")
-    return answer.strip(), solution
+    """The answer as text or None, and the solution as text in the form of MATH, whose answer is in a box.
+
+    GSM8K has both as the answer: a step a line, with <<calculator notes>>, and the answer behind "####" in the last."""
+    if isinstance(answer, str) and re.search(r"####|\\boxed", answer) and not solution:
+        solution = answer
+        answer = None
+    if isinstance(solution, list):
+        solution = "\n\n".join(solution)
+    if not isinstance(solution, str | None):
+        raise ValueError("'solution' is neither a text nor a list of texts")
+    solution = (solution or "").strip().replace("\r\n", "\n")
+    if re.search(r"####.*\Z", solution):  # and no heading
+        solution = re.sub("\n+", "\n\n", re.sub("<<.*?>>", "", solution))
+        solution = re.sub(r"#### *(.*)\Z", r"\\boxed{\1}", solution)
+    stated = last_boxed(solution)
+    if re.fullmatch(PLACEHOLDER, solution) or solution == f"\\boxed{{{stated}}}":
+        solution = ""
+    if answer is None:
+        return stated, solution
+    answer = _text_of(answer)
+    if re.search(r"<<|####|\\boxed|^\[\s*['\"]", answer):
+        raise ValueError(f"the answer {answer[:60]!r} is a list as text, or worked without a line '#### answer'")
+    return answer, solution
 
 
-def _kind_of(answer, choices, record):
-    if choices or record.get("Answer_type") == "option":
-        return "choice"
-    return "yesno" if answer.casefold() in ("yes", "no", "true", "false") else "math"
+def _text_of(answer):
+    """An answer as text: a number in full, the parts of a list apart by commas."""
+    if isinstance(answer, float):
+        return np.format_float_positional(answer + 0.0, trim="-")  # + 0.0 makes -0.0 a 0
+    if isinstance(answer, str | int):
+        return str(answer).strip()
+    if not isinstance(answer, list):
+        raise ValueError(f"{str(answer)[:60]!r} is neither a text, a number nor a list of these")
+    parts = [_text_of(part) for part in answer]
+    if len(parts) > 1:
+        values = set()
+        for part in parts:
+            value = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", part)
+            with contextlib.suppress(ValueError):
+                value = Fraction(value)
+            if value in values or not re.fullmatch(ONE_OF_SEVERAL, part):
+                raise ValueError(f"the answers {parts} are not different ones that must all be given")
+            values.add(value)
+    return ", ".join(parts)
 
 
 def _add_choices(problem, choices):
     """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
-    if isinstance(choices, dict) and not {"text", "label"} <= {*choices}:  # {"A": "a cat", "B": "a dog"}
-        choices = {"label": list(choices), "text": list(choices.values())}
-    if isinstance(choices, dict) and all(isinstance(choices[name], list) for name in ("text", "label")):
-        choices = [{"text": t, "label": n} for t, n in zip(choices["text"], choices["label"])]
-    if not isinstance(choices, list):
-        raise ValueError("'choices' is not a list of at most 26 texts")
-    choices = [c[0] if isinstance(c, list) and len(c) == 1 else c for c in choices]
-    texts = [c.get("text", c.get("content")) if isinstance(c, dict) else c for c in choices]
-    if not all(isinstance(text, str) for text in texts) or len(texts) > 26:
-        raise ValueError("'choices' is not a list of at most 26 texts")
-    texts, answer = [text.strip() for text in texts], problem["answer"]
-    if problem["kind"] == "label":
-        if answer not in texts:
-            raise ValueError(f"the answer {answer!r} is none of the choices")
-    else:
-        labels = [str(c.get("label", c.get("aoVal"))).upper() if isinstance(c, dict) else chr(65 + i)
-                  for i, c in enumerate(choices)]
-        place = labels.index(answer.upper()) if answer.upper() in labels else texts.index(answer) if answer in texts \
-            else None
-        if place is None:
-            raise ValueError(f"the answer {answer!r} is none of the choices")
-        problem["answer"] = chr(65 + place)
-        problem["problem"] += "".join(f"\n({chr(65 + i)}) {text}" for i, text in enumerate(texts))
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    labels = letters
+    if isinstance(choices, dict):  # {"label": [...], "text": [...]} in ARC; or {"A": "a cat", "B": "a dog"}
+        labels = choices.get("label", choices)
+        choices = choices.get("text", choices.values())
+    elif isinstance(choices[0], list | dict):  # TAL-SCQ, in lists of one; CommonsenseQA
+        options = [option[0] if isinstance(option, list) else option for option in choices]
+        labels, choices = zip(*[option.values() for option in options])
+    order = "".join(map(str, labels)).upper()[:len(choices)]
+    if len(order) < len(choices) or not letters.startswith(order) and not "123456789".startswith(order):
+        raise ValueError("'choices' are not at most 26 texts, without labels or with A, B, ... or 1, 2, ...")
+    texts = [_text_of(text) for text in choices]
+    bare = [re.sub(rf"^\(?{letter}[.):]\)?\s*", "", text) for letter, text in zip(letters, texts)]  # "A. a cat"
+    answer = problem["answer"]
+    named = {i for i, label in enumerate(order) if label == answer.strip("(). ").upper()}
+    if labels is letters or not named:
+        named.update(i for i, both in enumerate(zip(texts, bare)) if answer in both)
+        if answer.isdecimal() and int(answer) <= len(texts):
+            named = {}  # counted from 0, from 1, or a text
+    if len(named) != 1:
+        raise ValueError(f"the answer {answer!r} is none of the choices, or could be several; give its letter")
+    if not {*bare} & {*texts}:
+        texts = bare
+    [place] = named
     problem["choices"] = texts
+    problem["answer"] = texts[place]
+    if problem["kind"] != "label":
+        problem["kind"] = "choice"
+        problem["answer"] = letters[place]
+        for letter, text in zip(letters, texts):
+            problem["problem"] += f"\n({letter}) {text}"
 
 
 def load_network(kind, folder, **options):
-    """The model in a folder, as transformers has it; ends the program where tensors are missing or have other shapes:
-    those would be random, silently."""
+    """The model in a folder, as transformers has it; ends the program where a tensor is missing or has another shape:
+    it would be random, silently."""
     try:
         network, about = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
                                               ignore_mismatched_sizes=True, **options)
     except Exception as error:  # files of any content are read here, by a library
         fail(f"{folder}: {' '.join(lines_of(error))[:300]}")
+    lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # which nothing here uses
     for name, found, wanted in about["mismatched_keys"]:
-        fail(f"{folder}: {name} has the shape {tuple(found)}, where config.json wants {tuple(wanted)}")
-    if missing := [name for name in sorted(about["missing_keys"]) if "pooler." not in name]:  # which nothing here uses
-        fail(f"{folder}: {missing[0]} is missing, and {len(missing) - 1} more tensors of a {network.config.model_type}")
+        lost.append(f"{name} of the shape {tuple(wanted)}, as config.json has it, instead of {tuple(found)}")
+    if lost:
+        fail(f"{folder}: {len(lost)} missing tensors, first {lost[0]}")
     return network
 
 
@@ -1288,21 +1364,24 @@ def load_tokenizer(model, prompt, system=""):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
-            raise ValueError("there is no tokenizer in it")
-        size, room = max(tokenizer.get_vocab().values()) + 1, config.get_text_config().vocab_size
+            fail(f"{model}: there is no tokenizer in it")
+        size = max(tokenizer.get_vocab().values()) + 1
+        room = config.get_text_config().vocab_size
         if size > room:
-            raise ValueError(f"its tokenizer has {size:,} tokens, and the model only {room:,}")
+            fail(f"{model}: its tokenizer has {size:,} tokens, and the model only {room:,}")
         if prompt and not tokenizer.eos_token:
-            raise ValueError("its tokenizer has no end token (eos_token in tokenizer_config.json)")
-        if prompt == "chat" and tokenizer.chat_template:
+            fail(f"{model}: its tokenizer has no end token (eos_token in tokenizer_config.json)")
+        if prompt == "chat":
+            if not tokenizer.chat_template:
+                fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
             end_token(tokenizer, prompt)
+            example = {"problem": "2 + 2 = ?", "solution": "4"}
+            if "1 + 1 = ?" not in make_prompt(tokenizer, prompt, {"problem": "1 + 1 = ?"}, [example], system):
+                fail(f"{model}: its chat template does not show the last turn; take --prompt few_shot or zero_shot")
     except Exception as error:  # files of any content are read here, by libraries
-        own = "custom code" in str(error)
-        fail(f"{model}: {'it brings code of its own, which is never run here' if own else lines_of(error)[0]}")
-    if prompt == "chat" and not tokenizer.chat_template:
-        fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
-    if prompt == "chat":
-        make_prompt(tokenizer, prompt, {"problem": "?"}, [{"problem": "?", "solution": "!"}], system)
+        if "custom code" in str(error):
+            fail(f"{model}: it brings code of its own, which is never run here")
+        fail(f"{model}: {lines_of(error)[0]}")
     return tokenizer
 
 
@@ -1318,30 +1397,36 @@ def check_length(problem, ids, new, context):
              f"{context:,}; shorten either (--max-new-tokens, --shots)")
 
 
-def make_prompt(tokenizer, prompt, problem, examples=(), system=""):
+def make_prompt(tokenizer, prompt, problem, examples=(), system="", think=""):
     """The text to be continued: plain with `examples` before it ("few_shot", "zero_shot") or turns of a "chat"."""
-    if prompt == "chat":
-        turns = [{"role": "system", "content": system}] if system else []
-        for example in examples:
-            turns += [{"role": "user", "content": example["problem"]},
-                      {"role": "assistant", "content": example["solution"]}]
-        turns.append({"role": "user", "content": problem["problem"]})
-        try:
-            return chat_text(tokenizer, turns, add_generation_prompt=True)
-        except ValueError as error:
-            fail(f"{tokenizer.name_or_path}: {error}")
-    shots = "".join(f"Question: {e['problem']}\nAnswer:\n{e['solution']}\n\n" for e in examples)
-    return f"{shots}Question: {problem['problem']}\nAnswer:\n"
+    if prompt != "chat":
+        shots = [f"Question: {e['problem']}\nAnswer:\n{e['solution']}\n\n" for e in examples]
+        return f"{''.join(shots)}Question: {problem['problem']}\nAnswer:\n"
+    turns = []
+    if system:
+        turns.append({"role": "system", "content": system})
+    for example in examples:
+        turns.append({"role": "user", "content": example["problem"]})
+        turns.append({"role": "assistant", "content": example["solution"]})
+    turns.append({"role": "user", "content": problem["problem"]})
+    return chat_text(tokenizer, turns, think, add_generation_prompt=True)
 
 
-def chat_text(tokenizer, turns, **options):
-    """Turns of a conversation as the model's chat template has them; ValueError where that cannot."""
+def chat_text(tokenizer, turns, think="", **options):
+    """Turns of a conversation as the model's chat template has them; ValueError where that cannot.
+
+    think: "on" or "off" for a template that knows enable_thinking, else "". Its clock, if it has one, stands still."""
+    if think:
+        options["enable_thinking"] = think == "on"
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=_date, **options)
     except Exception as error:  # a template is a program, though in a sandbox
-        without = "; --system '' leaves the system's turn out" if turns[0]["role"] == "system" else ""
-        raise ValueError("its chat template fails for turns of " + ", ".join(turn["role"] for turn in turns)
-                         + f" ({lines_of(error)[-1]}){without}")
+        raise ValueError(f"its chat template fails: {lines_of(error)[-1]} (--system '' leaves the system's turn out)")
+
+
+def _date(form):
+    """What a template takes for today, so that prompts do not depend on the day: Llama 3's own date without a clock."""
+    return time.strftime(form, time.strptime("2024-07-26", "%Y-%m-%d"))
 
 
 def end_token(tokenizer, prompt):
@@ -1349,10 +1434,13 @@ def end_token(tokenizer, prompt):
     if prompt != "chat":
         return tokenizer.eos_token
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
-    behind = chat_text(tokenizer, turns).rpartition("!!")[2]
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"]
-    special = [i for i in ids if i in tokenizer.all_special_ids]
-    return tokenizer.convert_ids_to_tokens(special[0]) if special else tokenizer.eos_token
+    behind = chat_text(tokenizer, turns).rpartition("!!")[2].strip()
+    for i in tokenizer(behind, add_special_tokens=False)["input_ids"]:
+        if i in tokenizer.added_tokens_decoder:  # special or not
+            return tokenizer.convert_ids_to_tokens(i)
+    if behind:
+        raise ValueError(f"its chat template ends an answer with {behind[:50]!r}, which is no token of its own")
+    return tokenizer.eos_token
 
 
 def end_ids(tokenizer, folder):
@@ -1363,10 +1451,11 @@ def end_ids(tokenizer, folder):
             ends.add(tokenizer.convert_tokens_to_ids(end_token(tokenizer, "chat")))
     path = Path(folder) / "generation_config.json"
     named = read(path).get("eos_token_id") if path.exists() else None
-    return sorted(ends.union(named if isinstance(named, list) else [named]) - {None})
+    ends.update(named if isinstance(named, list) else [named])
+    return sorted(ends - {None})
 
 
-def make_example(tokenizer, prompt, problem, *answers, system=""):
+def make_example(tokenizer, prompt, problem, *answers, system="", think=""):
     """A training example: the zero-shot form of the problem, and what is to be learnt from it: texts or responses."""
     completions = []
     ids = []
@@ -1375,14 +1464,20 @@ def make_example(tokenizer, prompt, problem, *answers, system=""):
             answer = {"text": answer}
         completions.append(answer["text"])
         ids.append(answer.get("ids"))
-    return {"id": problem["id"], "prompt": make_prompt(tokenizer, prompt, problem, system=system),
+    return {"id": problem["id"], "prompt": make_prompt(tokenizer, prompt, problem, (), system, think),
             "completions": completions, "ids": ids, "end": end_token(tokenizer, prompt)}
 
 
 def encode(tokenizer, text):
-    """Token ids of a prompt; a beginning-of-text token is added only where the text (a chat) does not bring its own."""
-    brings_its_own = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not brings_its_own)["input_ids"]
+    """Token ids of a prompt: with the beginning that the tokenizer adds, unless the text (a chat) brings its own, and
+    without an end that it adds."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    whole = tokenizer("1")["input_ids"]
+    bare = tokenizer("1", add_special_tokens=False)["input_ids"]
+    start = whole[:whole.index(bare[0])]
+    if ids[:len(start)] == start:
+        return ids
+    return start + ids
 
 
 # 5. Sampling: requests in, checked responses out ----------------------------------------------------------------------
@@ -2301,11 +2396,14 @@ def hold_out(problems, n, seed):
 
 
 def worked_examples(problem):
-    """Problems with solutions to show before one like `problem`: our own, of its family."""
+    """Problems with solutions to show before one like `problem`: our own, of its family.
+
+    A mathematical problem with LaTeX in its text (a command, or $...$, and not two prices) is taken for competition
+    mathematics, any other for a word problem, whatever file it comes from."""
     family = problem["kind"]
     if family == "math":
-        words = {"gsm8k", "adastar_gsm8k", "svamp", "adastar_svamp"}  # sets of word problems
-        family = "grade-school" if words & {*problem["id"].split("/")} else "competition"
+        latex = re.search(r"\\[A-Za-z(\[]|\$(?!\s)[^$]*(?<!\s)\$(?!\d)", problem["problem"])
+        family = "competition" if latex else "grade-school"
     return [{"problem": text, "solution": solution} for text, solution in EXAMPLES[family]]
 
 

@@ -217,7 +217,7 @@ def regrade(path):
             try:
                 records.append(json.loads(line))
                 problems.append(stored_problem(records[-1], known))
-            except (ValueError, RecursionError) as error:
+            except Exception as error:  # JSON of any form
                 fail(f"{path}:{number}: {error}; fix or remove the line")
     if not records:
         fail(f"--regrade {path}: no answers in it")

@@ -42,23 +42,25 @@ def refused(folder, script, data="", model="", *flags):
 
 DATA = {  # name: (content of p.jsonl, words of the line)
     "empty": (b"", ["p.jsonl: no problem in it"]),
-    "cut": (b'{"problem": "1+1?", "answer": "2"}\n\n{"problem": "2+', ["p.jsonl:3: not valid JSON"]),
+    "cut": (b'{"problem": "1+1?", "answer": "2"}\n\n{"problem": "2+', ["p.jsonl:3: ", "one problem in JSON"]),
     "a list": (b"[1, 2]\n", ["p.jsonl:1: not a JSON object"]),
     "no text": (b'{"answer": "2"}\n', ["p.jsonl:1: no text under 'problem'"]),
     "no text but blanks": (b'{"problem": " ", "answer": "2"}\n', ["p.jsonl:1: no text under 'problem'"]),
-    "no answer": (b'{"problem": "1+1?"}\n', ["p.jsonl:1: no 'answer'"]),
-    "answer of the wrong type": (b'{"problem": "1+1?", "answer": {"is": 2}}\n', ["p.jsonl:1: no 'answer'"]),
+    "no answer": (b'{"problem": "1+1?"}\n', ["p.jsonl: no problem in it"]),
+    "answer of the wrong type": (b'{"problem": "1+1?", "answer": {"is": 2}}\n', ["p.jsonl:1: ", "neither a text"]),
     "only empty answers": (b'{"problem": "1+1?", "answer": " "}\n', ["p.jsonl: no problem in it"]),
     "wrong kind": (b'{"problem": "?", "answer": "2", "kind": "sum"}\n',
                    ["p.jsonl:1: 'kind' is 'sum', and not math, choice"]),
-    "choices of the wrong type": (b'{"problem": "?", "answer": "B", "choices": [1, 2]}\n', ["p.jsonl:1: 'choices'"]),
+    "choices of the wrong type": (b'{"problem": "?", "answer": "B", "choices": [1, null]}\n',
+                                  ["p.jsonl:1: 'None' is neither a text"]),
     "answer of no choice": (b'{"problem": "?", "answer": "C", "choices": ["a", "b"]}\n', ["none of the choices"]),
     "Latin 1": ('{"problem": "caf\u00e9: 1+1?", "answer": "2"}\n'.encode("latin-1"), ["p.jsonl:1: not UTF-8"]),
-    "UTF-16": (json.dumps(GOOD).encode("utf-16"), ["p.jsonl:1: not UTF-8"]),
-    "half a character": (b'{"problem": "\\ud83d 1+1?", "answer": "2"}\n', ["p.jsonl:1: half a character"]),
-    "a picture": (bytes(range(256)) * 40, ["p.jsonl:1: not"]),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), ["p.jsonl:1: ", "one problem in JSON"]),
+    "half a character": (b'{"problem": "\\ud83d 1+1?", "answer": "2"}\n', ["p.jsonl:1: not UTF-8"]),
+    "a picture": (bytes(range(256)) * 40, ["p.jsonl:1: ", "one problem in JSON"]),
     "huge problem": (json.dumps(GOOD | {"problem": "1+" * 20_000}).encode(), ["has ", "exceeds the context of 8,192"]),
     "solution of the wrong type": (b'{"problem": "1+1?", "answer": "2", "solution": 5}\n', ["p.jsonl:1: 'solution'"]),
+    "LaTeX with one backslash": (b'{"problem": "?", "answer": "\\frac{1}{2}"}\n', ["p.jsonl:1: ", "one backslash"]),
 }
 
 
@@ -74,7 +76,7 @@ NAMES = {  # name: (data, words)
     "a folder": ("folder.jsonl", ["folder.jsonl: no such file"]),
     "twice": ("p.jsonl,p.jsonl", ["two problems have the id", "/p/1'"]),
     "same name": ("a/q.jsonl,b/a/q.jsonl", ["two problems have the id 'a/q/1'"]),
-    "a pickle": ("p.pkl", ["unknown problem set 'p.pkl'"]),
+    "a pickle": ("p.pkl", ["p.pkl: no such file, nor one of the sets"]),
     "no name": (",", ["no problem set is named"]),
     "not readable": ("secret.jsonl", ["secret.jsonl"]),
 }
@@ -163,6 +165,10 @@ MODELS = {  # name: (what is done to the toy's folder, flags, words of the line)
     "infinite": (lambda f: weights_of(f, lambda w: w["model.layers.1.mlp.up_proj.weight"][3].fill_(float("inf"))), [],
                  ["m: ", "model.layers.1.mlp.up_proj.weight", "not finite"]),
     "short context": (lambda f: config_of(f, max_position_embeddings=20), [], ["exceeds the context of 20"]),
+    "chat template of the first turn": (lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].content }}!!"),
+                                        ["--prompt", "chat"], ["m: its chat template does not show"]),
+    "chat template without end": (lambda f: (f / "chat_template.jinja").write_text("{{ messages[-1].content }} ### End"),
+                                  ["--prompt", "chat"], ["m: its chat template ends an answer with '### End'"]),
 }
 
 

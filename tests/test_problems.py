@@ -13,7 +13,7 @@ CHOICE = {"problem": "Which barks?\n(A) a cat\n(B) a dog", "answer": "B", "kind"
           "choices": ["a cat", "a dog"]}
 RECORDS = [
     ({"question": "Which barks?", "answer": "a dog", "choices": ["a cat", "a dog"]}, CHOICE),  # one's own
-    ({"problem": "Which barks?", "answer": "b", "choices": ["a cat", "a dog"]}, CHOICE),
+    ({"problem": "Which barks?", "answer": "(b)", "choices": ["a cat", "a dog"]}, CHOICE),
     ({"question": "Which barks?", "answer": "B", "choices": {"A": "a cat", "B": "a dog"}}, CHOICE),
     ({"question": "Which barks?", "answerKey": "2",  # ARC
       "choices": {"text": ["a cat", "a dog"], "label": ["1", "2"]}}, CHOICE),
@@ -29,21 +29,24 @@ RECORDS = [
       "choices": list(common.ENTAILMENT)}),
     ({"Body": "Ed has 2.", "Question": "How many?", "Answer": 2.0, "Type": "Sum"},  # SVAMP
      {"problem": "Ed has 2. How many?", "answer": "2", "kind": "math", "tags": ["Sum"]}),
-    ({"Body": "Ed has 2.", "question": "How many?", "question_concat": "Ed has 2. How many?", "answer": "2"},
-     {"problem": "Ed has 2. How many?", "answer": "2", "kind": "math"}),
     ({"question": "n?", "final_answer": ["$7$"], "solution": ["One.", "Two."]},  # OlympiadBench
      {"problem": "n?", "answer": "$7$", "kind": "math", "solution": "One.\n\nTwo.\n\n\\boxed{$7$}"}),
-    ({"Question": "n?", "Answer": [0, 5]}, {"problem": "n?", "answer": "[0, 5]", "kind": "math"}),  # TheoremQA
+    ({"Question": "n?", "Answer": [0, 5], "Answer_type": "list of integer"},  # TheoremQA
+     {"problem": "n?", "answer": "[0, 5]", "kind": "math"}),
     ({"Question": "n?", "Answer": False}, {"problem": "n?", "answer": "False", "kind": "yesno"}),
     ({"Question": "n?", "Answer": "(c)", "Answer_type": "option"},
      {"problem": "n?", "answer": "(c)", "kind": "choice"}),
     ({"question": "So?", "answer": "yes", "reasoning": "Let."},
      {"problem": "So?", "answer": "yes", "kind": "yesno", "solution": "Let.\n\n\\boxed{yes}"}),
-    ({"problem": "x?", "expected_answer": "236", "reference_solution": None},
-     {"problem": "x?", "answer": "236", "kind": "math"}),
     ({"problem": "x?", "answer": "no", "kind": "math"}, {"problem": "x?", "answer": "no", "kind": "math"}),
-    ({"problem": "p", "answer": 1e-7, "tags": 3},
-     {"problem": "p", "answer": "0.0000001", "kind": "math", "tags": ["3"]}),
+    ({"question": "Which barks?", "options": ["A. a cat", "B. a dog"], "answer": "B. a dog"}, CHOICE),
+    ({"PROBLEM": "p", "ground_truth": ["2", 3.0, "\\frac{1}{2}"], "solution": "Two."},  # all of them, in any order
+     {"problem": "p", "answer": "2, 3, \\frac{1}{2}", "kind": "math",
+      "solution": "Two.\n\n\\boxed{2, 3, \\frac{1}{2}}"}),
+    ({"problem": "p", "answer": "#### Sum\nSo \\boxed{6}"},
+     {"problem": "p", "answer": "6", "kind": "math", "solution": "#### Sum\nSo \\boxed{6}"}),
+    ({"problem": "p\r\nq", "answer": [1e-7, -0.0], "tags": 3, "difficulty": 0.75, "solution": "N/A"},
+     {"problem": "p\nq", "answer": "0.0000001, 0", "kind": "math", "tags": ["3"]}),
     ({"question": "q", "answer": "48/2 = <<48/2=24>>24 in May.\n48+24 = <<48+24=72>>72.\n#### 1,072"},  # GSM8K
      {"problem": "q", "answer": "1,072", "kind": "math",
       "solution": "48/2 = 24 in May.\n\n48+24 = 72.\n\n\\boxed{1,072}"}),
@@ -62,17 +65,51 @@ def test_one_record_of_each_form(tmp_path, record, problem):
             {"id": f"{tmp_path.name}/p/1", **problem}]
 
 
-def test_blank_lines_and_empty_answers_shift_no_id(tmp_path, capsys):
-    (tmp_path / "p.jsonl").write_text('\ufeff{"problem": "1+1?", "answer": 2.0}\n\n{"problem": "q", "answer": " "}\n'
-                                      '{"problem": "r", "answer": "3"}\n')
+@pytest.mark.parametrize("rest, words", [
+    (r'"answer": "\frac{1}{2}"', "one backslash"), (r'"answer": "2 \times 3"', "one backslash"),
+    (r'"answer": "2", "solution": "\right"', "one backslash"), (r'"answer": "A\u0000"', "a control character"),
+    ('"answer": ["1/2", "0.5"]', "different ones"), ('"answer": ["2", "1,000"]', "different ones"),
+    ('"answer": [["1", "2"], ["3"]]', "different ones"), ("\"answer\": \"['2', '3']\"", "a list as text"),
+    ('"answer": "1+1=<<1+1=2>>2"', "worked without a line '#### answer'"), ('"solution": 2', "'solution' is neither"),
+    ('"answer": 1, "choices": ["a", "b"]', "give its letter"), ('"answer": "1", "choices": ["1", "2"]', "its letter"),
+    ('"answer": 0, "options": {"A": "a", "B": "b"}', "give its letter"),
+    ('"answer": "A", "choices": ["B", "A"]', "give its letter"), ('"answer": "a", "choices": ["a", "a"]', "its letter"),
+    ('"answer": "B", "option_list": ["a", "b"]', "'option_list' is not read"),
+    ('"answer": "B", "A": "a", "B": "b"', "'a' is not read"), ('"answer": "2", "kind": "label"', "'kind' is 'label'"),
+    ('"answer": "2", "final_answer": "3"', "two fields"), ('"answer": ["6", "six"]', "different ones"),
+    ('"answer": "2",', "Expecting property name"), ('"answer": {"is": 2}', "neither a text, a number")])
+def test_what_could_be_misread_is_refused_with_its_line(tmp_path, capsys, rest, words):
+    (tmp_path / "p.jsonl").write_text('\n{"problem": "?", ' + rest + "}\n")
+    with pytest.raises(SystemExit):
+        common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
+    error = capsys.readouterr().err
+    assert "p.jsonl:2: " in error and words in error, error
+
+
+@pytest.mark.parametrize("answer", [None, "", "N/A", "?", "-", "None", "\\text{not found}", [], float("nan"), "[]"])
+def test_a_problem_without_an_answer_is_dropped_and_shifts_no_id(tmp_path, capsys, answer):
+    records = [{"problem": "q", "answer": answer}, {"problem": "r", "answer": "3"}]
+    (tmp_path / "p.jsonl").write_text("\ufeff\n" + "\r\n".join(map(json.dumps, records)))
+    [found] = common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
+    assert (found["id"].rsplit("/", 1)[1], found["answer"]) == ("3", "3")
+    assert "in a box of 'solution'): 1 (the first: 2)" in capsys.readouterr().out
+
+
+def test_what_repeats_or_contradicts_itself_is_counted(tmp_path, capsys):
+    records = [("p", "1/2", "It is \\boxed{0.5}."), ("p", "1/2", "No box."), ("p", "3", "It is \\boxed{4}.")]
+    text = "".join(json.dumps({"problem": p, "answer": a, "solution": s}) + "\n" for p, a, s in records)
+    (tmp_path / "p.jsonl").write_text(text)
     found = common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
-    assert [(p["id"].rsplit("/", 1)[1], p["answer"]) for p in found] == [("1", "2"), ("4", "3")]
-    assert "1 problem with an empty answer dropped" in capsys.readouterr().out
+    assert ["solution" in p for p in found] == [True, True, False]
+    said = re.findall(r"(\w+ \w+): (\d) \(the first: .*/(\d)\)", capsys.readouterr().out)
+    assert said == [("earlier one", "2", "2"), ("earlier one", "1", "3"), ("the answer", "1", "3")]
 
 
-def test_json_with_the_problems_under_data(tmp_path):
-    (tmp_path / "d.json").write_text(json.dumps({"data": [{"problem": "1?", "answer": 1}]}))
-    assert [p["id"] for p in common.load_problems(f"{tmp_path}/d.json", "test", "")] == [f"{tmp_path.name}/d/1"]
+def test_parquet_is_read(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the package pyarrow is not installed")
+    import pyarrow
+    parquet.write_table(pyarrow.table({"question": ["2+3?"], "answer": [5.0]}), tmp_path / "p.parquet")
+    assert common.load_problems(f"{tmp_path}/p.parquet", "test", "")[0]["answer"] == "5"
 
 
 SETS = {  # name/split: (problems, kinds, with a solution)
@@ -81,57 +118,35 @@ SETS = {  # name/split: (problems, kinds, with a solution)
     "aime25/test": (30, "math", 29), "aime_1983_2023/train": (975, "math", 975), "amc23/test": (40, "math", 0),
     "olympiadbench/test": (675, "math", 675), "minerva_math/test": (272, "math", 272),
     "college_math/test": (2818, "math yesno", 0), "gaokao2023en/test": (383, "math", 0),
-    "theoremqa/test": (800, "choice math yesno", 0), "tal_scq/train": (3000, "choice", 3000),
-    "tal_scq/test": (2000, "choice", 948), "svamp/test": (1000, "math", 0), "adastar_svamp/train": (800, "math", 0),
+    "theoremqa/test": (794, "choice math yesno", 0), "tal_scq/train": (3000, "choice", 2936),
+    "tal_scq/test": (2000, "choice", 130), "svamp/test": (1000, "math", 0), "adastar_svamp/train": (800, "math", 0),
     "adastar_svamp/test": (200, "math", 0), "adastar_gsm8k/test": (500, "math", 500),
     "arc_challenge/train": (1119, "choice", 0), "arc_challenge/test": (1172, "choice", 0),
     "commonsenseqa/train": (9741, "choice", 0), "commonsenseqa/test": (1221, "choice", 0),
     "anli_r1/test": (1000, "label", 0), "cladder/test": (500, "yesno", 500),
-    "adastar_arc/train": (1418, "choice", 0), "adastar_arc/test": (500, "choice", 0)}
-FAILS = {"tal_scq5k/en_train/2974"}  # its solution's box is "(\rm B) \textasciitilde A\textasciitilde makes ..."
+    "adastar_arc/train": (1417, "choice", 0), "adastar_arc/test": (500, "choice", 0)}
 
 
 def test_every_set_and_its_golds(shared, capsys):
-    """Counts as data/MANIFEST.md has them; each gold is right, and each solution as a response, but those named."""
+    """Counts as data/MANIFEST.md has them, without damaged records; each gold is right, and each solution."""
     checker = common.Checker(2)
-    failed = set()
     for name, (n, kinds, solutions) in SETS.items():
         problems = common.load_problems(*name.split("/"), shared / "data")
         assert (len(problems), " ".join(sorted({p["kind"] for p in problems}))) == (n, kinds), name
-        assert len({p["id"] for p in problems}) == n and sum("solution" in p for p in problems) == solutions, name
+        assert sum("solution" in p for p in problems) == solutions, name
         responses = [(p, f"\\boxed{{{p['answer']}}}") for p in problems]
         responses += [(p, p["solution"]) for p in problems if "solution" in p]
         verdicts = [checker.submit(*response) for response in responses]
-        failed |= {p["id"] for (p, _), verdict in zip(responses, verdicts) if not verdict.result()[0]}
-    assert failed == FAILS
-    assert capsys.readouterr().out.count("2 problems with an empty answer dropped") == 2  # MATH train, gaokao2023en
+        assert not [p["id"] for (p, _), verdict in zip(responses, verdicts) if not verdict.result()[0]]
+    assert capsys.readouterr().out.count("in a box of 'solution'): 2 ") == 2  # MATH train, gaokao2023en
     assert {p.get("level") for p in common.load_problems("math", "train", shared / "data")} == {1, 2, 3, 4, 5, None}
 
 
-def test_gsm8k_answers_in_their_own_form_are_right(shared):
-    """The answer behind ####."""
-    for split in ("train", "test"):
-        with open(shared / "data" / "gsm8k" / f"{split}.jsonl") as file:
-            for problem, line in zip(common.load_problems("gsm8k", split, shared / "data"), file):
-                verdict = common.judge(problem, json.loads(line)["answer"])
-                assert verdict == ((True, "equal"), None), problem["id"]
-
-
-def test_every_file_of_data_can_be_read_by_its_path(shared):
-    for path in (shared / "data").glob("*/*.jsonl"):
-        assert common.load_problems(str(path), "test", "")
-
-
 @pytest.mark.parametrize("name, split, words", [
-    ("gsm9k", "train", ["unknown problem set 'gsm9k'", "gsm8k, math"]),
-    ("no/such.jsonl", "train", ["no/such.jsonl: no such file"]),
-    ("gsm8k", "train", ["nowhere/gsm8k/train.jsonl: no such file", "--data"]),
-    ("", "train", ["no problem set"]),
-    ("math500", "train", ["math500 has no train split, only test"]),
-    ("math500", "test", ["pip install datasets"]),
-    ("acme/sums:hard@dev", "test", ["pip install datasets"]),
-    ("adastar_gsm8k", "test", ["adastar_gsm8k/test.jsonl: no such file"]),
-])
+    ("gsm9k", "train", ["gsm9k: no such file, nor one of the sets", "gsm8k/train, math/train"]),
+    ("gsm8k", "train", ["openai/gsm8k:main@train cannot be read", "packages pyarrow and datasets", "--data 'nowhere'"]),
+    ("acme/sums:hard@dev", "test", ["acme/sums:hard@dev cannot be read", "packages pyarrow and datasets"]),
+    ("adastar_gsm8k", "test", ["adastar_gsm8k/test.jsonl: no such file"])])
 def test_a_set_that_is_not_there_is_one_line(capsys, monkeypatch, name, split, words):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
     with pytest.raises(SystemExit):
@@ -140,25 +155,18 @@ def test_a_set_that_is_not_there_is_one_line(capsys, monkeypatch, name, split, w
     assert all(word in line for word in words), line
 
 
-def test_a_set_of_the_hub(tmp_path, monkeypatch, capsys):
-    """By the real library, from a folder of that name (it looks there first); a name that is nowhere is one line."""
+def test_a_set_of_the_hub(tmp_path, monkeypatch):
+    """By the real library, from a folder of that name (it looks there first)."""
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
-    import huggingface_hub.constants as hub
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme" / "sums").mkdir(parents=True)
-    for split, n in (("train", 3), ("validation", 2)):
-        records = [{"question": f"{i}+1?", "answer": f"It is.\n#### {i + 1}"} for i in range(n)]
-        (tmp_path / f"acme/sums/{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    found = common.load_problems("acme/sums", "train", "")
-    assert [p["id"] for p in found] == [f"acme/sums/train/{i}" for i in (1, 2, 3)]
-    found = common.load_problems("acme/sums@validation", "train", "")
-    assert [(p["id"], p["answer"]) for p in found] == [("acme/sums/validation/1", "1"), ("acme/sums/validation/2", "2")]
-    with pytest.raises(SystemExit):
-        common.load_problems("acme/products", "train", "")
-    assert "acme/products" in capsys.readouterr().err
+    for split in ("train", "validation"):
+        (tmp_path / f"acme/sums/{split}.jsonl").write_text(json.dumps({"question": split, "answer": "6"}) + "\n")
+    for name, split in (("acme/sums", "train"), ("acme/sums@validation", "validation")):
+        assert common.load_problems(name, "train", "") == [
+            {"id": f"acme/sums/{split}/1", "problem": split, "answer": "6", "kind": "math"}]
 
 
 def test_a_limit_takes_the_same_random_problems_every_time():
@@ -195,11 +203,12 @@ def test_worked_examples_are_in_the_form_that_is_to_be_learnt(family):
         assert family != "yesno" or answer in common.YES_NO
 
 
-@pytest.mark.parametrize("family, problem", [
-    ("grade-school", {"id": "gsm8k/test/1", "kind": "math"}), ("competition", {"id": "math/test/1", "kind": "math"}),
-    *((kind, {"id": "a/b/1", "kind": kind}) for kind in ("choice", "label", "yesno"))])
-def test_worked_examples_are_of_the_problem_s_family(family, problem):
-    shown = [e["problem"] for e in common.worked_examples(problem)]
+@pytest.mark.parametrize("family, kind, text", [
+    ("grade-school", "math", "A pen costs $2, 3 pens cost $5. How many dollars are 9 pens?"),
+    ("competition", "math", "Solve $x^2=4$."), ("competition", "math", "What is \\frac12 of 6?"),
+    *((kind, kind, "$x$?") for kind in ("choice", "label", "yesno"))])
+def test_worked_examples_are_of_the_problem_s_family(family, kind, text):
+    shown = [e["problem"] for e in common.worked_examples({"id": "a/b/1", "kind": kind, "problem": text})]
     assert shown == [text for text, _ in common.EXAMPLES[family]]
 
 
@@ -223,31 +232,36 @@ def test_prompts(tokenizer):
 def test_examples_end_in_the_end_token_and_in_no_other(tokenizer):
     """A response that spells the end token has not ended there."""
     example = common.make_example(tokenizer, "few_shot", {"id": "a", "problem": "1+1?"}, "2<|im_end|>")
-    assert example == {"id": "a", "prompt": "Question: 1+1?\nAnswer:\n", "completions": ["2<|im_end|>"],
-                       "ids": [None], "end": "<|endoftext|>"}
+    assert (example["id"], example["completions"], example["end"]) == ("a", ["2<|im_end|>"], "<|endoftext|>")
     [(prompt, completion)] = common.tokenize(tokenizer, example)
     end, spelled = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert tokenizer.decode(prompt) == example["prompt"]
     assert completion[-1] == end and spelled not in completion
 
 
-def test_tokens_at_both_ends_where_a_tokenizer_adds_a_beginning(tokenizer):
-    """As Llama's does: the end token of a chat is not the beginning, and a chat that brings one does not get two."""
+def test_a_prompt_begins_once_and_does_not_end(tokenizer):
+    """Where a post-processor adds both, and a chat brings its beginning itself."""
     from tokenizers.processors import TemplateProcessing
-    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    tokenizer.bos_token = "<|im_start|>"
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)])
+        single="<|im_start|> $A <|endoftext|>", special_tokens=[("<|im_start|>", start), ("<|endoftext|>", end)])
+    assert tokenizer.decode(common.encode(tokenizer, "1+1?")) == "<|im_start|>1+1?"
     chat = common.make_prompt(tokenizer, "chat", {"problem": "1+1?"})
-    assert common.end_token(tokenizer, "chat") == "<|im_end|>"
-    assert common.encode(tokenizer, "1+1?")[0] == start != common.encode(tokenizer, "1+1?")[1]
-    assert chat.startswith("<|im_start|>") and common.encode(tokenizer, chat).count(start) == 2  # user, assistant
+    assert tokenizer.decode(common.encode(tokenizer, chat)) == chat and chat.startswith("<|im_start|>")
 
 
-def test_tokenizer_round_trips(tokenizer):
-    solutions = [json.loads(line)["solution"] for line in open(TOY / "test.jsonl")]
-    for text in ["Add 12.\n\n 3 * 4 =\t12  \\boxed{12}", "naïve ½ 数学 🙂\r\n", *solutions]:
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+def test_a_template_with_a_clock_and_thinking(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ enable_thinking }} {{ messages[-1].content }}"
+    texts = [common.make_prompt(tokenizer, "chat", {"problem": "1+1?"}, think=think) for think in ("", "on", "off")]
+    assert texts == ["26 Jul 2024  1+1?", "26 Jul 2024 True 1+1?", "26 Jul 2024 False 1+1?"]
+
+
+@pytest.mark.parametrize("behind, end", [
+    ("<end>\n", "<end>"), ("\n", "<|endoftext|>"), ("<|im_end|> <end>", "<|im_end|>")])
+def test_what_ends_a_turn_ends_an_answer_special_or_not(tokenizer, behind, end):
+    tokenizer.add_tokens(["<end>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + behind + "{% endfor %}"
+    assert common.end_token(tokenizer, "chat") == end
 
 
 def test_end_tokens_are_those_of_the_base_and_of_the_chat(tokenizer, tmp_path):

@@ -113,4 +113,4 @@ def test_the_edit_of_a_set_works(project):
             '{"problem": "What do you get if you add 2 and 3?", "answer": "5", "level": 1}\n' * 3)
     code = "import common; print([p['id'] for p in common.load_problems('riddles', 'test', 'data')])"
     found = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "['riddles/test/1', 'riddles/test/2', 'riddles/test/3']"
+    assert found.stdout.splitlines()[-1] == "['riddles/test/1', 'riddles/test/2', 'riddles/test/3']"
