@@ -115,8 +115,8 @@ def test_gsm8k_answers_in_their_own_form_are_right(shared):
     for split in ("train", "test"):
         with open(shared / "data" / "gsm8k" / f"{split}.jsonl") as file:
             for problem, line in zip(common.load_problems("gsm8k", split, shared / "data"), file):
-                verdict = common.judge(problem, json.loads(line)["answer"])
-                assert verdict == ((True, "equal"), None), problem["id"]
+                verdict = common.grade(problem, json.loads(line)["answer"], equal=None)
+                assert verdict == (True, "equal"), problem["id"]
 
 
 def test_every_file_of_data_can_be_read_by_its_path(shared):
