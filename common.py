@@ -196,7 +196,7 @@ for line in POLICY.replace("\n  ", "").splitlines():
 
 
 def last_boxed(text):
-    r"""The content of the last balanced \boxed{...} (or brace-less \boxed 9), or None. Linear in the text."""
+    r"""The content of the last \boxed{...} (or \boxed 9; to the end, if it stays open), or None. Linear in the text."""
     boxes = [None, *RULES["BOX"].findall(text)]
     return boxes[-1]
 
