@@ -184,7 +184,7 @@ def test_bad_models(tmp_path, name, script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_cut_answer_is_never_trained_on(tmp_path, script):
-    """All answers count as right, and nearly all are cut: what is trained on has ended by itself."""
+    """All others count as right: what is trained on has ended by itself."""
     (tmp_path / "kind.py").write_text("def grade(problem, text):\n    return True, 'kind'\n")
     launch(tmp_path, script, *SMALL[script], "--rounds", "1", "--name", "cut", "--max-new-tokens", "9",
            "--grader", "kind.py:grade")
@@ -194,7 +194,7 @@ def test_a_cut_answer_is_never_trained_on(tmp_path, script):
         drawn += [r for r in lines(path) if "text" in r]
     cut = {r["text"] for r in drawn if r["finish"] == "length"}
     trained = lines(run / "round_1/train.jsonl") if (run / "round_1/train.jsonl").exists() else []
-    assert cut and all(r["correct"] and r["tokens"] == 9 for r in drawn if r["text"] in cut)
+    assert cut and not any(r["correct"] for r in drawn if r["finish"] == "length")
     assert not cut & {text for example in trained for text in example["completions"]}
 
 

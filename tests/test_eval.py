@@ -197,7 +197,7 @@ def test_flags_that_contradict_are_one_line(tmp_path, flags, words):
 STORED = [  # (record, correct, reason)
     ({"answer": "1/2", "text": "so \\boxed{0.5}", "extra": [1, None]}, True, "equal"),
     ({"answer": 7.0, "text": "the answer is 8."}, False, "different"),
-    ({"answer": "B", "text": "I think (B)", "choices": ["cat", "dog"]}, True, "equal"),
+    ({"answer": "B", "text": "The answer is (B).", "choices": ["cat", "dog"]}, True, "equal"),
     ({"answer": "B", "text": "(B)", "kind": "choice", "finish": "stop"}, True, "equal"),
     ({"answer": "7", "text": "\\boxed{7}", "finish": "length"}, False, "cut"),
     ({"answer": "", "text": "\\boxed{}"}, False, "bad_gold"),

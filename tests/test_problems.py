@@ -118,7 +118,7 @@ SETS = {  # name/split: (problems, kinds, with a solution)
     "aime25/test": (30, "math", 29), "aime_1983_2023/train": (975, "math", 975), "amc23/test": (40, "math", 0),
     "olympiadbench/test": (675, "math", 675), "minerva_math/test": (272, "math", 272),
     "college_math/test": (2818, "math yesno", 0), "gaokao2023en/test": (383, "math", 0),
-    "theoremqa/test": (794, "choice math yesno", 0), "tal_scq/train": (3000, "choice", 2936),
+    "theoremqa/test": (794, "choice math yesno", 0), "tal_scq/train": (3000, "choice", 2929),
     "tal_scq/test": (2000, "choice", 130), "svamp/test": (1000, "math", 0), "adastar_svamp/train": (800, "math", 0),
     "adastar_svamp/test": (200, "math", 0), "adastar_gsm8k/test": (500, "math", 500),
     "arc_challenge/train": (1119, "choice", 0), "arc_challenge/test": (1172, "choice", 0),
