@@ -57,6 +57,7 @@ PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the b
 SHOTS = 8  # worked examples before a problem; 0 is none (code; of our own there are 6 for other than mathematics)
 EXAMPLES_FROM = ""  # a set whose solutions are shown instead; empty is our own (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
+THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
 TEMPERATURE = 1.0  # of all draws (paper)
 TOP_P = 1.0  # 1: off (paper; 0.9 in the code)
 TOP_K = 0  # 0: off (paper; 50 in the code, a default of its library)
@@ -86,8 +87,8 @@ WANDB = False  # log to Weights & Biases too (ours)
 
 # What is legal: the values, or the least one (of other numbers 0)
 LEGAL = dict(START=("base", "previous"), ORDER=("adaptive", "stale", "hardest", "random"), STEPS=1, GROWTH=1.0,
-             K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), MAX_NEW_TOKENS=1, BATCH_SIZE=1,
-             ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
+             K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1,
+             BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=500,
            N_TEST=300, HELD_OUT=100, ROUNDS=6, STEPS=10, SHOTS=2, EXAMPLES_FROM="tests/toy/train.jsonl",
@@ -210,7 +211,7 @@ def make_examples(tokenizer, selection, by_id, responses):
     for s in selection:
         for draw, copies in zip(s["chosen"], s["copies"]):
             response = by_draw[s["id"], draw]
-            examples += [make_example(tokenizer, PROMPT, by_id[s["id"]], response, system=SYSTEM)] * copies
+            examples += [make_example(tokenizer, PROMPT, by_id[s["id"]], response, system=SYSTEM, think=THINK)] * copies
     return examples
 
 
@@ -274,10 +275,10 @@ def main():
         if HINT and draw > 0:
             problem = hinted(problem)
             shown = [hinted(e) for e in shown]
-        return make_prompt(tokenizer, PROMPT, problem, shown, SYSTEM)
+        return make_prompt(tokenizer, PROMPT, problem, shown, SYSTEM, THINK)
 
     def zero_shot(problem, draw):
-        return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)
+        return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, (), SYSTEM, THINK)
 
     def enough(responses):
         return 1 in outcomes_of(responses)

@@ -11,9 +11,9 @@ Records are JSON lines:
              round, ids are the sampled tokens without the end token ("12 7 99"), tokens is the number generated, finish
              is "stop" (ended by itself) or "length" (cut), reason is why it counts as correct or not.
   selection  {id, ...}: every number the method decided from; each script says which.
-  example    {id, prompt, completions, ids, end}: what is trained on. One completion for SFT, [chosen, rejected] for DPO;
-             ids are the tokens of each as they were sampled (null: its text is tokenized). The loss is on the completions
-             and on the end token after each, never on the prompt.
+  example    {id, prompt, completions, ids, end}: what is trained on. One completion for SFT, [chosen, rejected] for
+             DPO; ids are the tokens of each as they were sampled (null: its text is tokenized). The loss is on the
+             completions and on the end token after each, never on the prompt.
 
 A run folder:
   runs/<name>/constants.json, metrics.jsonl, the source files; error.log, if something went wrong
@@ -610,7 +610,7 @@ def prepare(g, *more_problems, models=()):
 
     Returns (run, tokenizer, problems to train on, tests): {"test": problems, "held_out": problems}, without what is
     empty. more_problems and models are other inputs that the results depend on. Bad input ends the program here."""
-    tokenizer = load_tokenizer(g["MODEL"], g["PROMPT"], g["SYSTEM"])
+    tokenizer = load_tokenizer(g["MODEL"], g["PROMPT"], g["SYSTEM"], g["THINK"])
     problems = load_problems(g["TRAIN_DATA"], "train", g["DATA"], g["N_TRAIN"])
     problems, held_out = hold_out(problems, g["HELD_OUT"], g["SEED"])
     tests = []
@@ -804,7 +804,7 @@ class Run:
                 write(path, made)
             elif rank() == 0:
                 publish(half)
-            if rank() == 0 and path.parent != self.folder:  # what stands beside the rounds is made while one is unfinished
+            if rank() == 0 and path.parent != self.folder:  # what stands beside the rounds is made inside a phase
                 shutil.rmtree(self.unfinished, ignore_errors=True)
             barrier()
         await_file(path)
@@ -1371,7 +1371,7 @@ def weight_files(model):
     return sorted(folder.glob("*.safetensors"))
 
 
-def load_tokenizer(model, prompt, system=""):
+def load_tokenizer(model, prompt, system="", think=""):
     """The model's tokenizer; ends the program where its files are missing, or it cannot make prompts of this form."""
     folder = local_folder(model)
     try:
@@ -1389,8 +1389,10 @@ def load_tokenizer(model, prompt, system=""):
             if not tokenizer.chat_template:
                 fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
             end_token(tokenizer, prompt)
+            if think and "enable_thinking" not in str(tokenizer.chat_template):
+                say(f"{model}: its chat template does not know --think, which changes nothing")
             example = {"problem": "2 + 2 = ?", "solution": "4"}
-            if "1 + 1 = ?" not in make_prompt(tokenizer, prompt, {"problem": "1 + 1 = ?"}, [example], system):
+            if "1 + 1 = ?" not in make_prompt(tokenizer, prompt, {"problem": "1 + 1 = ?"}, [example], system, think):
                 fail(f"{model}: its chat template does not show the last turn; take --prompt few_shot or zero_shot")
     except Exception as error:  # files of any content are read here, by libraries
         if "custom code" in str(error):
@@ -2166,6 +2168,14 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     model = local_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenized = [tokenize(tokenizer, example) for example in examples]
+    context = context_of(model)
+    fit = [e for e, sequences in enumerate(tokenized) if max(map(len_of, sequences)) <= context]
+    if not fit:
+        fail(f"all examples of round {round} are longer than the model's context of {context:,} tokens")
+    if len(fit) < len(examples):
+        say(f"  round {round}  {len(examples) - len(fit):,} examples are longer than the model's context, and left out")
+        examples = [examples[e] for e in fit]
+        tokenized = [tokenized[e] for e in fit]
     lengths = [sum(map(len_of, sequences)) for sequences in tokenized]
     network, policy = load_for_training(run, model)
     # Before the first forward pass, after which FSDP shows other parameters than those to be trained
@@ -2424,8 +2434,8 @@ def worked_examples(problem):
 def evaluate(run, file, model, tests, prompt, **settings):
     """Score a model by one greedy answer to each problem: {"test": score, "held_out": score}, as far as there are such.
 
-    tests: {"test": problems, "held_out": problems}. Answers are kept in `file`.jsonl, scores in `file`.json, of held-out
-    problems in `file`_held_out. What there is of each problem stays there: many rounds would fill the memory."""
+    tests: {"test": problems, "held_out": problems}. Answers are kept in `file`.jsonl, scores in `file`.json; of those
+    held out in `file`_held_out. What there is of each problem stays there: many rounds would fill the memory."""
     scores = {}
     for kind, problems in tests.items():
         name = file if kind == "test" else f"{file}_{kind}"
@@ -2498,7 +2508,7 @@ def end_round(run, t, keep=()):
 
 
 def print_table(scores, first):
-    """Print {name: score} as rows: accuracy, its interval, accuracy by level; below a row its sets, if it has several."""
+    """Print {name: score} as rows: accuracy, interval, accuracy by level; below a row its sets, if it has several."""
     rows = []
     levels = set()
     for name, score in scores.items():

@@ -54,6 +54,7 @@ SIZE_LIKE = ""  # a run folder: as many answers (pairs) trained on each round, b
 PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else no examples (code)
 SHOTS = 8  # worked examples before a problem; 0 is none (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
+THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
 TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
 TOP_P = 1.0  # 1: off (code)
 TOP_K = 40  # 0: off (code)
@@ -85,8 +86,8 @@ WANDB = False  # log to Weights & Biases too (ours)
 
 # What is legal: the values, or the least one (of other numbers 0)
 LEGAL = dict(START=("base", "previous"), LOSS=("sft", "dpo"), VARIANT=("PL", "P", "L", ""), K_PROBE=1, M_TARGET=1,
-             K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1,
-             ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
+             K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1,
+             EPOCHS=1, BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 WORKED_SOLUTION = None  # stands for the problem's own solution in a pair of draws
 
@@ -222,7 +223,7 @@ def make_examples(tokenizer, selection, by_id, responses):
         trained = s["pairs"] if LOSS == "dpo" else [[draw] for draw in s["chosen"]]
         for draws, copies in zip(trained, s["copies"]):
             answers = [by_draw[s["id"], draw] for draw in draws]
-            examples += [make_example(tokenizer, PROMPT, problem, *answers, system=SYSTEM)] * copies
+            examples += [make_example(tokenizer, PROMPT, problem, *answers, system=SYSTEM, think=THINK)] * copies
     return examples
 
 
@@ -270,10 +271,10 @@ def main():
     def few_shot(problem, draw):
         pool = fixed if len(solved) > shots else worked_examples(problem)
         examples = [e for e in pool if e["problem"] != problem["problem"]]
-        return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
+        return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM, THINK)
 
     def zero_shot(problem, draw):
-        return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, system=SYSTEM)
+        return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, (), SYSTEM, THINK)
 
     # 1. Difficulty: K answers of the base M_0 to each problem, once and for all (caption of Figure 1)
     probe = sample(run, "round_0/probe.jsonl", MODEL, problems, K_PROBE, few_shot, **drawn)
@@ -286,7 +287,7 @@ def main():
 
     # 2. Round 0: M_1 = SFT of the base on D_u = D_o
     model = MODEL
-    d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM) for p in solved]
+    d_o = [make_example(tokenizer, PROMPT, p, p["solution"], system=SYSTEM, think=THINK) for p in solved]
     if d_o:
         model = train(run, "round_0/model", MODEL, d_o, sft_loss, lr=LR, **training)
         scores["round 0"] = evaluate(run, "round_0/eval", model, tests, zero_shot, **greedy)
@@ -304,7 +305,7 @@ def main():
         def same_level(problem, draw):
             rng = run.rng(t, "examples", problem["id"], draw)
             examples = draw_examples(problem, level[problem["id"]], pools, shots, rng)
-            return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM)
+            return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM, THINK)
 
         def enough(responses):
             return len(set(distinct_of(responses)) - {0}) >= target[responses[0]["id"]]

@@ -41,6 +41,7 @@ PROMPT = "zero_shot"  # "few_shot" | "zero_shot" | "chat": form of the prompts
 EXAMPLES_FROM = ""  # with few_shot: a set's train split or a file whose solutions are shown; empty shows our own
 SHOTS = 8  # with few_shot: how many at most
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only
+THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it
 FIRST = ""  # what stands before every prompt, for models that were trained so (by hs_star.py); empty is nothing
 SAMPLES = 1  # answers per problem; with more than one also pass@k and maj@k
 TEMPERATURE = 0.0  # 0 is greedy
@@ -59,8 +60,8 @@ KEEP = False  # resume a folder that was made by other code: what is finished th
 WANDB = False  # log to Weights & Biases too
 
 # What is legal: the values, or the least one (of other numbers 0)
-LEGAL = dict(SPLIT=("test", "train"), PROMPT=("few_shot", "zero_shot", "chat"), SAMPLES=1, MAX_NEW_TOKENS=1,
-             ENGINE=("", "vllm", "transformers"))
+LEGAL = dict(SPLIT=("test", "train"), PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), SAMPLES=1,
+             MAX_NEW_TOKENS=1, ENGINE=("", "vllm", "transformers"))
 
 
 # Means and their 95 % intervals ---------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def score_model(run, model, tokenizer, sets, examples):
         if PROMPT == "few_shot":
             pool = examples or worked_examples(problem)
         shown = [e for e in pool if e["problem"] != problem["problem"]][:SHOTS]
-        text = make_prompt(tokenizer, PROMPT, problem, shown, SYSTEM)
+        text = make_prompt(tokenizer, PROMPT, problem, shown, SYSTEM, THINK)
         return f"{FIRST}\n\n{text}" if FIRST else text
 
     scores = {}
@@ -474,7 +475,7 @@ def main():
         fail("--samples above 1 needs --temperature above 0: greedy answers are all the same")
     if EXAMPLES_FROM and PROMPT != "few_shot":
         fail("--examples-from needs --prompt few_shot")
-    tokenizers = {model: load_tokenizer(model, PROMPT, SYSTEM) for model in models}
+    tokenizers = {model: load_tokenizer(model, PROMPT, SYSTEM, THINK) for model in models}
     if HELD_OUT:
         sets = {"held-out": hold_out(load_problems(SETS, "train", DATA, N_TEST), HELD_OUT, SEED)[1]}
     else:

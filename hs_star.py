@@ -34,8 +34,8 @@ import numpy as np
 from common import (bar, by_problem, compute_dtype, device, encode, end_round, evaluate, fail, final_table, gather,
                     give_memory_back, hidden_states, launch, load_network, load_solved, load_tokenizer,
                     local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank,
-                    report, round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly, threads_per_process,
-                    torn_lines, train, weight_files, worked_examples, world_size, write_line)
+                    report, round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly,
+                    threads_per_process, torn_lines, train, weight_files, worked_examples, world_size, write_line)
 import torch  # behind common, which keeps torch's threads from spinning
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -71,6 +71,7 @@ NLL_WEIGHT = 0.0  # of the chosen answers' own log-likelihood in the loss; 0 is 
 PROMPT = "zero_shot"  # "few_shot" | "zero_shot" | "chat": one form for drawing, training and scoring (code)
 SHOTS = 4  # worked examples of our own before a problem, with few_shot (ours)
 SYSTEM = "Reason in steps divided by blank lines, and put the final answer within \\boxed{}."  # before all (ours)
+THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
 TEMPERATURE = 0.7  # of all draws (code)
 TOP_P = 0.95  # 1: off (code)
 TOP_K = 0  # 0: off (code)
@@ -102,8 +103,8 @@ WANDB = False  # log to Weights & Biases too (ours)
 
 # What is legal: the values, or the least one (of other numbers 0)
 LEGAL = dict(START=("base", "previous"), SLICE=1, BUDGET=1, PRE_SAMPLES=1, DIFFICULTY=("both", "accuracy", "reward"),
-             PAIRING=("hard", "random"), PROMPT=("few_shot", "zero_shot", "chat"), MAX_NEW_TOKENS=1, EPOCHS=1,
-             BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
+             PAIRING=("hard", "random"), PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"),
+             MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 # Thresholds belong to a PRM and a policy; these are all that are known, for M_0 trained from Qwen2.5-7B (code)
 TAUS = {("Skywork-o1-Open-PRM-Qwen-2.5-7B", "Qwen2.5-7B"): (0.15, 0.65),
@@ -338,7 +339,8 @@ def step_rewards(run, file, prm, problems, responses):
     seconds = time.time() - began
     run.log(round, phase, responses=len(responses), different=len(found), steps=steps, tokens=tokens,
             filled_context=lengths.count(prm.context), unread=rewards.count([]), flops=cost * tokens,
-            spent_flops=cost * tokens, padded_flops=cost * len(found) * max(lengths, default=0), seconds=seconds, **slept)
+            spent_flops=cost * tokens, padded_flops=cost * len(found) * max(lengths, default=0), seconds=seconds,
+            **slept)
     say(f"  round {round}  {phase:<9} {len(responses):>7,} answers, {len(found):,} different, of {steps:,} steps, "
         f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
     records = []
@@ -441,7 +443,7 @@ def main():
 
     def ask(problem, draw=0):
         examples = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
-        text = make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
+        text = make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM, THINK)
         return f"{SYSTEM}\n\n{text}" if SYSTEM and PROMPT != "chat" else text
 
     def example(problem, *answers):
@@ -492,7 +494,7 @@ def main():
             start = model if START == "previous" else m_0
             model = train(run, f"round_{t}/model", start, pairs, dpo_nll_loss, lr=LR_DPO, reference=True, **training)
         else:
-            say(f"  round {t}  no boundary problem was answered both right and wrong: no pair, the model stays as it is")
+            say(f"  round {t}  no boundary problem was answered right and wrong: no pair, the model stays as it is")
         scores[f"round {t}"] = evaluate(run, f"round_{t}/eval", model, tests, ask, **greedy)
         end_round(run, t, keep=[m_0, model])
     final_table(run, scores)

@@ -74,6 +74,7 @@ BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts fro
 PROMPT = "chat"  # "few_shot" | "zero_shot" | "chat": one form for drawing, training and scoring (proxy)
 SHOTS = 4  # worked examples of our own before a problem, with few_shot (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
+THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
 TEMPERATURE = 1.0  # of all draws (proxy)
 TOP_P = 1.0  # 1: off (proxy)
 TOP_K = 0  # 0: off (proxy)
@@ -105,8 +106,8 @@ WANDB = False  # log to Weights & Biases too (ours)
 # What is legal: the values, or the least one (of other numbers 0)
 LEGAL = dict(START=("base", "previous"), TAG_TOKENS=1, N_CLUSTERS=1, SAMPLES_PER_ROUND=1, K_SAMPLES=1,
              SELECT=("both", "knowledge", "difficulty", "random", "static"), PREFER=("hardest", "middle"),
-             PAIRS_PER_ROUND=1, PROMPT=("few_shot", "zero_shot", "chat"), MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1,
-             ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
+             PAIRS_PER_ROUND=1, PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1,
+             EPOCHS=1, BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TEST=300,
            ROUNDS=3, EMBEDDER="tfidf", N_CLUSTERS=5, PROBE=0.04, SAMPLES_PER_ROUND=350, PAIRS_PER_ROUND=100,
@@ -313,8 +314,8 @@ def tags_of(problems, held_out):
         found |= {problem["id"]: problem["tags"] for problem in problems if "tags" in problem}
     tags = [found.get(problem["id"], []) for problem in problems]
     if [] in tags:
-        say(f"  tags     {tags.count([]):,} problems have none, and are grouped by their text (python sai_dpo.py --tag, "
-            "with the same data, has them tagged first)")
+        say(f"  tags     {tags.count([]):,} problems have none, and are grouped by their text (python sai_dpo.py "
+            "--tag, with the same data, has them tagged first)")
     return tags
 
 
@@ -525,7 +526,7 @@ def main():
 
     def ask(problem, draw=0):
         examples = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
-        return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM)
+        return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM, THINK)
 
     def example(problem, *answers):
         return make_example(tokenizer, PROMPT, problem, *answers) | {"prompt": ask(problem)}

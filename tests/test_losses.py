@@ -161,6 +161,19 @@ def test_pack_by_hand(examples, expected, counts):
     assert batch["counts"] == counts
 
 
+def test_examples_longer_than_the_context_are_left_out(start, examples, tmp_path, capsys):
+    """And said; the others are trained on as if these had not been there."""
+    shutil.copytree(TOY / "model", tmp_path / "short")
+    path = tmp_path / "short" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 300}))
+    long = {**examples[0], "completions": ["1 " * 400]}
+    more = train(start("more"), "round_0/model", [*examples, long], model=tmp_path / "short", epochs=1, batch_size=99)
+    assert "1 examples are longer than the model's context" in capsys.readouterr().out
+    same = train(start("same"), "round_0/model", examples, model=tmp_path / "short", epochs=1, batch_size=99)
+    for name, tensor in same.items():
+        assert torch.equal(more[name], tensor)
+
+
 def test_sampled_tokens_are_trained_on_as_they_were():
     """Not as the tokenizer would write their text; another answer, without ids, is tokenized."""
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")

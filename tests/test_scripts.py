@@ -614,7 +614,8 @@ def test_chat_prompts_and_problems_without_solutions(tmp_path, script):
     (tmp_path / "odd.py").write_text("def grade(problem, text):\n    return len(text) % 2 == 1, 'odd'\n")
     done = launch(tmp_path, script, *SMALL[script], "--name", "one", "--rounds", "1", "--prompt", "chat",
                   "--shots", "1", "--train-data", "p.jsonl", "--max-new-tokens", "24",
-                  "--grader", "odd.py:grade")
+                  "--grader", "odd.py:grade", "--think", "off")
+    assert "its chat template does not know --think" in done.stdout
     run = tmp_path / "runs" / "one"
     for example in lines(run / "round_1" / "train.jsonl"):
         assert example["prompt"].endswith("<|im_start|>assistant\n") and example["end"] == "<|im_end|>"
