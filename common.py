@@ -2085,6 +2085,22 @@ def tokenize(tokenizer, example):
     return sequences
 
 
+def tokenize_all(tokenizer, examples, context):
+    """(examples, tokenized examples), without those that are longer than the context: these are counted and said."""
+    fitting = []
+    tokenized = []
+    for example in examples:
+        sequences = tokenize(tokenizer, example)
+        if max(map(len_of, sequences)) <= context:
+            fitting.append(example)
+            tokenized.append(sequences)
+    if not fitting:
+        fail(f"all {len(examples):,} training examples are longer than the model's context of {context:,} tokens")
+    if len(fitting) < len(examples):
+        say(f"  {len(examples) - len(fitting):,} training examples are longer than the model's context, and left out")
+    return fitting, tokenized
+
+
 def completion_ids(tokenizer, prompt, text):
     """Token ids of a text where it follows a prompt. Alone, Llama 2 and its like would put a blank before it."""
     def ids(text):
@@ -2167,15 +2183,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     torch.set_num_threads(threads_per_process())
     model = local_folder(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenized = [tokenize(tokenizer, example) for example in examples]
-    context = context_of(model)
-    fit = [e for e, sequences in enumerate(tokenized) if max(map(len_of, sequences)) <= context]
-    if not fit:
-        fail(f"all examples of round {round} are longer than the model's context of {context:,} tokens")
-    if len(fit) < len(examples):
-        say(f"  round {round}  {len(examples) - len(fit):,} examples are longer than the model's context, and left out")
-        examples = [examples[e] for e in fit]
-        tokenized = [tokenized[e] for e in fit]
+    examples, tokenized = tokenize_all(tokenizer, examples, context_of(model))
     lengths = [sum(map(len_of, sequences)) for sequences in tokenized]
     network, policy = load_for_training(run, model)
     # Before the first forward pass, after which FSDP shows other parameters than those to be trained

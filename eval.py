@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from common import (MAY_DIFFER, Checker, accuracy, bar, canonical, constants_of, fail, final_answer, hold_out, launch,
-                    load_problems, load_solved, load_tokenizer, make_prompt, print_table, rank,
-                    read, read_problem, sample, say, seed_of, setup, start_run, text_of, threads_per_process,
-                    wilson_interval, worked_examples, write)
+                    load_problems, load_solved, load_tokenizer, make_prompt, print_table, rank, read, read_problem,
+                    sample, say, seed_of, setup, start_run, text_of, threads_per_process, wilson_interval,
+                    worked_examples, write)
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated

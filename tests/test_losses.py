@@ -168,7 +168,7 @@ def test_examples_longer_than_the_context_are_left_out(start, examples, tmp_path
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": 300}))
     long = {**examples[0], "completions": ["1 " * 400]}
     more = train(start("more"), "round_0/model", [*examples, long], model=tmp_path / "short", epochs=1, batch_size=99)
-    assert "1 examples are longer than the model's context" in capsys.readouterr().out
+    assert "1 training examples are longer than the model's context" in capsys.readouterr().out
     same = train(start("same"), "round_0/model", examples, model=tmp_path / "short", epochs=1, batch_size=99)
     for name, tensor in same.items():
         assert torch.equal(more[name], tensor)
