@@ -281,12 +281,8 @@ def grade(problem, text, equal):
     return correct, "equal" if correct else "different"
 
 
-class Undecided(Exception):
-    """Two answers whose texts do not tell whether they are equal."""
-
-
 def undecided(gold, answer):
-    raise Undecided
+    raise ValueError("only math-verify can tell")
 
 
 def canonical(answer):
@@ -367,7 +363,7 @@ class Checker:
         if not self.grader:
             try:
                 return given(grade(problem, text, undecided))
-            except Undecided:
+            except ValueError:  # texts alone do not tell
                 pass
         return self.threads.submit(self.ask, problem, text)
 
@@ -784,7 +780,9 @@ class Run:
             self.metrics = {(line["round"], line["phase"]): line for line in read(self.folder / "metrics.jsonl")}
         if constants["WANDB"] and rank() == 0:
             import wandb
-            Run.wandb = wandb.init(name=self.folder.name, config=constants)
+            name = self.folder.name
+            Run.wandb = wandb.init(project="self-training", name=name, config=constants, resume="allow",
+                                   id=f"{name}-{constants['problems or models'][:8]}")  # a rerun's is the same
 
     def once(self, name, make, *arguments, **options):
         """What runs/<run>/<name> holds: made by make(*arguments, **options) if it is not there.

@@ -623,6 +623,22 @@ def test_chat_prompts_and_problems_without_solutions(tmp_path, script):
         assert "D_o is empty" in done.stdout and not (run / "round_0" / "model").exists()
 
 
+def test_wandb_gets_the_metrics_under_one_id(tmp_path):
+    """wandb itself is not installed here: a stand-in writes down what it is told."""
+    (tmp_path / "wandb.py").write_text(
+        "import json\ndef tell(**values):\n    print(json.dumps(values), file=open('told', 'a'))\n"
+        "class Told:\n    log = staticmethod(lambda values: tell(logged=values))\n    finish = staticmethod(tell)\n"
+        "def init(**values):\n    tell(**values)\n    return Told\n")
+    script = tmp_path / "sai_dpo.py"
+    script.write_text(f"import sys\nsys.path[:0] = {[str(ROOT), str(tmp_path)]}\n" + (ROOT / "sai_dpo.py").read_text())
+    for _ in range(2):
+        launch(tmp_path, script, *SMALL["sai_dpo.py"], "--rounds", "0", "--wandb")
+    told = lines(tmp_path / "told")
+    starts = [entry for entry in told if "project" in entry]
+    assert len(starts) == 2 and starts[0]["id"] == starts[1]["id"] and starts[0]["resume"] == "allow"
+    assert any("eval/draws" in entry.get("logged", {}) for entry in told) and told[-1] == {"exit_code": 0}
+
+
 @each_script
 def test_model_stays_where_nothing_is_correct(tmp_path, script):
     write_problems(tmp_path / "p.jsonl", 12)
