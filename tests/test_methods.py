@@ -1149,6 +1149,8 @@ def test_outputs_of_the_tagger_are_right_where_they_have_tags(tagged):
     assert sum("arithmetic" in own for own in tags.values()) >= 8  # as it was taught
     assert all(output["correct"] == bool(sai_dpo.parse_tags(output)) for output in outputs)
     assert f"{run.name}/round_0/outputs.jsonl" in said
+    useless = sum(not output["correct"] for output in outputs)
+    assert (f"warning: {useless} of {len(outputs)} outputs have no list of tags" in said) == (2 * useless > len(outputs))
 
 
 def test_tagger_is_asked_again_where_it_gave_no_tags(tagged):
