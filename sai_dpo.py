@@ -20,7 +20,7 @@ else are ours, or (proxy): Online-DPO-R1's, whose 20,000 prompts a round these s
 Differs from the paper in what cannot be known, and in: no probe problem is trained on, so that probes compare; all arms
 probe each round, so that they cost the same; an answer that was cut counts as wrong, and is in no pair.
 
-  python sai_dpo.py --toy                                     2 CPU cores: 1.3 min, 62 % (measured)
+  python sai_dpo.py --toy                                     2 CPU cores: 1.3 min, 61 % (measured)
   python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
   torchrun --nproc-per-node 8 sai_dpo.py                      eight GPUs: not measured yet
 """
