@@ -437,7 +437,7 @@ def checking_worker(grader=""):
         else:
             compare = math_verify_grader()
     except Exception as error:  # whatever somebody's file raises
-        print(repr(error), file=out, flush=True)
+        print(f"{type(error).__name__}: {error}".splitlines()[0], file=out, flush=True)
         return
     if not grader:
         for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):  # the latter does not bind root

@@ -671,7 +671,7 @@ def without_mark(folder):
 
 
 @pytest.mark.parametrize("layout, more, change, words", [
-    ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None, "mlp.up_proj.weight is missing"),
+    ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None, "missing tensors, first layers.1.mlp.up_proj.weight"),
     ("v_head", {}, without_blank_line, "its tokenizer has no token for the end of a step, '\\n\\n'"),
     ("score", {}, without_mark, "its tokenizer has no token for the end of a step, '<extra_0>'"),
     ("score", {"model_type": "unheard_of"}, None, "it brings code of its own, which is never run here"),

@@ -212,7 +212,7 @@ def test_what_a_terminal_must_not_see_is_escaped(alone, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "no/such/folder"], ["no/such/folder"]),
-    (["--test-data", "gsm9k"], ["unknown problem set 'gsm9k'"]),
+    (["--test-data", "gsm9k"], ["gsm9k: no such file, nor one of the sets that are known"]),
     (["--held-out", "18"], ["--held-out 18 leaves nothing of the 18 problems"]),
     (["--grader", "none.py:grade"], ["a checking worker does not start", "none.py"]),
     (["--model", "short"], ["the prompt of toy/train/", "exceeds the context of 200", "--shots"]),
