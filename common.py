@@ -1554,11 +1554,7 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
             for request, answer in engine.answers(next_request):
                 problem = problems[request.place]
                 answer = {"id": problem["id"], "draw": request.draw, **answer, "prompt_tokens": len(request.ids)}
-                if grade:
-                    verdict = given(grade(problem, answer))
-                else:
-                    verdict = run.checker.submit(problem, answer["text"], answer["finish"])
-                pending.append((answer, verdict))
+                pending.append((answer, verdict_of(run, problem, answer, grade)))
                 record_verdicts(wait=False)
             record_verdicts(wait=True)
             if not engine.streams:
@@ -1566,6 +1562,13 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     share(known, mine)
     report_sampling(run, round, phase, known, loading, began)
     return known.counted()
+
+
+def verdict_of(run, problem, answer, grade):
+    """Future of (correct, reason) of an answer: by `grade`, or by the run's checker."""
+    if grade:
+        return given(grade(problem, answer))
+    return run.checker.submit(problem, answer["text"], answer["finish"])
 
 
 class Draws:
