@@ -111,7 +111,7 @@ def models(tmp_path_factory):
     return {"tied": TOY / "model", "untied": folder / "untied", "half": folder / "half"}
 
 
-@pytest.mark.parametrize("model, processes", [("tied", 0), ("tied", 2), ("untied", 0), ("half", 0)])
+@pytest.mark.parametrize("model, processes", [("tied", 2), ("untied", 0), ("half", 0)])
 def test_new_weights_are_taken_over_and_forgotten_ones_caught(tmp_path, models, model, processes):
     """Forgotten: an update at a learning rate of 5e-7, a large one, and of a large one the matrices alone.
 
