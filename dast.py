@@ -182,11 +182,11 @@ def dpo_loss(logprobs, batch):
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
-def select(problems, probe, responses, limits, size, run, t):
+def select(problems, probe, responses, limits, run, t):
     """selection.jsonl: for each problem all that was decided, with the numbers it was decided from.
 
-    `copies` says how often each chosen answer (with DPO each pair) is trained on: once; with SIZE_LIKE, `size` of them
-    spread over all."""
+    `copies` says how often each chosen answer (with DPO each pair) is trained on: once; with SIZE_LIKE, as many in all
+    as that run trained on in round t."""
     probe = by_problem(probe)
     responses = by_problem(responses)
     selection = []
@@ -207,6 +207,7 @@ def select(problems, probe, responses, limits, size, run, t):
                           "outcomes": outcomes, "chosen": chosen, "pairs": pairs, "copies": [1] * len(trained)})
     total = sum(len(s["copies"]) for s in selection)
     if SIZE_LIKE and total:
+        size = sum(sum(s["copies"]) for s in of_other_run(SIZE_LIKE, t))
         copies = iter(spread_evenly(size, total, run.rng(t, "size")))
         for s in selection:
             s["copies"] = [next(copies) for _ in s["copies"]]
@@ -315,8 +316,7 @@ def main():
                            enough=enough if "P" in VARIANT else None, **drawn)
 
         # 3b. D_a = the chosen answers; M_{t+1} = SFT of the base on D_u = D_a + D_o, or DPO of M_1 on pairs
-        selection = run.once(f"round_{t}/selection.jsonl", select, problems, probe, responses, limits,
-                             size_of_round(t), run, t)
+        selection = run.once(f"round_{t}/selection.jsonl", select, problems, probe, responses, limits, run, t)
         report_selection(run, t, selection, responses)
         show_answers(problems, responses)
         d_a = make_examples(tokenizer, selection, by_id, responses)
@@ -353,13 +353,6 @@ def draw_limits(run, t, problems, level):
         return [(K_SAMPLES, K_SAMPLES)] * len(problems)
     draws = sum(len(s["outcomes"]) for s in of_other_run(DRAWS_LIKE, t))
     return [(n, n) for n in spread_evenly(draws, len(problems), run.rng(t, "draws"))]
-
-
-def size_of_round(t):
-    """How many answers (pairs) SIZE_LIKE trained on in round t; 0 without it."""
-    if not SIZE_LIKE:
-        return 0
-    return sum(sum(s["copies"]) for s in of_other_run(SIZE_LIKE, t))
 
 
 if __name__ == "__main__":

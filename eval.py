@@ -458,11 +458,9 @@ def draw_problems(axes, arms, ids):
 def main():
     if REGRADE or COMPARE:
         setup()
-        if rank() > 0:
-            return
-        if REGRADE:
+        if rank() == 0 and REGRADE:
             regrade(Path(REGRADE))
-        else:
+        elif rank() == 0:
             compare(COMPARE)
         return
     models = MODEL.split(",")

@@ -207,7 +207,7 @@ def test_dast_selection_follows_from_the_records(whole, rules):
     for probed in common.by_problem(probe).values():
         limits.append(dast.target_and_budget(dast.level_of(sum(r["correct"] for r in probed), 3)))
     for t in (1, 2):
-        selection = dast.select(problems, probe, responses_of(run, "dast.py", t), limits, 0, RECORDED, t)
+        selection = dast.select(problems, probe, responses_of(run, "dast.py", t), limits, RECORDED, t)
         assert json.loads(json.dumps(selection)) == selection_of(run, t)
         for s in selection:  # drawn until there were enough
             assert len({*s["outcomes"][:-1]} - {0}) < s["target"]

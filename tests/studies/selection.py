@@ -100,7 +100,7 @@ def dast(n, **constants):
 
     def decide():
         limits = dast.draw_limits(Seeded, 1, problems, level)
-        return dast.select(problems, probe, responses, limits, 0, Seeded, 1)
+        return dast.select(problems, probe, responses, limits, Seeded, 1)
     return decide
 
 
