@@ -458,11 +458,11 @@ def draw_problems(axes, arms, ids):
 def main():
     if REGRADE or COMPARE:
         setup()
-        if rank() == 0 and REGRADE:
-            regrade(Path(REGRADE))
-        elif rank() == 0:
-            compare(COMPARE)
-        return
+        if rank() > 0:
+            return
+        if REGRADE:
+            return regrade(Path(REGRADE))
+        return compare(COMPARE)
     models = MODEL.split(",")
     names = SETS.split(",")
     for listed in (models, names):
