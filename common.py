@@ -307,7 +307,7 @@ def same_value(gold, answer, equal):
     elif name not in answer or its_name not in gold:
         return False
     both = f"{gold}\n{answer}"
-    text, its_text = RULES["NO_DIFFERENCE"].sub("", both.casefold()).split("\n")
+    text, its_text = map(in_order, RULES["NO_DIFFERENCE"].sub("", both.casefold()).split("\n"))
     if text == its_text or RULES["ONLY_AS_TEXT"].search(both):
         return text == its_text
     if RULES["NUMBER"].fullmatch(text) and RULES["NUMBER"].fullmatch(its_text):
@@ -322,6 +322,14 @@ def named(answer):
     """(name, value) of "x = 3" or "f(2) = 3"; ("", answer) of anything else."""
     found = RULES["NAMED"].fullmatch(answer)
     return found.groups() if found else ("", answer)
+
+
+def in_order(answer):
+    """Equations in the order of their names: "y=2,x=3" as "x=3,y=2"."""
+    parts = answer.split(",")
+    if all("=" in part for part in parts):
+        return ",".join(sorted(parts))
+    return answer
 
 
 def math_verify_grader():
@@ -369,31 +377,34 @@ class Checker:
 
     def ask(self, *case):
         """(correct, reason) from this thread's worker."""
-        worker = self.worker()
-        late = threading.Timer(10 * CHECK_SECONDS, worker.kill)
-        late.start()
-        try:
-            print(json.dumps(case), file=worker.stdin, flush=True)
-            correct, reason, error = json.loads(worker.stdout.readline())
-        except (OSError, ValueError):  # it is dead
-            worker.wait()
-            correct, reason, error = False, "crash", "its process died"
-        late.cancel()
+        for _ in range(2):  # what killed a worker may have had nothing to do with the case
+            worker = self.worker()
+            late = threading.Timer(10 * CHECK_SECONDS, worker.kill)
+            late.start()
+            try:
+                print(json.dumps(case), file=worker.stdin, flush=True)
+                correct, reason, error = json.loads(worker.stdout.readline())
+                break
+            except (OSError, ValueError):  # it is dead
+                worker.wait()
+                correct, reason, error = False, "crash", "its process died"
+            finally:
+                late.cancel()
         if self.grader and reason == "crash" and not self.works:
-            fail(f"--grader {self.grader}: {error}")
+            raise RuntimeError(f"--grader {self.grader}: {lines_of(error)[-1]}\n{error}")
         self.works = True
         return correct, reason
 
     def worker(self):
-        """This thread's worker, started (a second or two) if there is none; ends the program if it does not start."""
+        """This thread's worker, started (a second or two) if there is none."""
         worker = getattr(self.own, "worker", None)
         if worker is None or worker.poll() is not None:
             worker = subprocess.Popen(
                 [sys.executable, "-B", __file__, self.grader], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True)
             line = worker.stdout.readline().strip()
-            if line != "ready":
-                fail(f"a checking worker does not start: {line}")
+            if line != "ready":  # in several threads at once: so no print, but an exception for the main one
+                raise RuntimeError(f"a checking worker does not start: {line}")
             self.own.worker = worker
         return worker
 
@@ -461,8 +472,8 @@ def in_time(compare, *case):
     except Stop as stop:
         signal.setitimer(signal.ITIMER_PROF, 0)  # should it have fired in that very line
         return False, str(stop), ""
-    except Exception as error:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
-        return False, "crash", repr(error)
+    except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
+        return False, "crash", traceback.format_exc()
 
 
 if __name__ == "__main__":  # as a program this file is such a worker, and what follows (torch) is not for it

@@ -70,7 +70,8 @@ EQUAL = [  # (gold, what stands in the box)
     ("1,2", "x=1 \\text{ or } x=2"), ("E", "\\text{(E)}"), ("ellipse", "an ellipse"), ("[2,5)", "2 \\le x < 5"),
     ("\\boxed{42}", "42"), ("3:4:5", "3 : 4 : 5"), ("(1,2,3)", "\\langle 1, 2, 3 \\rangle"),
     ("3\\pi", "3 \\pi \\mathrm{~cm}"),
-    ("Solution is: $[k=4]$", "Solution is: $[k=4]$"), ("1\\pm\\sqrt2", "1+\\sqrt2, 1-\\sqrt2"), ("y=2x+1", "2y=4x+2")]
+    ("Solution is: $[k=4]$", "Solution is: $[k=4]$"), ("1\\pm\\sqrt2", "1+\\sqrt2, 1-\\sqrt2"), ("y=2x+1", "2y=4x+2"),
+    ("x=3, y=2", "y=2, x=3")]
 DIFFERENT = [
     ("16", "$16$ million"), ("5", "at most $5$"), ("2", "2 \\text{ ninths}"), ("1", "1 out of 6"), ("7", "7 mil"),
     ("42", "42 squared"), ("200", "200 profit"), ("12", "12 noon"), ("5", "5 apples and 3 pears"),
@@ -274,9 +275,7 @@ def test_a_hanging_worker_is_replaced(monkeypatch):
     checker, worker = one_worker()
     os.kill(worker, signal.SIGSTOP)  # hangs and uses no time: no limit of its own can help it
     monkeypatch.setattr(common, "CHECK_SECONDS", 0.05)
-    assert checker.submit({"answer": "4"}, "\\boxed{3+1}").result() == (False, "crash")
-    monkeypatch.undo()
-    assert checker.submit({"answer": "4"}, "\\boxed{1+3}").result() == (True, "equal")
+    assert checker.submit({"answer": "4"}, "\\boxed{3+1}").result() == (True, "equal")
     assert worker not in workers()
 
 
@@ -288,15 +287,14 @@ def test_a_worker_that_the_system_has_killed_is_replaced():
     assert checker.submit({"answer": "4"}, "\\boxed{0+4}").result() == (True, "equal")
 
 
-def test_a_checker_that_cannot_start_ends_the_program(monkeypatch, capsys):
+def test_a_checker_that_cannot_start_ends_the_program(monkeypatch):
     """It must not call everything wrong."""
     checker = common.Checker(3)
     monkeypatch.setattr(sys, "executable", "false")
     futures = [checker.submit({"answer": "4"}, f"\\boxed{{5-{n}.0}}") for n in range(50)]
     for future in futures:
-        with pytest.raises(SystemExit):
+        with pytest.raises(RuntimeError, match="a checking worker does not start"):
             future.result(60)
-    assert "a checking worker does not start" in capsys.readouterr().err
 
 
 GRADER = """
@@ -327,24 +325,22 @@ def test_a_grader_of_ones_own(tmp_path):
     ("mine.py:other", "other"), ("none.py:f", "No such file"), ("mine.py:no_module", "no_such_module"),
     ("mine.py:raises", "ZeroDivisionError"), ("mine.py:one_value", "cannot unpack"),
     ("mine.py:three", "too many values")])
-def test_a_broken_grader_is_told_at_the_start(tmp_path, capsys, name, words):
+def test_a_broken_grader_is_told_at_the_start(tmp_path, name, words):
     (tmp_path / "mine.py").write_text(
         "def raises(problem, text):\n    1 / 0\ndef one_value(problem, text):\n    return True\n"
         "def three(problem, text):\n    return 1, 2, 3\ndef no_module(problem, text):\n    import no_such_module\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(RuntimeError) as told:
         common.Checker(1, f"{tmp_path}/{name}")
-    [line] = capsys.readouterr().err.strip().splitlines()
-    assert words in line
+    assert words in common.lines_of(told.value)[0]
 
 
-def test_a_grader_that_only_crashes_ends_the_program(tmp_path, capsys):
+def test_a_grader_that_only_crashes_ends_the_program(tmp_path):
     """It must not be reported as 0.0 %."""
     (tmp_path / "mine.py").write_text(
         "def grade(problem, text):\n    return text == '5' or problem['id'] == 'check/1' or 1 / 0, ''\n")
     checker = common.Checker(1, f"{tmp_path}/mine.py:grade")
-    with pytest.raises(SystemExit):
+    with pytest.raises(RuntimeError, match="(?s)ZeroDivisionError.*in grade"):
         checker.submit({"id": "a"}, "4").result()
-    assert "ZeroDivisionError" in capsys.readouterr().err
     assert [checker.submit({"id": "a"}, text).result() for text in "54"] == [(True, ""), (False, "crash")]
 
 
