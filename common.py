@@ -490,8 +490,9 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.distributed import get_rank as rank, get_world_size as world_size
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -2176,19 +2177,21 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
 
 # 8. Training ----------------------------------------------------------------------------------------------------------
 
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a save of a training holds
 ROW = "logprobs.json"  # in a model's folder: the trainer's log-probabilities of a row of tokens, to test the engine by
 
 
 @phase
 def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, weight_decay, clip, decay=True,
-          reference=False):
+          reference=False, lora_rank=0, lora_alpha=0):
     """Train a model on examples: the folder `file` of the run, in float32, and steps.jsonl beside it.
 
     loss(logprobs, batch) -> (sum, weight, metrics): the script's own. logprobs (P,) are those of the batch's targets;
     the sum is divided by the weight of the whole step (all micro-batches, all processes), so neither the micro-batch
     nor the number of processes changes the result. With `reference`, batch["reference"] (S,) has log p(completion)
     under the model as it starts. AdamW; lr rises linearly over the warm-up (steps, or if below 1 their share), then
-    stays, or with `decay` falls as a half cosine. clip: the largest gradient norm; 0 is none. Resumes a killed run."""
+    stays, or with `decay` falls as a half cosine. clip: the largest gradient norm; 0 is none. lora_rank: train adapters
+    in place of all weights, unless 0. Resumes a killed run."""
     began = time.time()
     round, _ = round_and_phase(file)
     figures = run.engine.sleep()
@@ -2197,9 +2200,10 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples, tokenized = tokenize_all(tokenizer, examples, context_of(model))
     lengths = [sum(map(len_of, sequences)) for sequences in tokenized]
-    network, policy = load_for_training(run, model)
+    network, policy = load_for_training(run, model, lora_rank, lora_alpha, run.rng(round, "adapters"))
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     # Before the first forward pass, after which FSDP shows other parameters than those to be trained
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
     max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run, network)
     policy.packs = can_pack(policy)
     if not policy.packs:
@@ -2228,14 +2232,14 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
                 saved = time.time()
             shown.set_description_str(f"round {round} train, loss {values['loss']:.3f}", refresh=False)
             shown.update()
-    trained = time.time()
+    ended = time.time()
     row = row_logprobs(policy, max((sequence for sequences in tokenized for sequence in sequences), key=len_of))
     save_model(network, tokenizer, run.folder / f"{file}.part", row)
     if rank() == 0:
         write(run.folder / f"round_{round}" / "steps.jsonl", history)
-    figures["save_seconds"] = time.time() - trained
+    figures["save_seconds"] = time.time() - ended
     figures["seconds"] = time.time() - began
-    report_training(run, round, history, lengths, epochs, reference, network.num_parameters(), figures)
+    report_training(run, round, history, lengths, epochs, reference, network, figures)
 
 
 def optimizer_step(policy, optimizer, loss, examples, references, micro_batches, clip):
@@ -2267,23 +2271,63 @@ def len_of(sequence):
     return len(sequence[0]) + len(sequence[1])
 
 
-def load_for_training(run, model):
-    """(the model, its Policy), sharded over all processes: float32 weights; GPUs compute in bfloat16."""
+def load_for_training(run, model, lora_rank=0, lora_alpha=0, rng=None):
+    """(the model, its Policy), sharded over all processes: float32 weights; GPUs compute in bfloat16.
+
+    With lora_rank the weights are frozen, in what is computed in, and float32 adapters are trained beside them: those
+    that an earlier round of this run has left with the model, else new ones."""
     AttentionInterface.register("packed", packed_attention)
-    network = load_network(AutoModelForCausalLM, model, dtype=torch.float32, attn_implementation="packed")
+    base = model
+    adapters = Path(model) / "adapters"
+    continued = lora_rank and adapters.exists() and adapters.is_relative_to(run.folder)
+    if continued:
+        base = read(adapters / "base.json")
+    dtype = compute_dtype() if lora_rank else torch.float32
+    network = load_network(AutoModelForCausalLM, base, dtype=dtype, attn_implementation="packed")
     scaled = any(getattr(network.config, name, None) for name in SCALED)
     if scaled or network.get_output_embeddings().bias is not None:
         fail(f"{model}: a model whose head is more than one matrix cannot be trained here")
     network.train()
+    policy = Policy(network)
+    if lora_rank:
+        network.requires_grad_(False)
+        add_adapters(policy.body.layers, lora_rank, lora_alpha, rng)
+    if continued:
+        network.load_state_dict(load_file(adapters / "adapters.safetensors"), strict=False)
     if run.constants["RECOMPUTE"]:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(network)
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
     mesh = dist.device_mesh.init_device_mesh(device().type, (world_size(),))
     for block in policy.body.layers:
         fully_shard(block, mesh=mesh, mp_policy=mixed)
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
     return network, policy
+
+
+class LoraLinear(torch.nn.Linear):
+    """W x + alpha / r B A x: a linear layer whose W is frozen, and A (r, in) and B (out, r) are trained (LoRA; Hu et al.
+    2021, eq. 3). B begins at zero, so that at first the layer is what it was."""
+
+    def __init__(self, linear, lora_rank, lora_alpha, rng):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = lora_alpha / lora_rank
+        bound = linear.in_features ** -0.5
+        a = rng.uniform(-bound, bound, (lora_rank, linear.in_features))
+        self.lora_A = torch.nn.Parameter(torch.tensor(a, dtype=torch.float32))
+        self.lora_B = torch.nn.Parameter(torch.zeros(linear.out_features, lora_rank))
+
+    def forward(self, x):
+        return super().forward(x) + self.scale * (x @ self.lora_A.T) @ self.lora_B.T
+
+
+def add_adapters(blocks, lora_rank, lora_alpha, rng):
+    """Put adapters beside all linear layers of a transformer's blocks."""
+    for block in blocks:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                block.set_submodule(name, LoraLinear(module, lora_rank, lora_alpha, rng))
 
 
 def compute_dtype():
@@ -2305,7 +2349,7 @@ def tokens_that_fit(run, network):
         memory = min(memory, int(container.read_text()))
     config = network.config.get_text_config()
     a_token = 4 * config.num_hidden_layers * (16 * config.hidden_size + 6 * config.intermediate_size)
-    states = 16 * network.num_parameters() / world_size()
+    states = (4 * network.num_parameters() + 12 * network.num_parameters(only_trainable=True)) / world_size()
     room = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - states - 16 * LOGITS
     tokens = max(256, int(room / a_token))
     if tokens >= wanted:
@@ -2351,11 +2395,18 @@ def reference_logprobs(policy, examples, steps):
     return everyone
 
 
+def training_state(policy, optimizer):
+    """{weights, moments}: what is trained, and AdamW's state, in this process' shards."""
+    weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
+    if not policy.head.weight.requires_grad:
+        weights.pop("head.weight", None)  # torch leaves it in if it is tied
+    return {"weights": weights, "moments": moments}
+
+
 def save_progress(run, round, policy, optimizer, history):
     """Save weights and AdamW's state in shards that load at another number of processes; the save before goes then."""
     half = run.unfinished / f"round_{round}-step_{len(history):07d}.part"
-    weights, moments = get_state_dict(policy, optimizer)
-    dcp.save({"weights": weights, "moments": moments}, checkpoint_id=half)
+    dcp.save(training_state(policy, optimizer), checkpoint_id=half)
     if rank() == 0:
         older = list(run.unfinished.glob(f"round_{round}-step_???????"))
         write(half / "history.json", history)
@@ -2370,9 +2421,10 @@ def load_progress(run, round, policy, optimizer):
     paths = sorted(run.unfinished.glob(f"round_{round}-step_???????"))
     if not gather(bool(paths))[0]:
         return []
-    weights, moments = get_state_dict(policy, optimizer)
-    dcp.load({"weights": weights, "moments": moments}, checkpoint_id=paths[-1])
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state = training_state(policy, optimizer)
+    dcp.load(state, checkpoint_id=paths[-1])
+    set_state_dict(policy, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"],
+                   options=TRAINED)
     history = read(paths[-1] / "history.json")
     say(f"  training resumes after step {len(history):,}")
     return history
@@ -2394,25 +2446,44 @@ def save_model(network, tokenizer, folder, row):
     for name, tensor in network.state_dict().items():
         tensor = tensor.full_tensor()
         if rank() == 0 and not (name == "lm_head.weight" and network.config.tie_word_embeddings):
-            weights[name] = tensor.cpu()
+            weights[name] = tensor.float().cpu()
     if rank() == 0:
+        base = network.config.name_or_path
+        merge_adapters(network, weights, folder / "adapters")
         network.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         write(folder / ROW, row)
-        base = AutoConfig.from_pretrained(network.config.name_or_path).dtype or torch.float32
-        write(folder / "config.json", read(folder / "config.json") | {"dtype": str(base).removeprefix("torch.")})
+        dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
+        write(folder / "config.json", read(folder / "config.json") | {"dtype": str(dtype).removeprefix("torch.")})
 
 
-def training_flops(parameters, tokens, reference_tokens=0):
-    """6 N per token trained on (forward 2, backward 4; Kaplan et al. 2020), 2 N per token of a reference pass."""
-    return parameters * (6 * tokens + 2 * reference_tokens)
+def merge_adapters(network, weights, folder):
+    """Turn the weights of a model with adapters into those of an ordinary one, W + alpha / r B A, and keep the adapters
+    in a folder, for the next round to continue: merged, their small changes would be lost in a bfloat16 base."""
+    adapters = {}
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLinear):
+            a = adapters[f"{name}.lora_A"] = weights.pop(f"{name}.lora_A")
+            b = adapters[f"{name}.lora_B"] = weights.pop(f"{name}.lora_B")
+            weights[f"{name}.weight"] += module.scale * b @ a
+    if adapters:
+        folder.mkdir()
+        save_file(adapters, folder / "adapters.safetensors")
+        write(folder / "base.json", network.config.name_or_path)
 
 
-def report_training(run, round, history, lengths, epochs, reference, parameters, more):
+def training_flops(parameters, trained, tokens, reference_tokens=0):
+    """6 N per token trained on (2 forward, 2 for the gradients of what flows, 2 for those of the weights, if these are
+    trained; Kaplan et al. 2020), 2 N per token of a reference pass."""
+    return parameters * (4 * tokens + 2 * reference_tokens) + 2 * trained * tokens
+
+
+def report_training(run, round, history, lengths, epochs, reference, network, more):
     """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too."""
     tokens = sum(lengths) * epochs
     reference_tokens = sum(lengths) * reference
-    flops = training_flops(parameters, tokens, reference_tokens)
+    trained = network.num_parameters(only_trainable=True)
+    flops = training_flops(network.num_parameters(), trained, tokens, reference_tokens)
     padded = max(lengths) * len(lengths) / sum(lengths)  # times as many tokens, if all were as long as the longest
     first, last = history[0], history[-1]
     for name in ("loss", "margin", "preferred"):
