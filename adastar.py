@@ -70,6 +70,8 @@ WARMUP = 100.0  # share of the steps, or from 1 on their number; 0 is none (pape
 BATCH_SIZE = 8  # answers per optimizer step, over all GPUs (paper)
 WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (paper; not applied in the code)
 CLIP = 1.0  # largest gradient norm (ours)
+LORA_RANK = 0  # of the adapters that are trained in place of all weights; 0 is full fine-tuning (ours)
+LORA_ALPHA = 32.0  # adapters count LORA_ALPHA / LORA_RANK times (ours)
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is script name and seed (ours)
@@ -264,7 +266,8 @@ def main():
     place = {p["id"]: i for i, p in enumerate(problems)}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
-    training = dict(warmup=WARMUP, epochs=1, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP, decay=False)
+    training = dict(warmup=WARMUP, epochs=1, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP,
+                    lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA, decay=False)
     shots = 0 if PROMPT == "zero_shot" else SHOTS
     order = run.rng("examples").permutation(len(examples))
     fixed = [examples[i] for i in order[:shots + 1]]  # one more than needed, so that none meets itself

@@ -480,6 +480,7 @@ if __name__ == "__main__":  # as a program this file is such a worker, and what 
     checking_worker(*sys.argv[1:])
     sys.exit()
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else memory is lost between tensors
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two runs side by side spin, and crawl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -635,6 +636,7 @@ def prepare(g, *more_problems, models=()):
     kept = 1 + min(g["ROUNDS"], g["KEEP_MODELS"] or g["ROUNDS"])
     gigabytes = (kept + 6) * 4e-9 * count_parameters(g["MODEL"])  # a training may save 12 bytes a parameter, twice
     say(f"  disk     up to {gigabytes:.2g} GB, with {kept} models in float32 (--keep-models)")
+    run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run)
     scored = {"test": tests, "held_out": held_out}
     return run, tokenizer, problems, {kind: of_kind for kind, of_kind in scored.items() if of_kind}
 
@@ -961,6 +963,9 @@ def setup():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+    elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        fail("there is a GPU, but torch cannot use it: its driver is too old for this torch, or torch a build for CPUs "
+             "(to train on the CPU all the same: CUDA_VISIBLE_DEVICES='')")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     options = {}
     if "RANK" not in os.environ:
@@ -2204,7 +2209,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     # Before the first forward pass, after which FSDP shows other parameters than those to be trained
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
-    max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run, network)
+    max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run)
     policy.packs = can_pack(policy)
     if not policy.packs:
         say(f"  {network.config.model_type}: its layers mix packed sequences, so each is trained in a row of its own")
@@ -2335,27 +2340,57 @@ def compute_dtype():
     return torch.bfloat16 if device().type == "cuda" else torch.float32
 
 
-def tokens_that_fit(run, network):
-    """MAX_TOKENS; on a CPU at most what fits into half of the machine's (or the container's) memory.
+def bytes_of_training(model, lora_rank, recompute):
+    """(bytes of a model's weights, gradients and moments over all processes, bytes of a token's activations).
 
-    Not by what is free at the moment: a rerun gets the same. A token takes about 16 H + 6 I floats a layer (H hidden, I
-    intermediate size; SmolLM2-135M: 1.9 MB measured, 2.2 by this)."""
-    wanted = run.constants["MAX_TOKENS"]
+    A number in float32 has 16 bytes with its gradient and AdamW's moments; frozen ones those of the weight. What layers
+    keep of a token: 16 H + 6 I numbers on a CPU (SmolLM2-135M: 1.9 MB measured, 2.2 so), 11 H + 4 I on a GPU (by
+    reading, not measured; H hidden, I intermediate size); recomputed, H, and all of it for one layer at a time."""
+    config = AutoConfig.from_pretrained(local_folder(model)).get_text_config()
+    hidden = config.hidden_size
+    inner = config.intermediate_size
+    layers = config.num_hidden_layers
+    size = compute_dtype().itemsize
+    states = 16 * count_parameters(model)
+    if lora_rank:
+        adapters = lora_rank * layers * (11 * hidden + 3 * inner)  # at most: keys and values may be narrower
+        states = size * count_parameters(model) + 16 * adapters
+    a_layer = size * (11 * hidden + 4 * inner) if device().type == "cuda" else size * (16 * hidden + 6 * inner)
+    a_token = layers * a_layer
+    if recompute:
+        a_token = a_layer + layers * size * hidden
+    return states, a_token
+
+
+def memory_of_process():
+    """Bytes that a process may fill as it trains: its GPU's, or its part of half of the machine's (or container's)."""
     if device().type == "cuda":
-        return wanted
+        return torch.cuda.mem_get_info()[1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     container = Path("/sys/fs/cgroup/memory.max")
     if container.exists() and container.read_text().strip() != "max":
         memory = min(memory, int(container.read_text()))
-    config = network.config.get_text_config()
-    a_token = 4 * config.num_hidden_layers * (16 * config.hidden_size + 6 * config.intermediate_size)
-    states = (4 * network.num_parameters() + 12 * network.num_parameters(only_trainable=True)) / world_size()
-    room = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - states - 16 * LOGITS
-    tokens = max(256, int(room / a_token))
-    if tokens >= wanted:
-        return wanted
-    say(f"  memory   micro-batches of {tokens:,} tokens (not --max-tokens {wanted:,}) fit into half of "
-        f"{memory / 2**30:.0f} GiB")
+    return memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def tokens_that_fit(run):
+    """Tokens of a micro-batch: MAX_TOKENS; on a CPU at most what fits. Says what training will fill, by arithmetic.
+
+    Not by what is free at the moment: a rerun gets the same."""
+    wanted = run.constants["MAX_TOKENS"]
+    model = run.constants["MODEL"]
+    states, a_token = bytes_of_training(model, run.constants["LORA_RANK"], run.constants["RECOMPUTE"])
+    fixed = states / world_size() + 16 * LOGITS  # and the loss
+    memory = memory_of_process()
+    tokens = wanted
+    if device().type != "cuda":
+        tokens = min(wanted, max(256, int((memory - fixed) / a_token)))
+    filled = f"{(fixed + tokens * a_token) / 2**30:.2g} of {memory / 2**30:.3g} GiB a process"
+    say(f"  memory   training fills about {filled}, {tokens * a_token / 2**30:.2g} of it by --max-tokens {tokens:,}")
+    if tokens < wanted:
+        say(f"           which was {wanted:,}: cut to what fits into half of this machine's memory")
+    if fixed + tokens * a_token > memory:
+        say("           that is more than there is: try --recompute, --max-tokens, --lora-rank or more processes")
     return tokens
 
 

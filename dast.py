@@ -69,6 +69,8 @@ EPOCHS = 1  # passes over D_u (code)
 BATCH_SIZE = 32  # answers (pairs) per optimizer step, over all GPUs (code)
 WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (code)
 CLIP = 0.3  # largest gradient norm (code)
+LORA_RANK = 0  # of the adapters that are trained in place of all weights; 0 is full fine-tuning (ours)
+LORA_ALPHA = 32.0  # adapters count LORA_ALPHA / LORA_RANK times (ours)
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is script name and seed (ours)
@@ -264,7 +266,8 @@ def main():
     solved = [p for p in problems if "solution" in p]
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
-    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP,
+                    lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA)
     shots = 0 if PROMPT == "zero_shot" else SHOTS
     order = run.rng("examples").permutation(len(solved))
     fixed = [solved[i] for i in order[:shots + 1]]  # one more than needed, so that none meets itself

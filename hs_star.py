@@ -86,6 +86,8 @@ EPOCHS = 1  # passes over the pairs, and over STEP_SET (code)
 BATCH_SIZE = 256  # pairs (answers) per optimizer step, over all GPUs (code)
 WEIGHT_DECAY = 0.0  # of AdamW; 0 is none (code)
 CLIP = 1.0  # largest gradient norm (ours)
+LORA_RANK = 0  # of the adapters that are trained in place of all weights; 0 is full fine-tuning (ours)
+LORA_ALPHA = 32.0  # adapters count LORA_ALPHA / LORA_RANK times (ours)
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is script name and seed (ours)
@@ -435,7 +437,8 @@ def main():
     by_id = {p["id"]: p for p in problems}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
-    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP)
+    training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP,
+                    lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA)
     shots = SHOTS if PROMPT == "few_shot" else 0
     say("  taus     {} and {}".format(*thresholds()))
     if ROUNDS * SLICE > len(problems):

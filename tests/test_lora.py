@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 import dast
-from conftest import TOY, launch, lines
+from conftest import SCRIPTS, SMALL, TOY, launch, lines, run_of
 from test_losses import SEQUENCES, TWO, examples, start, train  # noqa: F401
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
@@ -147,3 +147,11 @@ def test_adapters_take_few_bytes(start, examples):  # noqa: F811
         if shapes:
             assert sum(p.numel() for p in trained) == sum(shapes)
     assert kept["lora"] < 0.4 * kept["full"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_train_adapters_where_asked_to(tmp_path, script):
+    launch(tmp_path, script, *SMALL[script], "--rounds", 1, "--lora-rank", 3, "--lora-alpha", 6)
+    [*folders] = run_of(tmp_path, script, []).glob("round_*/model/adapters")
+    assert folders
+    assert adapters_of(folders[0].parent)["model.layers.0.mlp.up_proj.lora_A"].shape[0] == 3
