@@ -73,7 +73,9 @@ STYLE text|textbf|textit|textrm|mbox|mathrm|mathbf|boldsymbol|bm|underline|rm|bf
 UNITS (?:square |cubic |sq\.? |cu\.? )?(?:dollar|USD|cent|euro|pound|inche?|feet|foot|ft|yard|yd|mile|mi|
   (?:centi|milli|kilo)?met(?:er|re)|[cmkd]m|[km]g|(?:kilo|milli)?gram|ounce|oz|lb|gallon|lit(?:er|re)|ml|second|sec|
   minute|min|hour|hr|day|week|month|year|mph|kph|unit|people|person|student|child|children|men|women|boy|girl|friend|
-  way|time|point|step|apple|egg|book|clip|ticket|page|cookie|car|dog|cat|coin)s?
+  kid|customer|way|time|point|step|piece|item|word|question|game|book|clip|ticket|page|card|stamp|sticker|pencil|pen|
+  crayon|marble|toy|ball|balloon|shirt|chair|block|coin|can|bag|bottle|cup|pack|slice|calorie|fruit|apple|orange|
+  banana|egg|cookie|cake|cupcake|muffin|animal|pet|bird|fish|dog|cat|car|wheel|tree|plant|flower)s?
 ONE_UNIT (?:<UNITS>|\\(?:<STYLE>)\{ *[a-z] *\})
 UNIT (?i)(.*(?:\d|[^\s\w\\,./]|\\[a-z]+|(?<![A-Za-z\\])[A-Za-z])) *(<ONE_UNIT>(?: ?(?:/|per) ?(?:<ONE_UNIT>|[a-z]))?
   (?: ?\^\{?[23]\}?)?)
@@ -96,39 +98,44 @@ INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
 BOX (?s)(?<!\\)\\+(?:boxed|fbox)(?:\s*\{|\s+(?=[^\s{}$\\]))((?<=\{)<INSIDE>(?=\}|\Z)|(?<!\{)[^\s{}$\\]+)\}?
 EXPLAINS_THE_BOX [\s.?]*|\\[lc]?dots|(?:\\text\{)?\s*(?:[a-z]+ ){0,4}(?:answer|result)(?: here)?[\s}.]*
 SAME_LIST (?is)(?!.{0,200}\b(?:no|wait|actually|correct\w*|instead|final|answer|should|however)\b).{0,200}
-# Mathematics or words before and behind a box (\0) that change what is in it; units, which belong to it.
-BEFORE -\$*(?=\0)|\S[ \t]*-[\s$]*|[+/^_×÷±]|(?<![=|\w-])[<>]|(?<!\*)\*|\d(?=[ \t]*\0)|(?<![A-Za-z\\])[A-Za-z](?=\0)|
-  [+-]\w*\)|
-  \\(?:cdot|times|div|pm|mp|sqrt|pi|neq?|lt|gt|not|neg|log|ln|sin|cos|tan)(?![a-z])|
-  (?:[\^_}]|\\(?:sqrt|[dtc]?frac|binom|overline|sin|cos|tan|ln|log)(?:\[[^\]\n]*\])?)\{[^{}\n]*|
-  \b(?:not|\w+n't|never|cannot|neither|(?:minus|negative)(?=[ $]*\0)|(?:more|less|greater|fewer|larger) than|twice|
-  half|double|suppose|assume|
-  if|maybe|perhaps|possibly)(?: (?:be|is|it|equal|equals|to|the|that|final|answer|value|were|was|of))*
+# Around a box (\0): what may stand before it and behind it, for all else changes what is in it; words that revoke it;
+# units, which belong to it.
+BEFORE (?:(?:\A|\n)(?:[ \t>]|[-*#]+ |\w\d?[.)])*|(?<![<>])=|[:：&~]|\*\*|<[^<> ]*>|
+  (?<![-+/^_$\\])(?<![^*]\*)(?:\\?\$)+|\\[(\[\\]|(?<![\\A-Za-z])[^\W\d_]{2,}|(?:[^\W\d_]|[$)\]}])[.,;]|\\(?:<STYLE>|begin|end)\{[^{}]*\}|
+  \\(?:n|in|implies|iff|therefore|to|equiv|approx|q?quad|[a-z]*rightarrow)(?![a-z]))
+DENIED \S[ \t]*-[\s$]*|\b(?:not|\w+n't|never|cannot|neither|wrong|incorrect|mistake|(?:minus|negative)(?=[ $}]*\0)|
+  twice|half|double|rules? out|(?:more|less|greater|fewer|larger) than|suppose|assume|if|maybe|perhaps|possibly)
+  (?: (?:be|is|it|equal|equals|to|say|the|that|final|answer|value|were|was|of))*
 UNIT_BEHIND \}?(?:[ \t$~]|\\[,;!: ])*(\\?%|\^\{?\\circ\}?|°|(?:\\(?:<STYLE>)\s*\{[\s~]*(?:(?:<UNITS>|
   [a-z])(?:\s*/\s*\w+)?[\s.]*|(?:<SCALES>)\b[^{}]*)\}|
   (?:<UNITS>|<SCALES>)(?![A-Za-z]))(?:\^\{?\d\}?)?)
-BEHIND \Z|\}?(?:[A-Za-z](?![a-z])|\(|(?:[ \t$~]|\\[,;!: ])*(?:[\^_/+>≤≥±×÷]|\*(?!\*)|<(?![/|a-z])|-\s*[\d\\]|
-  (?<!\$)(?<!\$ )\d|
-  !\s*[$\\]|\\(?:pi|sqrt|[dt]?frac|cdot|times|div|pm|mp|theta|alpha|beta|sin|cos|tan|log|ln|left|leq?|geq?|neq?|bmod|
-  cup|cap|infty|binom|vec)(?![a-z])))
+BEHIND (?!\Z)\}?(?:[ \t~]|\\[,;:! ])*(?:\Z|[\n$=&)"'\u3000-\uffef]|\*\*|[.,;:](?!\s*[-\d(])|!(?=\s|\Z)|
+  (?<=[ \t])\(?(?:a |[^\W\d_]{2,})|<(?=[/|])|\\[)\]\\]|
+  \\(?:<STYLE>|end|tag|q?quad|approx|p?mod|checkmark|[a-z]*square)(?![a-z]))
+DENIED_BEHIND \}?(?:[\s$,(]|\\[)\]]|\\text\{)*(?:(?:is|was) (?:wrong|incorrect|false|not (?:correct|right|true|the))|
+  (?:or|if|only|unless|except)\b|and[\s$]*(?:\w ?= ?)?[-\d\\])
 UNIT_HERE \0<UNIT_BEHIND>
-CHANGED (?i)(?:<BEFORE>)(?:[ \t$:]|\\[,;!: ])*\0|\0(?!<UNIT_BEHIND>)(?:<BEHIND>)
+CHANGED (?i)\A(?![^\0]*<BEFORE>(?:[ \t]|\\[,;:! ])*\0(?:<UNIT_BEHIND>|<BEHIND>))|
+  (?:<DENIED>)(?:[ \t$:}]|\\[,;!: ])*\0|\0<DENIED_BEHIND>
 # Without a box: the line behind ####, if it is no heading; <answer>; then what is said by a line or sentence that is
 # nothing but an answer (then the rest), unless what follows revokes it; else the whole text, if it is one short line.
 MARKED (?s)^.*####\s*((?![^\n]*[A-Za-z]{3}[^\n]*\n)[^\n]+).*$|^.*<answer>([^<]*)</answer>.*$
 SAID (?ims)\A.*(?:(?:(?:^|[.!?:。]\s)[\s>*_#-]*(?:(?:so|thus|hence|therefore|then|finally|now|and|no|wait|actually|
   in conclusion)\b[,:]?\s*)*
-  (?:(?:the|our|my)\s+)?(?:(?:correct|final)\s+)*(?:answer|答案|ответ|réponse)[\s*_]*
-  (?:(?:is|was|:|：|是|为|=)+|\n|(?=\$|\\[\[(]))(?!\W*(?:correct|right|wrong|clear|reasonable)\b)[\s*_:：]*)+|
+  (?:(?:the|our|my|la|le|die)\s+)?(?:(?:correct|final|最终)\s*)*(?:answer|答案|答え|답|ответ|réponse|
+  respuesta|resposta|antwort)(?: fina(?:l|le))?[\s*_]*
+  (?:(?:ist?|was|must be|est?|é|:|：|是|为|=)+|\n|(?=\$|\\[\[(]))
+  (?!\W*(?:correct|right|wrong|clear|reasonable)\b)[\s*_:：]*)+|
   ^[ \t]*A:(?=[ \t]*[-+$\\(.\d])\s*)
-  ((?:\\\[.+?\\\]|\$\$.+?\$\$)?[^\n]*?)(?:[.!。](?=\s|[*_]*\s*$)|<\||\n|\Z)(.*)
+  ((?:\\\[.+?\\\]|\$\$.+?\$\$)?[^\n]*?)
+  (?:(?:(?!(?<=\W[a-z])\. [^.\n]+$)[.。]|!(?! ))(?=\s|[*_]*\s*$)|<\||\n|\Z)(.*)
 REVOKED (?i)\b(?:wait|however|actually|but|no|not|\w+n't|wrong|incorrect|mistake\w*|oops|sorry|correction|instead|
   rather|
-  should|maybe|perhaps|unless|else|alternatively|misses|forgot|hmm|redo|re-?check\w*|recount\w*|let me|i get)\b|
-  \bit(?: is|'s) (?!correct|right)
+  should|maybe|perhaps|unless|else|alternatively|misses|forgot|hmm|redo|re-?check\w*|recount\w*|let me|i get|false|
+  contradict\w*|revised|answer:)\b|\bit(?: is|'s) (?!correct|right)|\A(?!\s*(?:since|because)\b)[^<]*\d
 SHORT_LINE (?!.*\\f?box)(.{1,200})()
-EXPLAINED (?i)\b(?:because|since|as (?:required|desired|claimed|wanted|expected)|exactly|in (?:total|all)|
-  altogether|total|
+EXPLAINED (?i)\b(?:because|since|as (?:required|desired|claimed|wanted|expected)|exactly|(?:in (?:total|all)|
+  altogether|total)\W*$|
   it (?:is|does|did|has|can)(?: not|n't)?$)
 # A letter, perhaps with its option's text; a value with a name (f(x) = 2).
 LETTER (?:(?:the |correct )*(?:option|choice|answer)(?: is)?:? )?\(? ?([a-z]) ?\)?(?: ?[-.,:)]+)?(?:(?:(?<=\)) ?|
@@ -142,9 +149,11 @@ NO_DIFFERENCE (?m)^(?:the|an?) |[^\S\n]
 NUMBER [-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*)
 VARIABLE (?<![\\A-Za-z])[A-DF-HJ-Za-df-hj-z](?![A-Za-z])
 # Not for math-verify, which reads them wrongly: words (products of letters), ratios and times, several equations,
-# bases, "7 8", huge factorials; nor a number against what has a variable or a comma: they differ.
+# bases, "7 8", huge factorials, primes, tiny numbers, a tuple as a set; nor a number against what has a
+# variable or a comma: they differ.
 ONLY_AS_TEXT (?m)(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)(?!sqrt|frac|pi\b|sin|cos|tan|log|exp|mod\b)[A-Za-z]{3,}|
-  ^[A-Za-z]{2,}$|:|=[^=\n]*,[^=\n]*=|\d_|(?<!frac )(?<!binom )\b\d+ \d|\d{3}!|
+  ^[A-Za-z]{2,}$|:|=[^=\n]*,[^=\n]*=|\d_|(?<!frac )(?<!binom )\b\d+ \d|\d{3}!|'|
+  \^T|10\^\{?-\d\d|\A\\\{[^(\n]*\n\(|\A\([^(\n]*\n\\\{[^(]*\Z|
   \A(?:<NUMBER>)\n(?!.*=).*(?:,|<VARIABLE>)|\A(?!.*=).*(?:,|<VARIABLE>).*\n(?:<NUMBER>)\Z
 """
 # How an answer is rewritten before it is compared, in this order (\040 is a blank).
@@ -153,12 +162,15 @@ REWRITE = r"""
 [−‐–—] -> -
 ∞ -> \\infty\040
 ° -> ^\\circ\040
+^\s*(-?) ?\\?\$ ?(-?[\d.,{}\\!]*\d)\s*$ -> \1\2 dollar
 √ *([0-9]+|[a-z]|\([^()]*\)) -> \\sqrt{\1}
 \u2044 -> /
 (?<=\d)(?:,?\\!\s*|\{,\}|')+(?=\d{3}) ->
 (?<!\\)\\(?:text)?color\s*\{\w*\}|(?<!\\)\\[()\[\]]|\\?\$|\\displaystyle(?![a-z])|\\(?:left|right)(?![a-z])|\\!|
-  \*\*|\\(?:bf|rm)(?![a-z]) ->
+  \*\*|[€£]|\\(?:bf|rm)(?![a-z]) ->
 \\q?quad(?![a-z])|(?<!\\)\\[,;:> ]|~|\s+ -> \040
+ ?\\times ?(?=10) -> \\cdot
+\\varnothing(?![a-z]) -> \\emptyset
 ^\s*\\f?boxed\s*\{(.*)\}\s*$ -> \1
 \\langle(?![a-z]) -> (
 \\rangle(?![a-z]) -> )
@@ -167,8 +179,9 @@ REWRITE = r"""
 \\(?:text|mbox|mathrm|rm)\s*\{ ?([a-z]) ?\} -> \\text{\1}
 [ ]+ -> \040
 (?<=\d) (?=\d{3}(?![\d/])) ->
-(?<=\d),(?=\d{3}\}|(?:\d{2,3},)*\d{3}(?:\.\d+)?$) ->
+(?<=\d),(?=\d{3}\}|(?:\d{2,3},)*\d{3}(?:\.\d+)?(?: [a-z ]+)?$) ->
 (?i)(?<=\d) *(?:percent(?:age)?|pct)\b -> \\%
+(=.+?),? for (?:all|any|every|some) (?:real |constant )*\\?[a-z]?(?: *\\in *\\mathbb\{R\})?$ -> \1
 (?i)(?<=\d) *degrees?\b -> ^\\circ
 (?<=\d) to (?=\d) -> :
 ,? *\b(?:and|or)\b,? * -> ,\040
@@ -186,6 +199,8 @@ REWRITE = r"""
 ^((\w+) ?= ?[^=]+), \2 ?= ? -> \1,\040
 ^((\w+) ?= ?[^=]+), \2 ?= ? -> \1,\040
 ^[=+\s]+|(?:[.,;:\s]|\\\\)+$ ->
+^x ?= ?([^=,]+), ?y ?= ?([^=,]+)$ -> (\1,\2)
+^y ?= ?([^=,]+), ?x ?= ?([^=,]+)$ -> (\2,\1)
 (?i)^true$ -> yes
 (?i)^false$ -> no
 """

@@ -17,7 +17,7 @@ from conftest import launch
 
 @pytest.mark.parametrize("text, answer", [
     ("so \\boxed{5}.", "5"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed 9", None), ("$\\boxed 9$.", "9"),
-    ("\\boxed {17}", "17"), ("\\fbox{$7$}", "$7$"), ("\\boxed{a\\}b}", "a\\}b"), ("} } \\boxed{4} }", "4"),
+    ("\\boxed {17}", "17"), ("\\fbox{$7$}", "$7$"), ("\\boxed{a\\}b}", "a\\}b"), ("} } so \\boxed{4}. }", "4"),
     ("\\\\boxed{-3}", "-3"), ("\\boxed{", None), ("\\boxed{}", None), ("so \\boxed{4", None),
     ("\\boxed{5}. In \\boxed{} as you wished", "5"), ("\\boxed{answer} it is.\nThe answer is 5.", "5"),
     ("\\boxed{1}. No, \\boxed{2}", "2"), ("\\boxed{1} or \\boxed{2}", "1, 2"), ("1. \\boxed{1}\n2. \\boxed{2}", "1, 2"),
