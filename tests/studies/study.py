@@ -219,8 +219,8 @@ def hs_star(seeds):
 
 SAI_DPO = {"SAI-DPO": [], "knowledge only": ["--select", "knowledge"], "difficulty only": ["--select",
                                                                                            "difficulty"],
-           "static": ["--select", "static"], "random": ["--select", "random"], "middle first": ["--prefer",
-                                                                                                "middle"]}
+           "static": ["--select", "static"], "random": ["--select", "random"], "hardest first": ["--prefer",
+                                                                                                 "hardest"]}
 
 
 def sai_dpo(seeds):
