@@ -3,24 +3,23 @@
 A model answers training problems and learns from its right and wrong answers. HS-STaR finds out with a few answers to
 each problem where the model is at the edge of what it can do, and spends the rest of a fixed budget there.
 
-  M_0 writes its solutions in steps, divided by blank lines. In round t = 1..3, each on its own N problems:
+  M_0 writes its solutions in steps, divided by blank lines. In round t = 1..3, each on its own N problems (code):
   1. Pre-sample n_p answers to each problem. A checker says which are right, a process reward model (PRM) how good the
-     steps of each look: S(r) = min over its steps. phi_a = share right, phi_r = mean of S. The problem is an
+     steps of each look: S(r) = min over its steps. phi_a = share right, phi_r = mean of S. The problem is an (code)
        inlier   if phi_a = 1 and phi_r > tau_high        (solved, and soundly)
        outlier  if phi_a = 0 and phi_r < tau_low         (hopeless for now)
        boundary otherwise.
-  2. Re-sample: the remaining (n - n_p) N answers of the budget go to the boundary problems, evenly.
+  2. Re-sample: the remaining (n - n_p) N answers of the budget go to the boundary problems, evenly (paper, code).
   3. Pairs, per boundary problem: K = min(right, wrong); the K best-looking right answers against the K best-looking
-     wrong ones, by S.  M_t = DPO of M_{t-1} on them, which is the reference too.
+     wrong ones, by S (code).  M_t = DPO of M_{t-1} on them (code), which is the reference too (ours).
 
 Of the paper we could read the abstract, its first lines and a figure; its code lacks the programs that sample and
-train, and so the loss: plain DPO is ours. The rules above, thresholds and settings are the code's, where marked so;
-thresholds are known for one of the paper's three backbones, Qwen2.5-7B. Differs from the code in: M_0 is MODEL as it
-is, unless there is a STEP_SET (solutions with blank lines between steps); phi_r is a mean over all n_p answers, not
-over the different ones; exactly the budget is drawn, where the code draws more and drops it; an answer that was cut
-counts as wrong, and is in no pair; in DPO prompt and answer stay whole, where the code caps both together at 2,048
-tokens; answers are checked by math-verify, and never read off as the last number; AIME24 and AMC23 are for eval.py
-(--samples 32, and SYSTEM's words as --first).
+train, and so the loss: plain DPO is ours. Thresholds are known for one of the paper's three backbones, Qwen2.5-7B.
+Differs from the code in: M_0 is MODEL as it is, unless there is a STEP_SET (solutions with blank lines between steps);
+phi_r is a mean over all n_p answers, not over the different ones; exactly the budget is drawn, where the code draws
+more and drops it; an answer that was cut counts as wrong, and is in no pair; in DPO prompt and answer stay whole, where
+the code caps both together at 2,048 tokens; answers are checked by math-verify, and never read off as the last number;
+AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's words as --first).
 
   python hs_star.py --toy                                     2 CPU cores: 1 min, 57 % (measured)
   python hs_star.py --model Qwen/Qwen2.5-7B                   one GPU: not measured yet

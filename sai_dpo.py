@@ -4,25 +4,24 @@ A model answers training problems and learns from its right and wrong answers. S
 model is weak at: it probes a few problems of every kind, and draws the round's problems to match.
 
   Once: a tagger names the knowledge points T(x) of each problem x, a sentence encoder turns them into a vector, and
-  K-Means groups the vectors into clusters C_j. 1 % of the problems, some of each cluster, are its probe S_j.
-  In round t = 1..5, with K answers of pi_{t-1} to a problem, of which the share p(x) is right:
-  1. Probe. Error mass of a cluster, where A_j are its problems not drawn yet, in units of the probe; and its share:
-       m(j) = |A_j| / |S_j| * sum over S_j of (1 - p(x)),     q(j) = (m(j) + a) / sum of all (m + a)
-  2. Draw 20,000 problems, none twice, so that P(x) ~ q(j) d(j) / |A_j|, where d(j) is the mean over S_j of 4 p (1 - p).
-  3. Roll out. Self-aware difficulty is the key (1 - p, mean steps, mean length), compared in that order. Of the
+  K-Means groups the vectors into clusters C_j (paper). 1 % of the problems (paper), some of each cluster, are its
+  probe S_j. In round t = 1..5, with K = 8 answers (paper) of pi_{t-1} to a problem, of which the share p(x) is right:
+  1. Probe (paper). Error mass of a cluster, where A_j are its problems not drawn yet; and its share (formulas: ours):
+       m(j) = |A_j| / |S_j| * sum over S_j of (1 - p(x)), in units of the probe,     q(j) = (m(j) + a) / sum of (m + a)
+  2. Draw 20,000 problems, none twice: P(x) ~ q(j) d(j) / |A_j|, d(j) the mean over S_j of 4 p (1 - p) (formula: ours).
+  3. Roll out. Self-aware difficulty is the key (1 - p, mean steps, mean length), compared in that order (paper). Of the
      learnable problems, answered both right and wrong, those nearest to p = 1/2 are trained on, of these the hardest
-     first: at most 5,000, of each cluster its share q(j).
-  4. Pairs: one random right answer against one random wrong one.  pi_t = DPO of pi_{t-1}, its reference too, on them.
+     first: at most 5,000, of each cluster its share q(j) (ours).
+  4. Pairs: a random right answer against a random wrong one (paper). pi_t = DPO of pi_{t-1}, its reference too (proxy).
 
-The paper's body could not be read, and no code was released. (paper) marks what abstract and reviews tell: the tagger,
-embedding and K-Means; a representative 1 % probe; clusters with errors drawn more; K = 8; the key's order; random
-pairs. (proxy) is Online-DPO-R1's, whose 20,000 prompts a round these seem to be, or a later paper's of one of the
-authors. All else is ours, formulas and readings too: "20,000 training samples" a round are drawn before the filter (to
-train on as many: --pairs-per-round 20000, and more --samples-per-round); P@K is the share right, as the abstract's
-"pass rates" suggest (a review: "at least one of K"); at "the frontier", neither too easy nor too difficult, is what is
-nearest to p = 1/2, in draw and filter (--no-difficulty-before --prefer hardest: by the key alone). Labels are not
-smoothed (proxies: 0.1); no probe problem is trained on, so that probes compare; all arms probe, so that they cost the
-same; cut answers count as wrong, and are in no pair.
+The paper's body could not be read, and no code was released: (paper) is what its abstract and reviews tell, (proxy) is
+Online-DPO-R1's, whose 20,000 prompts a round these seem to be, or a later paper's of one of the authors; all else is
+ours. Three readings are ours too: "20,000 training samples" a round are drawn before the filter (to train on as many:
+--pairs-per-round 20000, and more --samples-per-round); P@K is the share right, as the abstract's "pass rates" suggest
+(a review: "at least one of K"); the model's "frontier", neither too easy nor too difficult, is p = 1/2, in draw and
+filter (--no-difficulty-before --prefer hardest: by the key alone). Also ours: no probe problem is trained on, so that
+probes compare; all arms probe, so that they cost the same; an answer that was cut counts as wrong, and is in no pair;
+labels are not smoothed (proxies: 0.1).
 
   python sai_dpo.py --toy                                     2 CPU cores: 1.3 min, 61 % (measured)
   python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
