@@ -15,13 +15,13 @@ model is weak at: it probes a few problems of every kind, and draws the round's 
   4. Pairs: a random right answer against a random wrong one (paper). pi_t = DPO of pi_{t-1}, its reference too (proxy).
 
 The paper's body could not be read, and no code was released: (paper) is what its abstract and reviews tell, (proxy) is
-Online-DPO-R1's, whose 20,000 prompts a round these seem to be, or a later paper's of one of the authors; all else is
-ours. Three readings are ours too: "20,000 training samples" a round are drawn before the filter (to train on as many:
---pairs-per-round 20000, and more --samples-per-round); P@K is the share right, as the abstract's "pass rates" suggest
-(a review: "at least one of K"); the model's "frontier", neither too easy nor too difficult, is p = 1/2, in draw and
-filter (--no-difficulty-before --prefer hardest: by the key alone). Also ours: no probe problem is trained on, so that
-probes compare; all arms probe, so that they cost the same; an answer that was cut counts as wrong, and is in no pair;
-labels are not smoothed (proxies: 0.1).
+Online-DPO-R1's, with 20,000 prompts a round, or a later paper's of one of the authors; all else is ours. So are three
+readings: "20,000 training samples" a round are drawn before the filter (to train on as many: --pairs-per-round 20000,
+and more --samples-per-round); P@K is the share right, as the abstract's "pass rates" suggest (a review: "at least one
+of K"); the model's "frontier", neither too easy nor too difficult, is p = 1/2, in draw and filter
+(--no-difficulty-before --prefer hardest: by the key alone). Also ours: no probe problem is trained on, so that probes
+compare; all arms probe, so that they cost the same; cut answers count as wrong and are in no pair; labels are not
+smoothed (proxies: 0.1).
 
   python sai_dpo.py --toy                                     2 CPU cores: 1.3 min, 61 % (measured)
   python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
@@ -287,8 +287,7 @@ def tag_problems(problems):
 
     sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat", temperature=0.6,
            top_p=0.95, max_new_tokens=TAG_TOKENS)
-    say("correct are outputs with tags (where these are few, read some); runs on these problems use them: "
-        f"{run.folder}/round_0/outputs.jsonl")
+    say(f"correct are outputs with tags; runs on these problems use them: {run.folder}/round_0/outputs.jsonl")
 
 
 def tags_of(problems, held_out):
@@ -376,8 +375,7 @@ def embed(name, texts, batch_size=64):
 
 
 def first_centres(points, k, rng):
-    """Return at most k different points as centres (k, H), each next one with a chance in proportion to its squared
-    distance to those before (k-means++; Arthur & Vassilvitskii 2007)."""
+    """Return at most k different points as centres (k, H), by k-means++ (Arthur & Vassilvitskii 2007)."""
     centres = points[[rng.integers(len(points))]]
     while len(centres) < k:
         squares = torch.cdist(points, centres).min(1).values.double().square()
@@ -390,8 +388,7 @@ def first_centres(points, k, rng):
 
 
 def kmeans(points, k, rng, starts=10, steps=100):
-    """Return the cluster of each point (n,), 0 the largest, at most k, of points (n, H): Lloyd's algorithm; of all
-    starts that with the smallest sum of squared distances to the centres."""
+    """Return the cluster of each point (n,), at most k, 0 the largest, of points (n, H): Lloyd's algorithm, best start."""
     points = torch.from_numpy(points)
     smallest = math.inf
     for _ in range(starts):
@@ -403,7 +400,7 @@ def kmeans(points, k, rng, starts=10, steps=100):
             if torch.equal(means, centres):
                 break
             centres = means
-        inertia = float(distances.square().sum())
+        inertia = distances.square().sum()
         if inertia < smallest:
             smallest = inertia
             clusters = closest
@@ -444,9 +441,14 @@ def report_clusters(run, t, groups, errors, selection):
         say("           fewer are learnable than --pairs-per-round, so their order has no say")
 
 
-def main():
+def check_constants():
+    """End the program where constants do not go together."""
     if PREFER == "hardest" and "difficulty" not in ARMS[SELECT]:
         fail(f"--prefer hardest is for a --select that looks at difficulty, not {SELECT}")
+
+
+def main():
+    check_constants()
     if TAG:
         return tag_problems(load_problems(TRAIN_DATA, "train", DATA, N_TRAIN))
     run, tokenizer, problems, tests = prepare(globals(), models=[] if EMBEDDER == "tfidf" else [EMBEDDER])
