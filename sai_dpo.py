@@ -18,10 +18,9 @@ The paper's body could not be read, and no code was released: (paper) is what it
 Online-DPO-R1's, with 20,000 prompts a round, or a later paper's of one of the authors; all else is ours. So are three
 readings: "20,000 training samples" a round are drawn before the filter (to train on as many: --pairs-per-round 20000,
 and more --samples-per-round); P@K is the share right, as the abstract's "pass rates" suggest (a review: "at least one
-of K"); the model's "frontier", neither too easy nor too difficult, is p = 1/2, in draw and filter
-(--no-difficulty-before --prefer hardest: by the key alone). Also ours: no probe problem is trained on, so that probes
-compare; all arms probe, so that they cost the same; cut answers count as wrong and are in no pair; labels are not
-smoothed (proxies: 0.1).
+of K"); the model's "frontier", not too easy or difficult, is p = 1/2, in draw and filter (by the key alone: --prefer
+hardest --no-difficulty-before). Also ours: no probe problem is trained on, so that probes compare; all arms probe, so
+that they cost the same; cut answers count as wrong and are in no pair; no label smoothing (proxies: 0.1).
 
   python sai_dpo.py --toy                                     2 CPU cores: 1.3 min, 61 % (measured)
   python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
@@ -388,7 +387,7 @@ def first_centres(points, k, rng):
 
 
 def kmeans(points, k, rng, starts=10, steps=100):
-    """Return the cluster of each point (n,), at most k, 0 the largest, of points (n, H): Lloyd's algorithm, best start."""
+    """Return the cluster of each point (n,), at most k, 0 the largest, of points (n, H): Lloyd's, the best start."""
     points = torch.from_numpy(points)
     smallest = math.inf
     for _ in range(starts):
