@@ -120,7 +120,7 @@ TOY = dict(MODEL="tests/toy/model", PRM="tests/toy/prm", TRAIN_DATA="tests/toy/t
 # The method -----------------------------------------------------------------------------------------------------------
 
 def slice_of(n, t, run):
-    """The places of round t's problems among n: SLICE of them, in order.
+    """Return the places of round t's problems among n: SLICE of them, in order.
 
     Rounds have none in common until fewer than SLICE are left; then it begins anew, in another order."""
     slices = max(1, n // SLICE)
@@ -130,13 +130,13 @@ def slice_of(n, t, run):
 
 
 def reward_of(steps):
-    """S(r), the reward of a response: that of its worst step, or 0 if the PRM could read none."""
+    """Return S(r), the reward of a response: that of its worst step, or 0 if the PRM could read none."""
     return min(steps, default=0.0)
 
 
 def difficulty_of(outcomes, rewards):
-    """(phi_a, phi_r, class) of a problem, from its n_p pre-samples: share correct, mean reward, and "inlier", "outlier"
-    or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
+    """Return (phi_a, phi_r, class) of a problem from its n_p pre-samples: share correct, mean reward, and "inlier",
+    "outlier" or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
     phi_a = outcomes.count(1) / len(outcomes)
     phi_r = statistics.mean(rewards)
     tau_low, tau_high = thresholds()
@@ -150,22 +150,22 @@ def difficulty_of(outcomes, rewards):
 
 
 def thresholds():
-    """(tau_low, tau_high): as given, else the known ones of this PRM and model, else zeros."""
+    """Return (tau_low, tau_high): as given, else the known ones of this PRM and model, else zeros."""
     low, high = TAUS.get((Path(PRM).name, Path(MODEL).name), (0.0, 0.0))
     return TAU_LOW or low, TAU_HIGH or high
 
 
 def quotas(classes, rng):
-    """How many more answers each problem gets: the rest of the budget, spread over the boundary, one more for random
-    ones. 101 problems, 56 of them boundary: of 505 answers 55 problems get 9, and one gets 10."""
+    """Return how many more answers each problem gets: the rest of the budget, spread over the boundary, one more for
+    random ones. 101 problems, 56 of them boundary: of 505 answers 55 problems get 9, and one gets 10."""
     total = (BUDGET - PRE_SAMPLES) * len(classes)
     counts = iter(spread_evenly(total, max(1, classes.count("boundary")), rng))
     return [next(counts) if name == "boundary" else 0 for name in classes]
 
 
 def choose_pairs(outcomes, rewards, rng):
-    """[(draw to prefer, draw to reject)] of a problem: K of its right and K of its wrong draws, K the smaller number,
-    those with the highest reward (of equals the first), joined at random: so the rejected ones are hard to tell."""
+    """Return [(draw to prefer, draw to reject)]: K right and K wrong draws of a problem, K the smaller number, those
+    with the highest reward (of equals the first), joined at random; so the rejected ones are hard to tell."""
     draws = rng.permutation(len(outcomes))
     if PAIRING == "hard":
         draws = sorted(range(len(outcomes)), key=lambda draw: -rewards[draw])
@@ -344,7 +344,7 @@ def draw_and_read(run, file, prm, model, problems, draws, prompt, drawn):
 
 
 def classify(problems, presamples):
-    """[(phi_a, phi_r, class)], parallel to problems, from their pre-samples."""
+    """Return [(phi_a, phi_r, class)], parallel to problems, from their pre-samples."""
     by_id = by_problem(presamples)
     difficulties = []
     for problem in problems:
@@ -371,7 +371,7 @@ def select(problems, difficulties, counts, responses, run, t):
 
 
 def report_rewards(run, t, difficulties):
-    """phi_r of the problems by phi_a, as quantiles: what thresholds can be chosen by."""
+    """Report phi_r of the problems by phi_a, as quantiles: what thresholds can be chosen by."""
     found = {}
     for phi_a in sorted({a for a, _, _ in difficulties}):
         phi_r = [r for a, r, _ in difficulties if a == phi_a]

@@ -122,15 +122,15 @@ TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DAT
 # The method -----------------------------------------------------------------------------------------------------------
 
 def steps_of(text):
-    """How many steps a response has: its "Step k" markers, or where there are none, the blocks between blank lines."""
+    """Count the steps of a response: its "Step k" markers, or where there are none, the blocks between blank lines."""
     marked = re.findall(r"(?im)^[ \t]*(?:#+ *)?(?:\*\*)?step[ \t]+\d+", text)
     blocks = re.split(r"\n\s*\n", text.strip())
     return len(marked) or len(blocks)
 
 
 def measure(responses):
-    """[{id, outcomes, p, steps, length}] of problems, probed or drawn, from K answers each: p is the share right, steps
-    and length are means. A cut answer is wrong and has neither steps nor length; where all were cut, these are 0."""
+    """Return [{id, outcomes, p, steps, length}] of problems, probed or drawn, from K answers each: p is the share
+    right, steps and length are means. A cut answer is wrong and in neither mean; where all were cut, both are 0."""
     rows = []
     for i, drawn in by_problem(responses).items():
         outcomes = outcomes_of(drawn)
@@ -143,7 +143,7 @@ def measure(responses):
 
 
 def probe_of(clusters, rng):
-    """Places of the problems that are probed, in order: PROBE of each cluster, but 2 at least (or all that it has)."""
+    """Return the places of the problems to probe, in order: PROBE of each cluster, but 2 at least (or all it has)."""
     probe = []
     for cluster, size in enumerate(np.bincount(clusters)):
         members = rng.permutation(np.flatnonzero(clusters == cluster))
@@ -152,25 +152,25 @@ def probe_of(clusters, rng):
 
 
 def mean_by(clusters, values):
-    """The mean of the values (m,) of each cluster, (k,), from their clusters (m,)."""
+    """Return the mean of each cluster (k,) of values (m,) whose clusters are given (m,)."""
     return np.bincount(clusters, values) / np.bincount(clusters)
 
 
 def error_masses(rates, clusters, unused):
-    """m(j) from p (m,) and cluster (m,) of the probed problems and the number of unused ones of each cluster (k,): what
-    the probe failed at, carried over to these, and scaled so that the masses sum to the probe's errors."""
+    """Return m(j), (k,), from p and cluster (m,) of the probed problems and the number of unused ones of each cluster
+    (k,): what the probe failed at, carried over to these, and scaled to sum to the probe's errors."""
     masses = unused * mean_by(clusters, 1 - rates)
     return masses * sum(1 - rates) / max(masses.sum(), 1e-12)  # 0 where nothing failed
 
 
 def shares_of(masses):
-    """q(j); they sum to one, and are all the same where nothing failed."""
+    """Return q(j), (k,): they sum to one, and are all the same where nothing failed."""
     smoothed = masses + max(SMOOTHING, 1e-12)
     return smoothed / smoothed.sum()
 
 
 def weights_of(shares, rates, clusters):
-    """What clusters are drawn by, (k,), from p and cluster (m,) of the probed problems; None: all problems alike."""
+    """Return what clusters are drawn by, (k,), from p and cluster (m,) of the probe; None: all problems alike."""
     if "clusters" not in ARMS[SELECT]:
         return None
     if not DIFFICULTY_BEFORE or "difficulty" not in ARMS[SELECT]:
@@ -180,7 +180,7 @@ def weights_of(shares, rates, clusters):
 
 
 def take(clusters, weights, n):
-    """Places of n problems, the first ones of each cluster (n,), by the weights of clusters (k,); None: of all."""
+    """Return the places of n problems: the first of each cluster, by the weights of clusters (k,); None: of all."""
     if weights is None:
         return np.arange(len(clusters))[:n]
     room = np.bincount(clusters, minlength=len(weights))
@@ -191,18 +191,18 @@ def take(clusters, weights, n):
 
 
 def draw(unused, clusters, weights, n, rng):
-    """Places of n unused problems: by the weights of their clusters, at random inside these; None: all at random."""
+    """Draw n unused problems, by places: by the weights of clusters, at random inside these; None: all at random."""
     unused = rng.permutation(unused)
     return np.sort(unused[take(clusters[unused], weights, n)])
 
 
 def is_learnable(row):
-    """Whether a problem was answered both right and wrong, so that there is a pair."""
+    """Tell whether a problem was answered both right and wrong, so that there is a pair."""
     return 1 in row["outcomes"] and 0 in row["outcomes"]
 
 
 def priority_of(row):
-    """What of the learnable problems is trained on first: the largest. Nearest to p = 1/2, of these the hardest."""
+    """Rank a learnable problem; the largest is trained on first: nearest to p = 1/2, of equals the hardest."""
     key = 1 - row["p"], row["steps"], row["length"]  # self-aware difficulty, larger is harder
     if PREFER == "hardest":
         return key
@@ -210,8 +210,8 @@ def priority_of(row):
 
 
 def keep(rows, shares, rng):
-    """The learnable rows that are trained on, PAIRS_PER_ROUND at most: by priority (in arms that do not look at
-    difficulty, random ones), of each cluster its share (in arms that know of clusters)."""
+    """Return the learnable rows to train on, PAIRS_PER_ROUND at most: by priority (at random in arms that do not look
+    at difficulty), of each cluster its share (in arms that know of clusters)."""
     learnable = [row for row in rows if is_learnable(row)]
     rng.shuffle(learnable)
     if "difficulty" in ARMS[SELECT]:
@@ -222,7 +222,7 @@ def keep(rows, shares, rng):
 
 
 def choose_pair(outcomes, rng):
-    """[draw to prefer, draw to reject]: a random right one and a random wrong one."""
+    """Return [draw to prefer, draw to reject]: a random right one and a random wrong one."""
     right = [draw for draw, outcome in enumerate(outcomes) if outcome == 1]
     wrong = [draw for draw, outcome in enumerate(outcomes) if outcome == 0]
     return [int(rng.choice(right)), int(rng.choice(wrong))]
@@ -240,14 +240,14 @@ def dpo_loss(logprobs, batch):
 # Knowledge points: tags by a language model, clusters of tags ---------------------------------------------------------
 
 def tag_request(problem):
-    """What the tagger is asked."""
+    """Return what the tagger is asked."""
     return ("List the 1 to 5 mathematical knowledge points that are needed to solve this problem, as a JSON list of "
             f"short English phrases, the most general first. Do not solve it.\n\nProblem: {problem['problem']}")
 
 
 def parse_tags(output):
-    """The tags in a tagger's output {text, finish}: of the last list of quoted strings behind its thoughts the first
-    five different phrases, in lower case; none if it was cut."""
+    """Return the tags in a tagger's output {text, finish}: of the last list of quoted strings behind its thoughts the
+    first five different phrases, in lower case; none if it was cut."""
     if output["finish"] != "stop":
         return []
     text = output["text"].rpartition("</think>")[2][-2000:]
@@ -260,13 +260,13 @@ def parse_tags(output):
 
 
 def tags_name(problems):
-    """The folder under runs/ that keeps the tags of these problems, held-out ones too: all seeds and arms share it."""
+    """Return the folder under runs/ for the tags of these problems, held-out ones too; all seeds and arms share it."""
     requests = sorted((problem["id"], tag_request(problem)) for problem in problems)
     return f"tags/{seed_of(TAGGER, TAG_TOKENS, requests):x}"
 
 
 def tag_problems(problems):
-    """Have TAGGER name the knowledge points of problems, at most two tries each; resumes like any run."""
+    """Have TAGGER name the knowledge points of problems, at most two tries each; resume like any run."""
     tagger = load_tokenizer(TAGGER, "chat")
     constants = {name: globals()[name] for name in MACHINE}
     constants |= {"MODEL": TAGGER, "SEED": 0, "GRADER": "", "NAME": tags_name(problems), "__file__": __file__}
@@ -290,7 +290,7 @@ def tag_problems(problems):
 
 
 def tags_of(problems, held_out):
-    """The tags of each problem: its own, else those that --tag has found, else none."""
+    """Return the tags of each problem: its own, else those that --tag has found, else none."""
     path = Path(f"runs/{tags_name(problems + held_out)}/round_0/outputs.jsonl")
     found = {}
     if path.exists():
@@ -305,7 +305,7 @@ def tags_of(problems, held_out):
 
 
 def group(problems, tags, run):
-    """round_0/clusters.jsonl: {id, tags, cluster, probed} of each problem, by its tags, or its text if it has none."""
+    """Group problems by their tags, or their texts where they have none: {id, tags, cluster, probed} of each."""
     texts = [", ".join(own) or p["problem"] for p, own in zip(problems, tags)]
     clusters = cluster_texts(EMBEDDER, texts, N_CLUSTERS, run.rng("clusters"))
     probed = set(probe_of(clusters, run.rng("probe")))
