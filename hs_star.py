@@ -166,9 +166,9 @@ def quotas(classes, rng):
 def choose_pairs(outcomes, rewards, rng):
     """Return [(draw to prefer, draw to reject)]: K right and K wrong draws of a problem, K the smaller number, those
     with the highest reward (of equals the first), joined at random; so the rejected ones are hard to tell."""
-    draws = rng.permutation(len(outcomes))
-    if PAIRING == "hard":
-        draws = sorted(range(len(outcomes)), key=lambda draw: -rewards[draw])
+    draws = sorted(range(len(outcomes)), key=lambda draw: -rewards[draw])
+    if PAIRING == "random":
+        draws = rng.permutation(draws).tolist()
     right = [draw for draw in draws if outcomes[draw] == 1]
     wrong = [draw for draw in draws if outcomes[draw] == 0]
     k = min(len(right), len(wrong))
