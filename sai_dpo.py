@@ -104,11 +104,9 @@ KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still nee
 KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
 WANDB = False  # log to Weights & Biases too (ours)
 
-# What the arms of SELECT go by: of clusters the draw and what is kept, by their shares; of difficulty, both again
-ARMS = {"both": ("clusters", "difficulty"), "static": ("clusters", "difficulty"), "knowledge": ("clusters",),
-        "difficulty": ("difficulty",), "random": ()}
-
 # What is legal: the values, or the least one (of other numbers 0)
+ARMS = {"both": ("clusters", "difficulty"), "static": ("clusters", "difficulty"), "knowledge": ("clusters",),
+        "difficulty": ("difficulty",), "random": ()}  # of SELECT: what they draw by, and keep by
 LEGAL = dict(START=("base", "previous"), TAG_TOKENS=1, N_CLUSTERS=1, SELECT=tuple(ARMS), SAMPLES_PER_ROUND=1,
              K_SAMPLES=1, PREFER=("middle", "hardest"), PAIRS_PER_ROUND=1, PROMPT=("few_shot", "zero_shot", "chat"),
              THINK=("", "on", "off"), MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1, MAX_TOKENS=1,
