@@ -3,22 +3,23 @@
 A model answers training problems and learns from its right and wrong answers. HS-STaR finds out with a few answers to
 each problem where the model is at the edge of what it can do, and spends the rest of a fixed budget there.
 
-  M_0 writes its solutions in steps, divided by blank lines. In round t = 1..3, each on its own N problems:
+  M_0 writes its solutions in steps, divided by blank lines. In round t = 1..3, each on its own N problems (code):
   1. Pre-sample n_p answers to each problem. A checker says which are right, a process reward model (PRM) how good the
-     steps of each look: S(r) = min over its steps. phi_a = share right, phi_r = mean of S. The problem is an
+     steps of each look: S(r) = min over its steps. phi_a = share right, phi_r = mean of S. The problem is an (code)
        inlier   if phi_a = 1 and phi_r > tau_high        (solved, and soundly)
        outlier  if phi_a = 0 and phi_r < tau_low         (hopeless for now)
        boundary otherwise.
-  2. Re-sample: the remaining (n - n_p) N answers of the budget go to the boundary problems, evenly.
+  2. Re-sample: the remaining (n - n_p) N answers of the budget go to the boundary problems, evenly (paper, code).
   3. Pairs, per boundary problem: K = min(right, wrong); the K best-looking right answers against the K best-looking
-     wrong ones, by S.  M_t = DPO of M_{t-1} on them, which is the reference too.
+     wrong ones, by S (code).  M_t = DPO of M_{t-1} on them (code), which is the reference too (ours).
 
 Of the paper we could read the abstract, its first lines and a figure; its code lacks the programs that sample and
-train, and so the loss: plain DPO is ours. The rules above, thresholds and settings are the code's, where marked so.
+train, and so the loss: plain DPO is ours. Thresholds are known for one of the paper's three backbones, Qwen2.5-7B.
 Differs from the code in: M_0 is MODEL as it is, unless there is a STEP_SET (solutions with blank lines between steps);
 phi_r is a mean over all n_p answers, not over the different ones; exactly the budget is drawn, where the code draws
-more and drops it; an answer that was cut counts as wrong, and is in no pair; answers are checked by math-verify, and
-never read off as the last number; AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's words as --first).
+more and drops it; an answer that was cut counts as wrong, and is in no pair; in DPO prompt and answer stay whole, where
+the code caps both together at 2,048 tokens; answers are checked by math-verify, and never read off as the last number;
+AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's words as --first).
 
   python hs_star.py --toy                                     2 CPU cores: 1 min, 57 % (measured)
   python hs_star.py --model Qwen/Qwen2.5-7B                   one GPU: not measured yet
@@ -31,8 +32,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (bar, by_problem, compute_dtype, device, encode, end_round, evaluate, fail, final_table, gather,
-                    give_memory_back, hidden_states, launch, load_network, load_solved, load_tokenizer,
+from common import (bar, by_problem, compute_dtype, context_of, device, encode, end_round, evaluate, fail, final_table,
+                    gather, give_memory_back, hidden_states, launch, load_network, load_solved, load_tokenizer,
                     local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank,
                     report, round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly,
                     threads_per_process, torn_lines, train, weight_files, worked_examples, world_size, write_line)
@@ -40,7 +41,7 @@ import torch  # behind common, which keeps torch's threads from spinning
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, AutoModel
+from transformers import AttentionInterface, AutoModel
 
 # What to run
 MODEL = "Qwen/Qwen2.5-7B"  # M_0, or the base that is trained on STEP_SET first: a Hub name or a folder (code)
@@ -121,7 +122,7 @@ TOY = dict(MODEL="tests/toy/model", PRM="tests/toy/prm", TRAIN_DATA="tests/toy/t
 # The method -----------------------------------------------------------------------------------------------------------
 
 def slice_of(n, t, run):
-    """The places of round t's problems among n: SLICE of them, in order.
+    """Return the places of round t's problems among n: SLICE of them, in order.
 
     Rounds have none in common until fewer than SLICE are left; then it begins anew, in another order."""
     slices = max(1, n // SLICE)
@@ -131,58 +132,49 @@ def slice_of(n, t, run):
 
 
 def reward_of(steps):
-    """S(r), the reward of a response: that of its worst step, or 0 if the PRM could read none."""
+    """Return S(r), the reward of a response: that of its worst step, or 0 if the PRM could read none."""
     return min(steps, default=0.0)
 
 
 def difficulty_of(outcomes, rewards):
-    """(phi_a, phi_r, class) of a problem, from its n_p pre-samples: share correct, mean reward, and "inlier", "outlier"
-    or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
+    """Return (phi_a, phi_r, class) of a problem from its n_p pre-samples: share correct, mean reward, and "inlier",
+    "outlier" or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
     phi_a = outcomes.count(1) / len(outcomes)
     phi_r = statistics.mean(rewards)
     tau_low, tau_high = thresholds()
-    inlier = phi_a == 1 or DIFFICULTY == "reward"
-    outlier = phi_a == 0 or DIFFICULTY == "reward"
-    if DIFFICULTY != "accuracy":
-        inlier = inlier and phi_r > tau_high
-        outlier = outlier and phi_r < tau_low
-    if inlier:
+    by_reward = DIFFICULTY == "reward"
+    by_accuracy = DIFFICULTY == "accuracy"
+    if (phi_a == 1 or by_reward) and (phi_r > tau_high or by_accuracy):
         return phi_a, phi_r, "inlier"
-    if outlier:
+    if (phi_a == 0 or by_reward) and (phi_r < tau_low or by_accuracy):
         return phi_a, phi_r, "outlier"
     return phi_a, phi_r, "boundary"
 
 
 def thresholds():
-    """(tau_low, tau_high): as given, else the known ones of this PRM and model, else zeros."""
-    known = TAUS.get((Path(PRM).name, Path(MODEL).name), (0.0, 0.0))
-    return TAU_LOW or known[0], TAU_HIGH or known[1]
+    """Return (tau_low, tau_high): as given, else the known ones of this PRM and model, else zeros."""
+    low, high = TAUS.get((Path(PRM).name, Path(MODEL).name), (0.0, 0.0))
+    return TAU_LOW or low, TAU_HIGH or high
 
 
 def quotas(classes, rng):
-    """How many more answers each problem gets: the rest of the budget, spread over the boundary, one more for random
-    ones. 101 problems, 56 of them boundary: of 505 answers 55 problems get 9, and one gets 10."""
-    boundary = [i for i, name in enumerate(classes) if name == "boundary"]
-    counts = [0] * len(classes)
-    if boundary:
-        total = (BUDGET - PRE_SAMPLES) * len(classes)
-        for i, count in zip(boundary, spread_evenly(total, len(boundary), rng)):
-            counts[i] = count
-    return counts
+    """Return how many more answers each problem gets: the rest of the budget, spread over the boundary, one more for
+    random ones. 101 problems, 56 of them boundary: of 505 answers 55 problems get 9, and one gets 10."""
+    total = (BUDGET - PRE_SAMPLES) * len(classes)
+    counts = iter(spread_evenly(total, max(1, classes.count("boundary")), rng))
+    return [next(counts) if name == "boundary" else 0 for name in classes]
 
 
 def choose_pairs(outcomes, rewards, rng):
-    """[(draw to prefer, draw to reject)] of a problem: K of its right and K of its wrong draws, K the smaller number,
-    those with the highest reward (of equals the first), joined at random: so the rejected ones are hard to tell."""
-    right = [draw for draw, outcome in enumerate(outcomes) if outcome == 1]
-    wrong = [draw for draw, outcome in enumerate(outcomes) if outcome == 0]
+    """Return [(draw to prefer, draw to reject)]: K right and K wrong draws of a problem, K the smaller number, those
+    with the highest reward (of equals the first), joined at random; so the rejected ones are hard to tell."""
+    draws = sorted(range(len(outcomes)), key=lambda draw: -rewards[draw])
+    if PAIRING == "random":
+        draws = rng.permutation(draws).tolist()
+    right = [draw for draw in draws if outcomes[draw] == 1]
+    wrong = [draw for draw in draws if outcomes[draw] == 0]
     k = min(len(right), len(wrong))
-    if PAIRING == "hard":
-        right = sorted(right, key=lambda draw: -rewards[draw])[:k]
-        wrong = sorted(wrong, key=lambda draw: -rewards[draw])[:k]
-    preferred = rng.permutation(right)[:k]
-    rejected = rng.permutation(wrong)[:k]
-    return list(zip(preferred.tolist(), rejected.tolist()))
+    return list(zip(rng.permutation(right[:k]).tolist(), rng.permutation(wrong[:k]).tolist()))
 
 
 def sft_loss(logprobs, batch):
@@ -208,6 +200,7 @@ def dpo_nll_loss(logprobs, batch):
 
 # Process rewards: how right each step of a response looks to a process reward model (PRM) -----------------------------
 
+MARKS = {"v_head": "\n\n", "score": "<extra_0>"}  # what ends each step, by layout
 PRM_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what "score" was trained with
 PRM_BATCH = 64  # responses read together: fixed, because what is in a batch shows in the rewards' last digits
 
@@ -215,34 +208,30 @@ PRM_BATCH = 64  # responses read together: fixed, because what is in a batch sho
 class RewardModel:
     """A PRM in one of two published layouts, told apart by the tensors of its head. No code of its folder is run.
 
-    "v_head", Skywork-o1-Open-PRM: "\\n\\n" ends each step; a linear layer gives the logit of right.
-    "score", Qwen2.5-Math-PRM: <extra_0> ends each step, in a chat; two layers give the logits of wrong and right."""
+    "v_head", Skywork-o1-Open-PRM: a linear layer gives the logit of right. "score", Qwen2.5-Math-PRM: in a chat; two
+    layers give the logits of wrong and right. (We could not download either; tests have small models of both forms.)"""
 
     def __init__(self, name):
         """Read all but the backbone from a folder or the Hub; end the program if it is no such PRM."""
         self.folder = local_folder(name)
         self.tokenizer = load_tokenizer(name, "")
-        config = AutoConfig.from_pretrained(self.folder)
-        self.context = config.max_position_embeddings
-        self.layout = None
+        self.context = context_of(name)
         tensors = {}
-        for path in weight_files(self.folder):
+        for path in weight_files(name):
             with safe_open(path, "pt") as file:
                 for key in file.keys():
                     layout, _, rest = key.partition(".")
-                    if layout in ("v_head", "score"):
+                    if layout in MARKS:
                         self.layout = layout
                         tensors[rest.replace("summary.", "0.")] = file.get_tensor(key)
-        size = config.hidden_size
-        if self.layout == "v_head":
-            mark = "\n\n"
-            self.head = nn.Sequential(nn.Linear(size, 1), nn.Sigmoid())
-        elif self.layout == "score":
-            mark = "<extra_0>"
-            self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2), nn.Softmax(1))
-        else:
+        if not tensors:
             fail(f"{name} is no process reward model that is known here: no tensor v_head or score in it")
+        size = tensors["0.weight"].shape[1]
+        self.head = nn.Sequential(nn.Linear(size, 1), nn.Sigmoid())
+        if self.layout == "score":
+            self.head = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, 2), nn.Softmax(1))
         self.head.load_state_dict(tensors)  # into float32
+        mark = MARKS[self.layout]
         self.mark = self.tokenizer(mark, add_special_tokens=False)["input_ids"]
         if len(self.mark) != 1:
             fail(f"{name}: its tokenizer has no token for the end of a step, {mark!r}")
@@ -251,28 +240,24 @@ class RewardModel:
         """Bring the backbone to this process' device."""
         AttentionInterface.register("packed", packed_attention)
         body = load_network(AutoModel, self.folder, dtype=compute_dtype(), attn_implementation="packed")
-        self.body = body.to(device()).eval()
+        self.body = body.to(device())
         self.head.to(device())
 
     def encode(self, problem, text):
         """Return a response's token ids, cut at the context, and the places in them of the marks after its steps.
 
         Steps are divided by blank lines. A problem that leaves no room for a mark has no places."""
-        if self.layout == "v_head":
-            prompt = f"{self.tokenizer.bos_token or ''}{problem['problem']}\n"
-        else:
-            prompt = make_prompt(self.tokenizer, "chat", problem, [], PRM_SYSTEM)
-        ids = encode(self.tokenizer, prompt)
+        prompt = f"{self.tokenizer.bos_token or ''}{problem['problem']}\n"
+        if self.layout == "score":
+            prompt = make_prompt(self.tokenizer, "chat", problem, system=PRM_SYSTEM)
+        ids = encode(self.tokenizer, prompt)[:self.context]
         places = []
-        if len(ids) >= self.context:
-            return ids[:self.context], places
         # A mark that the response itself writes is split into plain text
         steps = self.tokenizer(text.split("\n\n"), add_special_tokens=False, split_special_tokens=True)
         for step in steps["input_ids"]:
-            ids = (ids + step)[:self.context - 1] + self.mark
-            places.append(len(ids) - 1)
-            if len(ids) == self.context:
-                break
+            if len(ids) < self.context:
+                ids = (ids + step)[:self.context - 1] + self.mark
+                places.append(len(ids) - 1)
         return ids, places
 
     @torch.inference_mode()
@@ -285,7 +270,7 @@ class RewardModel:
         batch["predict"] = slice(None)
         rewards = self.head(hidden_states(self.body, batch).float())[:, -1]
         if not rewards.isfinite().all():
-            fail(f"{self.folder}: its rewards are not numbers, in answers to {responses[0]['id']} and others")
+            fail(f"{self.folder}: its rewards are not numbers")
         parts = rewards.cpu().split([len(ids) for ids, _ in rows])
         return [[len(part), part[places].tolist()] for part, (_, places) in zip(parts, rows)]
 
@@ -304,17 +289,16 @@ def read_responses(run, name, prm, problems, responses):
     different = {key_of(response): response for response in responses}
     keys = sorted(different, key=len, reverse=True)
     batches = [keys[start:start + PRM_BATCH] for start in range(0, len(keys), PRM_BATCH)]
-    due = [batch for batch in batches[rank()::world_size()] if set(batch) - found.keys()]
+    due = [batch for batch in batches[rank()::world_size()] if batch[0] not in found]
 
     def read(batch):
-        return prm.read(by_id, [different[key] for key in batch])
+        return dict(zip(batch, prm.read(by_id, [different[key] for key in batch])))
 
     run.unfinished.mkdir(parents=True, exist_ok=True)
     cores = 1 if device().type == "cuda" else threads_per_process()  # each reads a batch of its own, with one thread
     with (open(run.unfinished / f"{name}@{rank()}.jsonl", "a") as file, bar(len(due), name) as shown,
           ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool):
-        for batch, rewards in zip(due, pool.map(read, due)):
-            part = dict(zip(batch, rewards))
+        for part in pool.map(read, due):
             found.update(part)
             write_line(file, part)
             shown.update()
@@ -334,42 +318,40 @@ def step_rewards(run, file, prm, problems, responses):
     cost = 2 * prm.body.num_parameters()  # FLOPs of a token
     prm.body = None
     give_memory_back()
-    rewards = [found[key_of(response)][1] for response in responses]
+    records = []
+    for response in responses:
+        _, steps = found[key_of(response)]
+        records.append({"id": response["id"], "draw": response["draw"], "reward": reward_of(steps),
+                        "step_rewards": steps})
+    steps = [record["step_rewards"] for record in records]
     lengths = [length for length, _ in found.values()]
     tokens = sum(lengths)
-    steps = sum(map(len, rewards))
-    seconds = time.time() - began
-    run.log(round, phase, responses=len(responses), different=len(found), steps=steps, tokens=tokens,
-            filled_context=lengths.count(prm.context), unread=rewards.count([]), flops=cost * tokens,
-            spent_flops=cost * tokens, padded_flops=cost * len(found) * max(lengths, default=0), seconds=seconds,
-            **slept)
-    say(f"  round {round}  {phase:<9} {len(responses):>7,} answers, {len(found):,} different, of {steps:,} steps, "
-        f"{tokens / seconds:,.0f} tok/s, {seconds:.1f} s")
-    records = []
-    for response, own in zip(responses, rewards):
-        records.append({"id": response["id"], "draw": response["draw"], "reward": reward_of(own), "step_rewards": own})
+    report(run, round, phase, responses=len(responses), different=len(found), steps=sum(map(len, steps)),
+           tokens=tokens, filled_context=lengths.count(prm.context), unread=steps.count([]), flops=cost * tokens,
+           spent_flops=cost * tokens, padded_flops=cost * len(found) * max(lengths, default=0),
+           seconds=time.time() - began, **slept)
     return records
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
 def draw_and_read(run, file, prm, model, problems, draws, prompt, drawn):
-    """Draw answers and have the PRM read them: responses, each with its steps' rewards and S(r). file: round_1/pre or
-    round_1/re, to which "samples.jsonl" and "rewards.jsonl" are added."""
+    """Draw answers and have the PRM read them: responses, each with its steps' rewards and S(r), which without a PRM is
+    0. file: round_1/pre or round_1/re, to which "samples.jsonl" and "rewards.jsonl" are added."""
     responses = sample(run, f"{file}samples.jsonl", model, problems, draws, prompt, **drawn)
-    if prm:
-        rewards = step_rewards(run, f"{file}rewards.jsonl", prm, problems, responses)
-        responses = [response | reward for response, reward in zip(responses, rewards)]
-    return responses
+    if not prm:
+        return [response | {"reward": 0.0} for response in responses]
+    rewards = step_rewards(run, f"{file}rewards.jsonl", prm, problems, responses)
+    return [response | reward for response, reward in zip(responses, rewards)]
 
 
 def classify(problems, presamples):
-    """[(phi_a, phi_r, class)], parallel to problems, from their pre-samples."""
+    """Return [(phi_a, phi_r, class)], parallel to problems, from their pre-samples."""
     by_id = by_problem(presamples)
     difficulties = []
     for problem in problems:
         drawn = by_id[problem["id"]]
-        difficulties.append(difficulty_of(outcomes_of(drawn), [r.get("reward", 0.0) for r in drawn]))
+        difficulties.append(difficulty_of(outcomes_of(drawn), [r["reward"] for r in drawn]))
     return difficulties
 
 
@@ -381,7 +363,7 @@ def select(problems, difficulties, counts, responses, run, t):
     for problem, (phi_a, phi_r, name), quota in zip(problems, difficulties, counts):
         drawn = by_id[problem["id"]]
         outcomes = outcomes_of(drawn)
-        rewards = [r.get("reward", 0.0) for r in drawn]
+        rewards = [r["reward"] for r in drawn]
         pairs = []
         if name == "boundary" and 0 in outcomes and 1 in outcomes:
             pairs = choose_pairs(outcomes, rewards, run.rng(t, "pairs", problem["id"]))
@@ -391,11 +373,11 @@ def select(problems, difficulties, counts, responses, run, t):
 
 
 def report_rewards(run, t, difficulties):
-    """phi_r of the problems by phi_a, as quantiles: what thresholds can be chosen by."""
+    """Report phi_r of the problems by phi_a, as quantiles: what thresholds can be chosen by."""
     found = {}
     for phi_a in sorted({a for a, _, _ in difficulties}):
         phi_r = [r for a, r, _ in difficulties if a == phi_a]
-        quantiles = {f"{q:.0%}": float(np.quantile(phi_r, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+        quantiles = {f"{q:.0%}": np.quantile(phi_r, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
         found[f"phi_a {phi_a:.3f}"] = {"problems": len(phi_r), **quantiles}
     report(run, t, "phi_r", **found)
 
@@ -405,7 +387,7 @@ def report_selection(run, t, selection):
     classes = {}
     for name in ("inlier", "boundary", "outlier"):
         outcomes = [s["outcomes"] for s in selection if s["class"] == name]
-        drawn = sum(len(o) for o in outcomes)
+        drawn = sum(map(len, outcomes))
         correct = sum(o.count(1) for o in outcomes) / max(1, drawn)
         classes[name] = {"problems": len(outcomes), "draws": drawn, "correct": correct}
     report(run, t, "select", **classes, pairs=sum(len(s["pairs"]) for s in selection))
@@ -415,16 +397,15 @@ def check_constants():
     """End the program where constants do not go together."""
     if PRE_SAMPLES > BUDGET:
         fail(f"--pre-samples {PRE_SAMPLES} are more than --budget {BUDGET}")
-    if not PRM and (DIFFICULTY != "accuracy" or PAIRING != "random"):
-        fail("without --prm there are no rewards: only --difficulty accuracy with --pairing random can do without")
+    if not PRM and (DIFFICULTY != "accuracy" or PAIRING != "random" or REPORT_ONLY):
+        fail("without --prm there are no rewards, and nothing to report: only --difficulty accuracy with --pairing "
+             "random can do without")
     if DIFFICULTY == "accuracy" or REPORT_ONLY:
         return
     low, high = thresholds()
-    if low == 0 or high == 0:
-        fail(f"no thresholds are known for {PRM} with {MODEL}: give --tau-low and --tau-high; --report-only prints the "
-             "numbers to choose them from")
-    if low >= high:
-        fail(f"--tau-low {low} and --tau-high {high}: the second is the higher one")
+    if not 0 < low < high:
+        fail(f"--tau-low {low} and --tau-high {high} of {PRM} with {MODEL}: where none are known both must be given, "
+             "the second as the higher one; --report-only prints the numbers to choose them from")
 
 
 def main():
@@ -434,64 +415,63 @@ def main():
     run, tokenizer, problems, tests = prepare(globals(), solved, models=[PRM] if PRM else [])
     aside = {p["problem"] for p in tests.get("held_out", [])}
     solved = [p for p in solved if p["problem"] not in aside]
-    by_id = {p["id"]: p for p in problems}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
     training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP,
                     lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA)
     shots = SHOTS if PROMPT == "few_shot" else 0
-    say("  taus     {} and {}".format(*thresholds()))
+    if prm:
+        say(f"  taus     {thresholds()}")
     if ROUNDS * SLICE > len(problems):
-        say(f"           {ROUNDS} rounds of {SLICE:,} problems (--slice): some are drawn again")
+        say("           fewer problems than --rounds times --slice: some are drawn again")
 
     def ask(problem, draw=0):
-        examples = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
-        text = make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM, THINK)
+        text = make_prompt(tokenizer, PROMPT, problem, worked_examples(problem)[:shots], SYSTEM, THINK)
         return f"{SYSTEM}\n\n{text}" if SYSTEM and PROMPT != "chat" else text
 
     def example(problem, *answers):
         return make_example(tokenizer, PROMPT, problem, *answers) | {"prompt": ask(problem)}
 
-    # M_0: SFT of the base on solutions in steps
-    model = MODEL
-    scores = {}
-    if solved:
-        d_0 = [example(p, p["solution"]) for p in solved]
-        model = train(run, "round_0/model", MODEL, d_0, sft_loss, lr=LR, **training)
-    m_0 = model
-    if REPORT_ONLY:
-        own = [problems[i] for i in slice_of(len(problems), 1, run)]
-        presamples = draw_and_read(run, "round_1/pre", prm, m_0, own, PRE_SAMPLES, ask, drawn)
-        report_rewards(run, 1, classify(own, presamples))
-        say("now choose --tau-low and --tau-high, and another --name; with this run's round_1/presamples.jsonl and "
-            "prerewards.jsonl (and round_0/) copied there, and all else the same, nothing is drawn twice")
-        return
-    name = "round 0" if solved else "base"
-    scores[name] = evaluate(run, "round_0/eval", m_0, tests, ask, **greedy)
-    end_round(run, 0, keep=[m_0])
-
-    for t in range(1, ROUNDS + 1):
-        # 1. Pre-sample n_p answers to each problem of the slice; phi_a and phi_r tell where the boundary is
+    def pre_sample(t, model):
         own = [problems[i] for i in slice_of(len(problems), t, run)]
         presamples = draw_and_read(run, f"round_{t}/pre", prm, model, own, PRE_SAMPLES, ask, drawn)
         difficulties = classify(own, presamples)
         if prm:
             report_rewards(run, t, difficulties)
+        return own, presamples, difficulties
+
+    # M_0: SFT of the base on solutions in steps
+    m_0 = MODEL
+    if solved:
+        d_0 = [example(p, p["solution"]) for p in solved]
+        m_0 = train(run, "round_0/model", MODEL, d_0, sft_loss, lr=LR, **training)
+    if REPORT_ONLY:
+        pre_sample(1, m_0)
+        return say("now choose --tau-low and --tau-high, and another --name; with this run's round_1/presamples.jsonl "
+                   "and prerewards.jsonl (and round_0/) copied there, and all else the same, nothing is drawn twice")
+    scores = {"round 0" if solved else "base": evaluate(run, "round_0/eval", m_0, tests, ask, **greedy)}
+    end_round(run, 0, keep=[m_0])
+
+    model = m_0
+    for t in range(1, ROUNDS + 1):
+        # 1. Pre-sample n_p answers to each problem of the slice; phi_a and phi_r tell where the boundary is
+        own, presamples, difficulties = pre_sample(t, model)
 
         # 2. Re-sample: the remaining (n - n_p) N answers go to the boundary
         counts = quotas([name for _, _, name in difficulties], run.rng(t, "quotas"))
         more = draw_and_read(run, f"round_{t}/re", prm, model, own, counts, ask, drawn)
-        responses = presamples + [{**r, "draw": PRE_SAMPLES + r["draw"]} for r in more]
+        responses = presamples + more
 
         # 3. Pairs of the boundary's answers; M_t = DPO of M_{t-1}
         selection = run.once(f"round_{t}/selection.jsonl", select, own, difficulties, counts, responses, run, t)
         report_selection(run, t, selection)
         show_answers(own, responses)
-        by_draw = {(r["id"], r["draw"]): r for r in responses}
+        answers_to = by_problem(responses)
         pairs = []
-        for s in selection:
-            for preferred, rejected in s["pairs"]:
-                pairs.append(example(by_id[s["id"]], by_draw[s["id"], preferred], by_draw[s["id"], rejected]))
+        for problem, s in zip(own, selection):
+            for pair in s["pairs"]:
+                answers = [answers_to[s["id"]][draw] for draw in pair]
+                pairs.append(example(problem, *answers))
         if pairs:
             pairs = run.once(f"round_{t}/train.jsonl", list, pairs)
             start = model if START == "previous" else m_0

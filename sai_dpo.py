@@ -4,23 +4,25 @@ A model answers training problems and learns from its right and wrong answers. S
 model is weak at: it probes a few problems of every kind, and draws the round's problems to match.
 
   Once: a tagger names the knowledge points T(x) of each problem x, a sentence encoder turns them into a vector, and
-  K-Means groups the vectors into clusters C_j. 1 % of the problems, some of each cluster, are its probe S_j.
-  In round t = 1..5, with K answers of pi_{t-1} to a problem, of which the share p(x) is right:
-  1. Probe. Error mass of a cluster, where A_j are its problems not drawn yet, in units of the probe; and its share:
-       m(j) = |A_j| / |S_j| * sum over S_j of (1 - p(x)),     q(j) = (m(j) + a) / sum of all (m + a)
-  2. Draw 20,000 problems, none twice, so that P(x) ~ q(j) / |A_j|: of each cluster its share, inside it at random.
-  3. Roll out. Self-aware difficulty is the key (1 - p, mean steps, mean length), compared in that order. Of the
-     learnable problems, answered both right and wrong, the hardest fill the shares again.
-  4. Pairs: one random right answer against one random wrong one.  pi_t = DPO of pi_{t-1}, its reference too, on them.
+  K-Means groups the vectors into clusters C_j (paper). 1 % of the problems (paper), some of each cluster, are its
+  probe S_j. In round t = 1..5, with K = 8 answers (paper) of pi_{t-1} to a problem, of which the share p(x) is right:
+  1. Probe (paper). Error mass of a cluster, where A_j are its problems not drawn yet; and its share (formulas: ours):
+       m(j) = |A_j| / |S_j| * sum over S_j of (1 - p(x)), in units of the probe,     q(j) = (m(j) + a) / sum of (m + a)
+  2. Draw 20,000 problems, none twice: P(x) ~ q(j) d(j) / |A_j|, d(j) the mean over S_j of 4 p (1 - p) (formula: ours).
+  3. Roll out. Self-aware difficulty is the key (1 - p, mean steps, mean length), compared in that order (paper). Of the
+     learnable problems, answered both right and wrong, those nearest to p = 1/2 are trained on, of these the hardest
+     first: at most 5,000, of each cluster its share q(j) (ours).
+  4. Pairs: a random right answer against a random wrong one (paper). pi_t = DPO of pi_{t-1}, its reference too (proxy).
 
-The paper's body could not be read. Its abstract and reviews tell of the tagger, embedding and K-Means; a representative
-1 % probe; clusters with errors drawn more; 20,000 samples a round; K = 8; the three indicators in this order; problems
-too easy or too hard left out; random pairs: (paper). The formulas, the second use of the shares, hardest first and all
-else are ours, or (proxy): Online-DPO-R1's, whose 20,000 prompts a round these seem to be, or an author's later paper's.
-Differs from the paper in what cannot be known, and in: no probe problem is trained on, so that probes compare; all arms
-probe each round, so that they cost the same; an answer that was cut counts as wrong, and is in no pair.
+The paper's body could not be read, and no code was released: (paper) is what its abstract and reviews tell, (proxy) is
+Online-DPO-R1's, with 20,000 prompts a round, or a later paper's of one of the authors; all else is ours. So are three
+readings: "20,000 training samples" a round are drawn before the filter (to train on as many: --pairs-per-round 20000,
+and more --samples-per-round); P@K is the share right, as the abstract's "pass rates" suggest (a review: "at least one
+of K"); the model's "frontier", not too easy or difficult, is p = 1/2, in draw and filter (by the key alone: --prefer
+hardest --no-difficulty-before). Also ours: no probe problem is trained on, so that probes compare; all arms probe, so
+that they cost the same; cut answers count as wrong and are in no pair; no label smoothing (proxies: 0.1).
 
-  python sai_dpo.py --toy                                     2 CPU cores: 1.3 min, 61 % (measured)
+  python sai_dpo.py --toy                                     2 CPU cores: 1.3 min, 62 % (measured)
   python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
   torchrun --nproc-per-node 8 sai_dpo.py                      eight GPUs: not measured yet
 """
@@ -33,9 +35,8 @@ from pathlib import Path
 import numpy as np
 
 from common import (MACHINE, by_problem, device, end_round, evaluate, fail, final_table, launch, load_network,
-                    load_problems, load_tokenizer, local_folder, make_example, make_prompt, outcomes_of, prepare, rank,
-                    read, report, sample, say, seed_of, sequence_logprobs, show_answers, start_run, train,
-                    worked_examples)
+                    load_problems, load_tokenizer, local_folder, make_example, make_prompt, outcomes_of, prepare, read,
+                    report, sample, say, seed_of, sequence_logprobs, show_answers, start_run, train, worked_examples)
 import torch  # behind common, which keeps torch's threads from spinning
 import torch.nn.functional as F
 from transformers import AutoModel
@@ -62,11 +63,11 @@ N_CLUSTERS = 20  # of the pool; fewer where fewer problems differ (ours)
 # The method
 SELECT = "both"  # "both" | "knowledge" | "difficulty" | "random" | "static": static: shares by probe 1 (ours)
 PROBE = 0.01  # share of the problems that is probed (paper), at least 2 of each cluster (ours)
-SAMPLES_PER_ROUND = 20000  # problems drawn (paper)
-K_SAMPLES = 8  # K: answers to each problem, probed or drawn (paper)
-SMOOTHING = 1.0  # a: mass that each cluster has besides its own; 0 draws only where the probe failed (ours)
-DIFFICULTY_BEFORE = False  # weigh the draw by the probe's mean of 4 p (1 - p) in the cluster, at least 0.1 (ours)
-PREFER = "hardest"  # "hardest" | "middle": by the key, or those with 0.25 <= p <= 0.75 before the others (ours)
+SAMPLES_PER_ROUND = 20000  # problems drawn, before the filter (paper; that they are these: ours)
+K_SAMPLES = 8  # K: answers to each problem, probed or drawn; p is the share right (paper)
+SMOOTHING = 1.0  # a: mass of each cluster besides its own; 0 draws where the probe failed, while that lasts (ours)
+DIFFICULTY_BEFORE = True  # weigh the draw by the probe's mean of 4 p (1 - p) in the cluster, at least 0.1 (ours)
+PREFER = "middle"  # "middle" | "hardest": of the learnable the nearest to p = 1/2, or the hardest by the key (ours)
 PAIRS_PER_ROUND = 5000  # at most: about half of what is learnable with SELECT = "random" (ours)
 BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (proxy)
 
@@ -106,10 +107,12 @@ KEEP = False  # resume a folder that was made by other code: what is finished th
 WANDB = False  # log to Weights & Biases too (ours)
 
 # What is legal: the values, or the least one (of other numbers 0)
-LEGAL = dict(START=("base", "previous"), TAG_TOKENS=1, N_CLUSTERS=1, SAMPLES_PER_ROUND=1, K_SAMPLES=1,
-             SELECT=("both", "knowledge", "difficulty", "random", "static"), PREFER=("hardest", "middle"),
-             PAIRS_PER_ROUND=1, PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1,
-             EPOCHS=1, BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
+ARMS = {"both": ("clusters", "difficulty"), "static": ("clusters", "difficulty"), "knowledge": ("clusters",),
+        "difficulty": ("difficulty",), "random": ()}  # of SELECT: what they draw by, and keep by
+LEGAL = dict(START=("base", "previous"), TAG_TOKENS=1, N_CLUSTERS=1, SELECT=tuple(ARMS), SAMPLES_PER_ROUND=1,
+             K_SAMPLES=1, PREFER=("middle", "hardest"), PAIRS_PER_ROUND=1, PROMPT=("few_shot", "zero_shot", "chat"),
+             THINK=("", "on", "off"), MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1, MAX_TOKENS=1,
+             ENGINE=("", "vllm", "transformers"))
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TEST=300,
            ROUNDS=3, EMBEDDER="tfidf", N_CLUSTERS=5, PROBE=0.04, SAMPLES_PER_ROUND=350, PAIRS_PER_ROUND=100,
@@ -119,133 +122,110 @@ TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DAT
 # The method -----------------------------------------------------------------------------------------------------------
 
 def steps_of(text):
-    """How many steps a response has: its "Step k" markers, or where there are none, the blocks between blank lines."""
+    """Count the steps of a response: its "Step k" markers, or where there are none, the blocks between blank lines."""
     marked = re.findall(r"(?im)^[ \t]*(?:#+ *)?(?:\*\*)?step[ \t]+\d+", text)
-    blocks = [block for block in re.split(r"\n[ \t\r]*\n", text) if block.strip()]
+    blocks = re.split(r"\n\s*\n", text.strip())
     return len(marked) or len(blocks)
 
 
-def difficulty_of(outcomes, steps, tokens):
-    """(p, mean steps, mean length) of a problem from its draws, parallel lists. A cut answer is wrong, but does not
-    count in the means; where all were cut these are None."""
-    p = outcomes.count(1) / len(outcomes)
-    whole = [draw for draw, outcome in enumerate(outcomes) if outcome >= 0]
-    if not whole:
-        return p, None, None
-    return p, statistics.fmean(steps[draw] for draw in whole), statistics.fmean(tokens[draw] for draw in whole)
-
-
-def key_of(p, steps, length):
-    """Self-aware difficulty, larger is harder: fewer right, then more steps, then longer answers."""
-    if steps is None:  # all were cut
-        return 1 - p, math.inf, math.inf
-    return 1 - p, steps, length
+def measure(responses):
+    """Return [{id, outcomes, p, steps, length}] of problems, probed or drawn, from K answers each: p is the share
+    right, steps and length are means. A cut answer is wrong and in neither mean; where all were cut, both are 0."""
+    rows = []
+    for i, drawn in by_problem(responses).items():
+        outcomes = outcomes_of(drawn)
+        whole = [r for r in drawn if r["finish"] == "stop"]
+        steps = [steps_of(r["text"]) for r in whole]
+        lengths = [r["tokens"] for r in whole]
+        rows.append({"id": i, "outcomes": outcomes, "p": outcomes.count(1) / len(outcomes),
+                     "steps": statistics.fmean(steps or [0]), "length": statistics.fmean(lengths or [0])})
+    return rows
 
 
 def probe_of(clusters, rng):
-    """Places of the problems that are probed, in order: PROBE of all, of each cluster its part, or 2 if that is more
-    (or all that it has)."""
-    sizes = np.bincount(clusters)
-    parts = apportion(sizes / len(clusters), sizes, round(PROBE * len(clusters)))
+    """Return the places of the problems to probe, in order: PROBE of each cluster, but 2 at least (or all it has)."""
     probe = []
-    for cluster, count in enumerate(np.maximum(parts, np.minimum(2, sizes))):
-        members = np.flatnonzero(clusters == cluster)
-        probe += rng.permutation(members)[:count].tolist()
+    for cluster, size in enumerate(np.bincount(clusters)):
+        members = rng.permutation(np.flatnonzero(clusters == cluster))
+        probe += members[:max(2, round(PROBE * size))].tolist()
     return sorted(probe)
 
 
-def error_masses(rates, unused):
-    """m(j) from the p of each cluster's probed problems and the number of its unused ones: what the probe failed at,
-    carried over to these, and scaled so that the masses sum to the probe's errors, the sum of all 1 - p."""
-    errors = np.array([sum(1 - p for p in probed) for probed in rates], dtype=float)
-    probed = np.array([len(probed) for probed in rates])
-    masses = errors * unused / np.maximum(1, probed)
-    if masses.any():
-        masses *= errors.sum() / masses.sum()
-    return masses
+def mean_by(clusters, values):
+    """Return the mean of each cluster (k,) of values (m,) whose clusters are given (m,)."""
+    return np.bincount(clusters, values) / np.bincount(clusters)
+
+
+def error_masses(rates, clusters, unused):
+    """Return m(j), (k,), from p and cluster (m,) of the probed problems and the number of unused ones of each cluster
+    (k,): what the probe failed at, carried over to these, and scaled to sum to the probe's errors."""
+    masses = unused * mean_by(clusters, 1 - rates)
+    return masses * sum(1 - rates) / max(masses.sum(), 1e-12)  # 0 where nothing failed
 
 
 def shares_of(masses):
-    """q(j); they sum to one, and are all the same where nothing failed."""
-    smoothed = masses + SMOOTHING
-    if not smoothed.any():
-        smoothed = np.ones_like(masses)
+    """Return q(j), (k,): they sum to one, and are all the same where nothing failed."""
+    smoothed = masses + max(SMOOTHING, 1e-12)
     return smoothed / smoothed.sum()
 
 
-def weights_of(shares, rates):
-    """What clusters are drawn by, (k,), or None: all problems alike. With DIFFICULTY_BEFORE most where the model is
-    right half of the time."""
-    if SELECT in ("difficulty", "random"):
+def weights_of(shares, rates, clusters):
+    """Return what clusters are drawn by, (k,), from p and cluster (m,) of the probe; None: all problems alike."""
+    if "clusters" not in ARMS[SELECT]:
         return None
-    if not DIFFICULTY_BEFORE:
+    if not DIFFICULTY_BEFORE or "difficulty" not in ARMS[SELECT]:
         return shares
-    learnable = [max(0.1, statistics.fmean(4 * p * (1 - p) for p in probed)) if probed else 0.1 for probed in rates]
-    return shares * learnable / (shares * learnable).sum()
+    weights = shares * np.maximum(0.1, mean_by(clusters, 4 * rates * (1 - rates)))
+    return weights / weights.sum()
+
+
+def take(clusters, weights, n):
+    """Return the places of n problems: the first of each cluster, by the weights of clusters (k,); None: of all."""
+    if weights is None:
+        return np.arange(len(clusters))[:n]
+    room = np.bincount(clusters, minlength=len(weights))
+    taken = []
+    for cluster, count in enumerate(apportion(weights, room, n)):
+        taken.append(np.flatnonzero(clusters == cluster)[:count])
+    return np.concatenate(taken)
 
 
 def draw(unused, clusters, weights, n, rng):
-    """Places of n unused problems: by the weights of their clusters, at random inside these; None: all at random."""
+    """Draw n unused problems, by places: by the weights of clusters, at random inside these; None: all at random."""
     unused = rng.permutation(unused)
-    if weights is None:
-        return unused[:n]
-    room = np.bincount(clusters[unused], minlength=len(weights))
-    drawn = []
-    for cluster, count in enumerate(apportion(weights, room, n)):
-        drawn.append(unused[clusters[unused] == cluster][:count])
-    return np.concatenate(drawn)
+    return np.sort(unused[take(clusters[unused], weights, n)])
 
 
-def draw_round(pool, used, clusters, weights, n, rng):
-    """(places of a round's n problems, places used up to now): none twice, until all of the pool were drawn, the last
-    few whatever the weights; then all but those of this round come again."""
-    unused = np.setdiff1d(pool, used)
-    drawn = draw(unused, clusters, weights, n, rng)
-    if len(unused) < n:
-        used = drawn
-        again = draw(np.setdiff1d(pool, drawn), clusters, weights, n - len(drawn), rng)
-        drawn = np.append(drawn, again)
-    return np.sort(drawn), np.union1d(used, drawn)
+def is_learnable(row):
+    """Tell whether a problem was answered both right and wrong, so that there is a pair."""
+    return 1 in row["outcomes"] and 0 in row["outcomes"]
+
+
+def priority_of(row):
+    """Rank a learnable problem; the largest is trained on first: nearest to p = 1/2, of equals the hardest."""
+    key = 1 - row["p"], row["steps"], row["length"]  # self-aware difficulty, larger is harder
+    if PREFER == "hardest":
+        return key
+    return -round(abs(row["p"] - 0.5), 9), key  # rounded: 1/3 and 2/3 are as near
 
 
 def keep(rows, shares, rng):
-    """Places of the rows that are trained on, at most PAIRS_PER_ROUND: of learnable ones the hardest (or with arms that
-    do not look at difficulty, random ones), of each cluster its share (in arms that know of clusters)."""
-    learnable = [i for i, row in enumerate(rows) if 1 in row["outcomes"] and 0 in row["outcomes"]]
-    order = rng.permutation(learnable).tolist()
-
-    def hardness(i):
-        row = rows[i]
-        in_the_middle = PREFER == "middle" and 0.25 <= row["p"] <= 0.75
-        return in_the_middle, key_of(row["p"], row["steps"], row["length"])
-
-    if SELECT in ("both", "difficulty", "static"):
-        order.sort(key=hardness, reverse=True)
-    if SELECT in ("difficulty", "random"):
-        return order[:PAIRS_PER_ROUND]
-    room = np.bincount([rows[i]["cluster"] for i in learnable], minlength=len(shares))
-    kept = []
-    for cluster, count in enumerate(apportion(shares, room, PAIRS_PER_ROUND)):
-        kept += [i for i in order if rows[i]["cluster"] == cluster][:count]
-    return kept
-
-
-def rates_of(answers, groups, k):
-    """p(x) of the probed problems of each of k clusters."""
-    cluster = {g["id"]: g["cluster"] for g in groups}
-    rates = [[] for _ in range(k)]
-    for i, drawn in by_problem(answers).items():
-        outcomes = outcomes_of(drawn)
-        rates[cluster[i]].append(outcomes.count(1) / len(outcomes))
-    return rates
+    """Return the learnable rows to train on, PAIRS_PER_ROUND at most: by priority (at random in arms that do not look
+    at difficulty), of each cluster its share (in arms that know of clusters)."""
+    learnable = [row for row in rows if is_learnable(row)]
+    rng.shuffle(learnable)
+    if "difficulty" in ARMS[SELECT]:
+        learnable.sort(key=priority_of, reverse=True)
+    clusters = np.array([row["cluster"] for row in learnable], dtype=int)
+    by = shares if "clusters" in ARMS[SELECT] else None
+    return [learnable[i] for i in take(clusters, by, PAIRS_PER_ROUND)]
 
 
 def choose_pair(outcomes, rng):
-    """[draw to prefer, draw to reject]: a random right one and a random wrong one."""
-    outcomes = np.array(outcomes)
-    preferred = rng.choice(np.flatnonzero(outcomes == 1))
-    rejected = rng.choice(np.flatnonzero(outcomes == 0))
-    return [int(preferred), int(rejected)]
+    """Return [draw to prefer, draw to reject]: a random right one and a random wrong one."""
+    right = [draw for draw, outcome in enumerate(outcomes) if outcome == 1]
+    wrong = [draw for draw, outcome in enumerate(outcomes) if outcome == 0]
+    return [int(rng.choice(right)), int(rng.choice(wrong))]
 
 
 def dpo_loss(logprobs, batch):
@@ -259,31 +239,34 @@ def dpo_loss(logprobs, batch):
 
 # Knowledge points: tags by a language model, clusters of tags ---------------------------------------------------------
 
-TFIDF_SIZE = 512  # numbers in a tf-idf vector
-EMBED_BATCH = 64  # texts that the encoder reads at once
-
-
 def tag_request(problem):
-    """What the tagger is asked."""
+    """Return what the tagger is asked."""
     return ("List the 1 to 5 mathematical knowledge points that are needed to solve this problem, as a JSON list of "
             f"short English phrases, the most general first. Do not solve it.\n\nProblem: {problem['problem']}")
 
 
 def parse_tags(output):
-    """The tags in a tagger's output {text, finish}: five of the last list behind its thoughts; none if it was cut."""
+    """Return the tags in a tagger's output {text, finish}: of the last list of quoted strings behind its thoughts the
+    first five different phrases, in lower case; none if it was cut."""
     if output["finish"] != "stop":
         return []
-    return last_list(output["text"].rpartition("</think>")[2])[:5]
+    text = output["text"].rpartition("</think>")[2][-2000:]
+    # Not read as JSON: models write single quotes, one comma too many, and LaTeX such as \frac
+    lists = ["", *re.findall(r"""\[(?=\s*["'{])(?:[^]["]|"[^"]{0,200}")*\]""", text)]
+    phrases = re.findall(r"""(?s)(?<=[\[,])\s*["'](.{1,80}?)["'](?=\s*[,\]])""", lists[-1])
+    phrases = [" ".join(phrase.replace("\\\\", "\\").lower().split()) for phrase in phrases]
+    phrases = [phrase for phrase in phrases if re.search(r"[^\W\d_]{2}", phrase)]
+    return list(dict.fromkeys(phrases))[:5]
 
 
 def tags_name(problems):
-    """The folder under runs/ that keeps the tags of these problems, held-out ones too: all seeds and arms share it."""
+    """Return the folder under runs/ for the tags of these problems, held-out ones too; all seeds and arms share it."""
     requests = sorted((problem["id"], tag_request(problem)) for problem in problems)
     return f"tags/{seed_of(TAGGER, TAG_TOKENS, requests):x}"
 
 
 def tag_problems(problems):
-    """Have TAGGER name the knowledge points of problems, at most two tries each; resumes like any run."""
+    """Have TAGGER name the knowledge points of problems, at most two tries each; resume like any run."""
     tagger = load_tokenizer(TAGGER, "chat")
     constants = {name: globals()[name] for name in MACHINE}
     constants |= {"MODEL": TAGGER, "SEED": 0, "GRADER": "", "NAME": tags_name(problems), "__file__": __file__}
@@ -296,28 +279,25 @@ def tag_problems(problems):
         return make_prompt(tagger, "chat", {"problem": tag_request(problem)})
 
     def enough(outputs):
-        return any(output["correct"] for output in outputs)
+        return outputs[-1]["correct"]
 
     def grade(problem, output):
         return parse_tags(output) != [], "tags"
 
-    outputs = sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat",
-                     temperature=0.6, top_p=0.95, max_new_tokens=TAG_TOKENS)
-    useless = [output["text"] for output in outputs if not output["correct"]]
-    if 2 * len(useless) > len(outputs):
-        say(f"warning: {len(useless):,} of {len(outputs):,} outputs have no list of tags, such as:\n{useless[0]}")
+    sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat", temperature=0.6,
+           top_p=0.95, max_new_tokens=TAG_TOKENS)
     say(f"correct are outputs with tags; runs on these problems use them: {run.folder}/round_0/outputs.jsonl")
 
 
 def tags_of(problems, held_out):
-    """The tags of each problem: its own, else those that --tag has found, else none."""
-    path = Path("runs") / tags_name(problems + held_out) / "round_0" / "outputs.jsonl"
+    """Return the tags of each problem: its own, else those that --tag has found, else none."""
+    path = Path(f"runs/{tags_name(problems + held_out)}/round_0/outputs.jsonl")
     found = {}
     if path.exists():
         found = {output["id"]: parse_tags(output) for output in read(path)}
     if OWN_TAGS:
-        found |= {problem["id"]: problem["tags"] for problem in problems if "tags" in problem}
-    tags = [found.get(problem["id"], []) for problem in problems]
+        found |= {p["id"]: p["tags"] for p in problems if p.get("tags")}
+    tags = [found.get(p["id"], []) for p in problems]
     if [] in tags:
         say(f"  tags     {tags.count([]):,} problems have none, and are grouped by their text (python sai_dpo.py "
             "--tag, with the same data, has them tagged first)")
@@ -325,8 +305,7 @@ def tags_of(problems, held_out):
 
 
 def group(problems, tags, run):
-    """round_0/clusters.jsonl: {id, tags, cluster, probed} of each problem. Where there are no tags, the text of the
-    problem is embedded in their place."""
+    """Group problems by their tags, or their texts where they have none: {id, tags, cluster, probed} of each."""
     texts = [", ".join(own) or p["problem"] for p, own in zip(problems, tags)]
     clusters = cluster_texts(EMBEDDER, texts, N_CLUSTERS, run.rng("clusters"))
     probed = set(probe_of(clusters, run.rng("probe")))
@@ -337,26 +316,16 @@ def group(problems, tags, run):
 
 
 def apportion(shares, room, total):
-    """Divide `total` in proportion to `shares` (n,), by largest remainders, but at most `room` (n,) each.
-
-    What a full place cannot take goes to the others; a place with no share gets nothing.
-    """
-    room = np.where(shares > 0, room, 0)
-    total = min(total, room.sum())
-    targets = np.zeros(len(room))
-    while total - targets.sum() > 1e-6:
-        free = np.where(targets < room, shares, 0)
-        targets = np.minimum(room, targets + (total - targets.sum()) * free / free.sum())
+    """Divide `total` in proportion to `shares` (k,), at most `room` (k,) each: one by one, to where most is missing."""
     counts = np.zeros(len(room), dtype=int)
-    for _ in range(total):
-        counts[np.argmax(targets - counts)] += 1
+    for _ in range(min(total, room.sum())):
+        missing = np.where(counts < room, shares / (2 * counts + 1), -1)  # Webster's method
+        counts[np.argmax(missing)] += 1
     return counts
 
 
 def cluster_texts(encoder, texts, k, rng):
-    """Return the cluster of each text (n,), at most k, 0 the largest; zeros on ranks other than 0."""
-    if rank() > 0:
-        return np.zeros(len(texts), dtype=int)
+    """Return the cluster of each text (n,), at most k, 0 the largest."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order: the same clusters however many cores there are
     vectors = tfidf(texts) if encoder == "tfidf" else embed(encoder, texts)
@@ -365,21 +334,15 @@ def cluster_texts(encoder, texts, k, rng):
     return clusters
 
 
-def tfidf(texts):
-    """Return unit tf-idf vectors (n, TFIDF_SIZE) of texts, hashed (Weinberger et al. 2009)."""
-    # Words of two letters or more, and LaTeX commands
-    counts = [Counter(re.findall(r"\\?[^\W\d_]{2,}", text.lower())) for text in texts]
-    texts_with = Counter()
-    for words in counts:
-        texts_with.update(words.keys())
-    vectors = torch.zeros(len(texts), TFIDF_SIZE)
-    for vector, words in zip(vectors.numpy(), counts):
-        for word, count in words.items():
-            seed = seed_of(word)
-            sign = 1 if seed % 2 else -1  # words that share a place then cancel out on average
-            rarity = math.log(len(texts) / texts_with[word]) + 1e-3  # not quite 0 for a word that all texts have
-            vector[seed // 2 % TFIDF_SIZE] += sign * (1 + math.log(count)) * rarity
-    return F.normalize(vectors).numpy()
+def tfidf(texts, size=512):
+    """Return unit tf-idf vectors (n, size) of texts, hashed: a word's place follows from its letters."""
+    counts = np.zeros((len(texts), size), dtype="float32")
+    for row, text in zip(counts, texts):
+        for word in re.findall(r"\\?[^\W\d_]{2,}", text.lower()):  # two letters or more, or a LaTeX command
+            row[seed_of(word) % size] += 1
+    texts_with = np.maximum(1, np.count_nonzero(counts, axis=0))
+    rarity = np.log(len(texts) / texts_with) + 1e-3  # not quite 0 for a word that all texts have
+    return F.normalize(torch.from_numpy(np.log1p(counts) * rarity)).numpy()
 
 
 def read_encoder(name):
@@ -397,24 +360,21 @@ def read_encoder(name):
 
 
 @torch.inference_mode()
-def embed(name, texts):
+def embed(name, texts, batch_size=64):
     """Return unit vectors (n, H) of texts by mean pooling (Reimers & Gurevych 2019)."""
     tokenizer = read_encoder(name)
     encoder = load_network(AutoModel, local_folder(name), dtype=torch.float32).to(device())
-    vectors = torch.zeros(len(texts), encoder.config.hidden_size)
-    order = torch.tensor([len(text) for text in texts]).argsort(stable=True)
-    for places in order.split(EMBED_BATCH):  # of like length, so that there is little padding
-        batch = tokenizer([texts[i] for i in places], padding=True, truncation=True, return_tensors="pt").to(device())
+    sums = []
+    for start in range(0, len(texts), batch_size):
+        own = texts[start:start + batch_size]
+        batch = tokenizer(own, padding=True, truncation=True, return_tensors="pt").to(device())
         hidden = encoder(**batch).last_hidden_state * batch["attention_mask"][:, :, None]
-        vectors[places] = hidden.sum(1).cpu()  # the direction is that of the mean
-    if not vectors.isfinite().all():
-        fail(f"{name}: its vectors are not finite")
-    return F.normalize(vectors).numpy()
+        sums.append(hidden.sum(1).cpu())
+    return F.normalize(torch.cat(sums)).numpy()  # the direction of a sum is that of the mean
 
 
 def first_centres(points, k, rng):
-    """Return at most k different points as centres (k, H), each next one with a chance in proportion to its squared
-    distance to those before (k-means++; Arthur & Vassilvitskii 2007)."""
+    """Return at most k different points as centres (k, H), by k-means++ (Arthur & Vassilvitskii 2007)."""
     centres = points[[rng.integers(len(points))]]
     while len(centres) < k:
         squares = torch.cdist(points, centres).min(1).values.double().square()
@@ -427,103 +387,70 @@ def first_centres(points, k, rng):
 
 
 def kmeans(points, k, rng, starts=10, steps=100):
-    """Return the cluster of each point (n,), 0 the largest, at most k, of points (n, H): Lloyd's algorithm; of all
-    starts that with the smallest sum of squared distances to the centres."""
+    """Return the cluster of each point (n,), at most k, 0 the largest, of points (n, H): Lloyd's, the best start."""
     points = torch.from_numpy(points)
-    best = math.inf
+    smallest = math.inf
     for _ in range(starts):
         centres = first_centres(points, k, rng)
-        before = None
         for _ in range(steps):
             distances, closest = torch.cdist(points, centres).min(1)
-            if before is not None and torch.equal(closest, before):
+            sizes = torch.bincount(closest, minlength=len(centres)).clamp(min=1)
+            means = torch.zeros_like(centres).index_add_(0, closest, points) / sizes[:, None]
+            if torch.equal(means, centres):
                 break
-            before = closest
-            sizes = torch.bincount(closest, minlength=len(centres))[:, None]
-            sums = torch.zeros_like(centres).index_add_(0, closest, points)
-            centres = torch.where(sizes > 0, sums / sizes, centres)
-        inertia = float(distances.square().sum())
-        if inertia < best:
-            best = inertia
+            centres = means
+        inertia = distances.square().sum()
+        if inertia < smallest:
+            smallest = inertia
             clusters = closest
     by_size = torch.bincount(clusters).argsort(descending=True, stable=True)
     return by_size.argsort()[clusters].numpy()
 
 
-def last_list(text):
-    """Return the different phrases, in lower case, of the last list of quoted strings in a text, or []."""
-    for found in reversed(re.findall(r"""\[(?=\s*["'{])(?:[^]["]|"[^"]{0,200}")*\]""", text[-2000:])):
-        # Not read as JSON: models write single quotes, one comma too many, and LaTeX such as \frac
-        found = re.sub(r"\\u([0-9a-f]{4})", lambda code: chr(int(code[1], 16)), found)
-        phrases = re.findall(r"""(?s)(?<=[\[,])\s*["'](.{1,80}?)["'](?=\s*[,\]])""", found)
-        phrases = [" ".join(phrase.replace("\\\\", "\\").lower().split()) for phrase in phrases]
-        phrases = [phrase for phrase in phrases if re.search(r"[^\W\d_]{2}", phrase)]
-        if phrases:
-            return list(dict.fromkeys(phrases))
-    return []
-
-
-def typical_tags(groups, k, n=4):
-    """Return the n most frequent tags of each of k clusters."""
-    counts = [Counter() for _ in range(k)]
-    for g in groups:
-        counts[g["cluster"]].update(g["tags"])
-    return [[tag for tag, _ in count.most_common(n)] for count in counts]
-
-
 # The loop -------------------------------------------------------------------------------------------------------------
 
-def select(problems, clusters, masses, shares, weights, responses, run, t):
+def select(clusters, masses, shares, weights, responses, run, t):
     """selection.jsonl: for each problem of a round all that was decided, with the numbers it was decided from.
-
     clusters: that of each problem; masses, shares, weights: of each cluster (weights None: drawn at random)."""
-    by_id = by_problem(responses)
-    rows = []
-    for problem, j in zip(problems, clusters.tolist()):
-        drawn = by_id[problem["id"]]
-        outcomes = outcomes_of(drawn)
-        steps = [steps_of(r["text"]) for r in drawn]
-        p, mean_steps, length = difficulty_of(outcomes, steps, [r["tokens"] for r in drawn])
-        rows.append({"id": problem["id"], "cluster": j, "mass": masses[j], "share": shares[j],
-                     "weight": None if weights is None else weights[j], "outcomes": outcomes, "p": p,
-                     "steps": mean_steps, "length": length, "pair": None})
-    for i in keep(rows, shares, run.rng(t, "keep")):
-        rows[i]["pair"] = choose_pair(rows[i]["outcomes"], run.rng(t, "pair", rows[i]["id"]))
+    rows = measure(responses)
+    for row, j in zip(rows, clusters.tolist()):
+        row |= {"cluster": j, "mass": masses[j], "share": shares[j],
+                "weight": None if weights is None else weights[j], "pair": None}
+    for row in keep(rows, shares, run.rng(t, "keep")):
+        row["pair"] = choose_pair(row["outcomes"], run.rng(t, "pair", row["id"]))
     return rows
 
 
-def report_clusters(run, t, names, sizes, rates, selection):
-    """Per cluster: problems, share in the draw, drawn, learnable, trained on, error in the probe, typical tags."""
+def report_clusters(run, t, groups, errors, selection):
+    """Per cluster: problems, probed ones, error in the probe, drawn, learnable, trained on, typical tags."""
     clusters = {}
-    for j, tags in enumerate(names):
+    for j, error in enumerate(errors):
+        members = [g for g in groups if g["cluster"] == j]
         drawn = [s for s in selection if s["cluster"] == j]
-        learnable = [s for s in drawn if 0 in s["outcomes"] and 1 in s["outcomes"]]
-        clusters[f"cluster {j}"] = {"problems": int(sizes[j]), "probed": len(rates[j]),
-                                    "error": 1 - statistics.fmean(rates[j]), "drawn": len(drawn),
-                                    "learnable": len(learnable), "kept": sum(s["pair"] is not None for s in drawn),
-                                    "tags": ", ".join(tags)}
+        tags = Counter()
+        for g in members:
+            tags.update(g["tags"])
+        clusters[f"cluster {j}"] = {"problems": len(members), "probed": sum(g["probed"] for g in members),
+                                    "error": error, "drawn": len(drawn), "learnable": sum(map(is_learnable, drawn)),
+                                    "kept": sum(s["pair"] is not None for s in drawn),
+                                    "tags": ", ".join(tag for tag, _ in tags.most_common(4))}
     pairs = sum(s["pair"] is not None for s in selection)
     report(run, t, "select", **clusters, pairs=pairs)
-    if pairs == sum(c["learnable"] for c in clusters.values()):
-        say("           all that is learnable is kept, so its order has no say (--pairs-per-round)")
+    if pairs < PAIRS_PER_ROUND:
+        say("           fewer are learnable than --pairs-per-round, so their order has no say")
 
 
 def check_constants():
     """End the program where constants do not go together."""
-    if DIFFICULTY_BEFORE and SELECT not in ("both", "static"):
-        fail(f"--difficulty-before is for --select both or static, not {SELECT}")
-    if PREFER == "middle" and SELECT in ("knowledge", "random"):
-        fail(f"--prefer middle is for a --select that looks at difficulty, not {SELECT}")
+    if PREFER == "hardest" and "difficulty" not in ARMS[SELECT]:
+        fail(f"--prefer hardest is for a --select that looks at difficulty, not {SELECT}")
 
 
 def main():
     check_constants()
     if TAG:
         return tag_problems(load_problems(TRAIN_DATA, "train", DATA, N_TRAIN))
-    if EMBEDDER != "tfidf":
-        read_encoder(EMBEDDER)  # ends the program if it cannot serve
     run, tokenizer, problems, tests = prepare(globals(), models=[] if EMBEDDER == "tfidf" else [EMBEDDER])
-    by_id = {p["id"]: p for p in problems}
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
     training = dict(warmup=WARMUP, epochs=EPOCHS, batch_size=BATCH_SIZE, weight_decay=WEIGHT_DECAY, clip=CLIP,
@@ -531,8 +458,7 @@ def main():
     shots = SHOTS if PROMPT == "few_shot" else 0
 
     def ask(problem, draw=0):
-        examples = [e for e in worked_examples(problem) if e["problem"] != problem["problem"]]
-        return make_prompt(tokenizer, PROMPT, problem, examples[:shots], SYSTEM, THINK)
+        return make_prompt(tokenizer, PROMPT, problem, worked_examples(problem)[:shots], SYSTEM, THINK)
 
     def example(problem, *answers):
         return make_example(tokenizer, PROMPT, problem, *answers) | {"prompt": ask(problem)}
@@ -542,52 +468,54 @@ def main():
     groups = run.once("round_0/clusters.jsonl", group, problems, tags, run)
     clusters = np.array([g["cluster"] for g in groups])
     k = 1 + max(clusters)
-    names = typical_tags(groups, k)
     probe = [i for i, g in enumerate(groups) if g["probed"]]
-    probed_texts = {problems[i]["problem"] for i in probe}  # never trained on, nor what says the same
-    pool = np.array([i for i, p in enumerate(problems) if p["problem"] not in probed_texts], dtype=int)
-    if len(pool) == 0:
+    probed = [problems[i] for i in probe]
+    texts = {p["problem"] for p in probed}  # never trained on, nor what says the same
+    pool = [i for i, p in enumerate(problems) if p["problem"] not in texts]
+    if not pool:
         fail("the probe takes all problems, 2 of each cluster at least; lower --n-clusters, or --probe")
     n = min(SAMPLES_PER_ROUND, len(pool))
-    untagged = sum(g["tags"] == [] for g in groups)
-    say(f"  clusters {k} ({untagged:,} problems without a tag, by their text), with {len(probe):,} problems in the "
-        "probe")
+    say(f"  clusters {k}, with {len(probe):,} problems in the probe")
     if ROUNDS * n > len(pool):
         say(f"           from round {len(pool) // n + 1} on some problems are drawn again")
     scores = {"base": evaluate(run, "round_0/eval", MODEL, tests, ask, **greedy)}
     end_round(run, 0)
 
     model = MODEL
-    used = pool[:0]
+    used = []
     for t in range(1, ROUNDS + 1):
         # 1. Probe: where does the policy fail?
-        answers = sample(run, f"round_{t}/probe.jsonl", model, [problems[i] for i in probe], K_SAMPLES, ask, **drawn)
-        rates = rates_of(answers, groups, k)
+        answers = sample(run, f"round_{t}/probe.jsonl", model, probed, K_SAMPLES, ask, **drawn)
+        rates = np.array([row["p"] for row in measure(answers)])
         if t == 1 or SELECT != "static":
             seen = rates  # with "static" those of the first probe
         unused = np.setdiff1d(pool, used)
-        masses = error_masses(seen, np.bincount(clusters[unused if len(unused) >= n else pool], minlength=k))
+        if len(unused) < n:  # all over again
+            unused = pool
+            used = []
+        masses = error_masses(seen, clusters[probe], np.bincount(clusters[unused], minlength=k))
         shares = shares_of(masses)
 
         # 2. Draw problems to match
-        weights = weights_of(shares, seen)
-        chosen, used = draw_round(pool, used, clusters, weights, n, run.rng(t, "draw"))
+        weights = weights_of(shares, seen, clusters[probe])
+        chosen = draw(unused, clusters, weights, n, run.rng(t, "draw"))
+        used += chosen.tolist()
         own = [problems[i] for i in chosen]
 
         # 3. Roll out, filter, order
         responses = sample(run, f"round_{t}/responses.jsonl", model, own, K_SAMPLES, ask, **drawn)
-        selection = run.once(f"round_{t}/selection.jsonl", select, own, clusters[chosen], masses, shares, weights,
+        selection = run.once(f"round_{t}/selection.jsonl", select, clusters[chosen], masses, shares, weights,
                              responses, run, t)
-        report_clusters(run, t, names, np.bincount(clusters), rates, selection)
+        report_clusters(run, t, groups, mean_by(clusters[probe], 1 - rates), selection)
         show_answers(own, responses)
 
         # 4. pi_t = DPO of pi_{t-1} on the pairs
-        by_draw = {(r["id"], r["draw"]): r for r in responses}
+        answers_to = by_problem(responses)
         pairs = []
-        for s in selection:
+        for problem, s in zip(own, selection):
             if s["pair"]:
-                preferred, rejected = s["pair"]
-                pairs.append(example(by_id[s["id"]], by_draw[s["id"], preferred], by_draw[s["id"], rejected]))
+                answers = [answers_to[s["id"]][draw] for draw in s["pair"]]
+                pairs.append(example(problem, *answers))
         if pairs:
             pairs = run.once(f"round_{t}/train.jsonl", list, pairs)
             start = model if START == "previous" else MODEL

@@ -263,16 +263,17 @@ def test_sai_dpo_selection_follows_from_the_records(whole, rules):
     groups = sai_dpo.group(problems, sai_dpo.tags_of(problems, []), RECORDED)
     assert json.loads(json.dumps(groups)) == lines(run / "round_0" / "clusters.jsonl")
     clusters = np.array([g["cluster"] for g in groups])
-    pool = np.flatnonzero([not g["probed"] for g in groups])
-    used = pool[:0]
+    unused = np.flatnonzero([not g["probed"] for g in groups])
+    probed = clusters[[g["probed"] for g in groups]]
     for t in (1, 2):
-        rates = sai_dpo.rates_of(lines(run / f"round_{t}" / "probe.jsonl"), groups, 3)
-        masses = sai_dpo.error_masses(rates, np.bincount(clusters[np.setdiff1d(pool, used)], minlength=3))
+        rates = np.array([row["p"] for row in sai_dpo.measure(lines(run / f"round_{t}" / "probe.jsonl"))])
+        masses = sai_dpo.error_masses(rates, probed, np.bincount(clusters[unused], minlength=3))
         shares = sai_dpo.shares_of(masses)
-        weights = sai_dpo.weights_of(shares, rates)
-        chosen, used = sai_dpo.draw_round(pool, used, clusters, weights, 20, RECORDED.rng(t, "draw"))
-        selection = sai_dpo.select([problems[i] for i in chosen], clusters[chosen], masses, shares, weights,
-                                   responses_of(run, "sai_dpo.py", t), RECORDED, t)
+        weights = sai_dpo.weights_of(shares, rates, probed)
+        chosen = sai_dpo.draw(unused, clusters, weights, 20, RECORDED.rng(t, "draw"))
+        unused = np.setdiff1d(unused, chosen)  # 40 of 42
+        selection = sai_dpo.select(clusters[chosen], masses, shares, weights, responses_of(run, "sai_dpo.py", t),
+                                   RECORDED, t)
         assert json.loads(json.dumps(selection)) == selection_of(run, t)
 
 
@@ -558,7 +559,9 @@ LIMITS = {"E": (1, 2), "M": (2, 4), "H": (3, 6), "U": (4, 8)}
     ("hs_star.py", ["--difficulty", "reward", "--tau-low", "0.3", "--tau-high", "0.6", "--nll-weight", "1"],
      lambda s: (s["class"] == "boundary") == (0.3 <= s["phi_r"] <= 0.6)),
     ("sai_dpo.py", ["--select", "random", "--pairs-per-round", "2"], lambda s: s["weight"] is None),
-    ("sai_dpo.py", ["--select", "static", "--difficulty-before"], lambda s: s["weight"] != s["share"])])
+    ("sai_dpo.py", ["--select", "knowledge"], lambda s: s["weight"] == s["share"]),
+    ("sai_dpo.py", ["--select", "static", "--no-difficulty-before", "--prefer", "hardest"],
+     lambda s: s["weight"] == s["share"])])
 def test_arms_draw_and_choose_otherwise(whole, tmp_path, script, flags, holds):
     run = without_constants(whole(script), tmp_path, "round_1", "round_2")
     launch(tmp_path, script, *SMALL[script], "--name", "one", "--rounds", "1", *flags)

@@ -671,18 +671,16 @@ def clusters(n=400_000):
     began = [time.time()]
     points = sai_dpo.tfidf(texts)
     began.append(time.time())
-    found, _ = sai_dpo.kmeans(points, sai_dpo.N_CLUSTERS, rng)
+    found = sai_dpo.kmeans(points, sai_dpo.N_CLUSTERS, rng)
     began.append(time.time())
     probe = sai_dpo.probe_of(found, rng)
-    rates = [[] for _ in range(max(found) + 1)]
-    for i in probe:
-        rates[found[i]].append(float(rng.random() < 0.5))
-    pool = np.setdiff1d(np.arange(n), probe)
-    shares = sai_dpo.shares_of(sai_dpo.error_masses(rates, np.bincount(found[pool])))
-    drawn, _ = sai_dpo.draw_round(pool, pool[:n // 4], found, shares, n // 20, rng)
+    rates = rng.integers(0, 2, len(probe))
+    unused = np.setdiff1d(np.arange(n), probe)
+    shares = sai_dpo.shares_of(sai_dpo.error_masses(rates, found[probe], np.bincount(found[unused])))
+    drawn = sai_dpo.draw(unused, found, shares, n // 20, rng)
     began.append(time.time())
     seconds = np.diff(began)
-    print(f"{n:,} problems: tf-idf {seconds[0]:.0f} s, {len(rates)} clusters {seconds[1]:.0f} s, a probe of "
+    print(f"{n:,} problems: tf-idf {seconds[0]:.0f} s, {len(shares)} clusters {seconds[1]:.0f} s, a probe of "
           f"{len(probe):,} and a draw of {len(drawn):,} {seconds[2]:.1f} s, "
           f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 

@@ -98,7 +98,7 @@ def fuzz(examples, derandomize=False):
             waiting.append((gold, text, kind, checker.submit(problem, text)))
             timed("stated", common.final_answer, text)
             timed("canonical", common.canonical, text[:common.LONG])
-            timed("tags", sai_dpo.last_list, text)
+            timed("tags", sai_dpo.parse_tags, {"text": text, "finish": "stop"})
             timed("steps", sai_dpo.steps_of, text)
             timed("shown", common.printable, text).encode()
         for gold, text, kind, verdict in waiting:

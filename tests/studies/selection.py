@@ -152,9 +152,6 @@ def sai_dpo(n):
     clusters = rng.integers(0, k, n)
     shares_right = rng.beta(0.5, 0.5, n)
     probe = sai_dpo.probe_of(clusters, Seeded.rng("probe"))
-    probed = set(probe)
-    groups = [{"id": p["id"], "cluster": int(clusters[i]), "probed": i in probed} for i,
-              p in enumerate(problems)]
     pool = np.setdiff1d(np.arange(n), probe)
     used = pool[:n // 5]
 
@@ -163,11 +160,12 @@ def sai_dpo(n):
         return [record(i, d, hit) for i, row in zip(places, hits) for d, hit in enumerate(row.tolist())]
 
     def before_draws(probe_answers):
-        rates = sai_dpo.rates_of(probe_answers, groups, k)
-        masses = sai_dpo.error_masses(rates, np.bincount(clusters[np.setdiff1d(pool, used)], minlength=k))
+        rates = np.array([row["p"] for row in sai_dpo.measure(probe_answers)])
+        unused = np.setdiff1d(pool, used)
+        masses = sai_dpo.error_masses(rates, clusters[probe], np.bincount(clusters[unused], minlength=k))
         shares = sai_dpo.shares_of(masses)
-        weights = sai_dpo.weights_of(shares, rates)
-        chosen, _ = sai_dpo.draw_round(pool, used, clusters, weights, size, Seeded.rng(1, "draw"))
+        weights = sai_dpo.weights_of(shares, rates, clusters[probe])
+        chosen = sai_dpo.draw(unused, clusters, weights, size, Seeded.rng(1, "draw"))
         return masses, shares, weights, chosen
 
     probe_answers = answers(probe)
@@ -176,8 +174,7 @@ def sai_dpo(n):
     def decide():
         sai_dpo.probe_of(clusters, Seeded.rng("probe"))
         masses, shares, weights, chosen = before_draws(probe_answers)
-        own = [problems[i] for i in chosen]
-        return sai_dpo.select(own, clusters[chosen], masses, shares, weights, responses, Seeded, 1)
+        return sai_dpo.select(clusters[chosen], masses, shares, weights, responses, Seeded, 1)
     return decide
 
 

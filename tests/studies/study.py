@@ -219,8 +219,8 @@ def hs_star(seeds):
 
 SAI_DPO = {"SAI-DPO": [], "knowledge only": ["--select", "knowledge"], "difficulty only": ["--select",
                                                                                            "difficulty"],
-           "static": ["--select", "static"], "random": ["--select", "random"], "middle first": ["--prefer",
-                                                                                                "middle"]}
+           "static": ["--select", "static"], "random": ["--select", "random"], "hardest first": ["--prefer",
+                                                                                                 "hardest"]}
 
 
 def sai_dpo(seeds):
@@ -239,10 +239,13 @@ def sai_dpo(seeds):
         weak = []
         for folder in of_arm:
             metrics = lines(folder / "metrics.jsonl")
-            rounds = [m["clusters"] for m in metrics if m["phase"] == "select"]
+            rounds = []
+            for m in metrics:
+                if m["phase"] == "select":
+                    rounds.append([c for name, c in m.items() if name.startswith("cluster ")])
             answers.append(sum(m["draws"] for m in metrics if m["phase"] in ("probe", "responses")))
             pairs.append(sum(c["kept"] for clusters in rounds for c in clusters))
-            found = [c for clusters in rounds for c in clusters if c["tags"] == ["remainders"]]
+            found = [c for clusters in rounds for c in clusters if c["tags"] == "remainders"]
             weak.append(" ".join(f"{c['error']:.0%} {c['drawn']}" for c in found))
         costs.update(zip(answers, pairs))
         assert len(costs) == 1, f"the arms are not at equal cost: {costs}"
