@@ -284,8 +284,9 @@ def tag_problems(problems):
     def grade(problem, output):
         return parse_tags(output) != [], "tags"
 
-    sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat", temperature=0.6,
-           top_p=0.95, max_new_tokens=TAG_TOKENS)
+    outputs = sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat",
+                     temperature=0.6, top_p=0.95, max_new_tokens=TAG_TOKENS)
+    show_answers(untagged, outputs)
     say(f"correct are outputs with tags; runs on these problems use them: {run.folder}/round_0/outputs.jsonl")
 
 
