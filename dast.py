@@ -42,16 +42,15 @@ LOSS = "sft"  # "sft" | "dpo": DAST-S or DAST-D (paper)
 VARIANT = "PL"  # "PL" | "P" | "L" | "": which controls are on; none is vanilla rejection-sampling self-training (paper)
 K_PROBE = 10  # answers per problem that measure its difficulty (code)
 CUTS = (0.7, 0.4)  # p > 0.7 is E, 0.4 <= p <= 0.7 is M, 0 < p < 0.4 is H, p = 0 is U (code)
-M_TARGET = 1  # unit of the targets (ours)
-TARGETS = (1, 2, 3, 4)  # distinct correct answers wanted at E, M, H, U, in units of M_TARGET (ours)
-K_SAMPLES = 10  # answers per problem without P, and the unit of the budgets with P (code)
-BUDGETS = (1, 2, 4, 8)  # draws allowed at E, M, H, U, in units of K_SAMPLES (ours)
+K_SAMPLES = 10  # answers per problem without P (code)
+TARGETS = (5, 6, 7, 8)  # with P: distinct correct answers wanted at E, M, H, U (ours)
+BUDGETS = (10, 20, 40, 40)  # with P: draws allowed at E, M, H, U; tests/studies/proportions.py gives reasons (ours)
 BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (code)
 DRAWS_LIKE = ""  # a run folder: as many draws in each round as it made, spread evenly; not with P (ours)
 SIZE_LIKE = ""  # a run folder: as many answers (pairs) trained on each round, by leaving out or repeating some (ours)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else no examples (code)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws; training and scores have no examples (code)
 SHOTS = 8  # worked examples before a problem; 0 is none (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
@@ -85,15 +84,15 @@ KEEP = False  # resume a folder that was made by other code: what is finished th
 WANDB = False  # log to Weights & Biases too (ours)
 
 # What is legal: the values, or the least one (of other numbers 0)
-LEGAL = dict(START=("base", "previous"), LOSS=("sft", "dpo"), VARIANT=("PL", "P", "L", ""), K_PROBE=1, M_TARGET=1,
-             K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1,
-             EPOCHS=1, BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
+LEGAL = dict(START=("base", "previous"), LOSS=("sft", "dpo"), VARIANT=("PL", "P", "L", ""), K_PROBE=1, K_SAMPLES=1,
+             PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1, EPOCHS=1,
+             BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 WORKED_SOLUTION = None  # stands for the problem's own solution in a pair of draws
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=200,
-           N_TEST=300, K_PROBE=5, K_SAMPLES=2, SHOTS=2, MAX_NEW_TOKENS=96, LR=3e-4, LR_DPO=3e-5, EPOCHS=3, CLIP=1.0,
-           EAGER=True, MAX_TOKENS=8192)
+           N_TEST=300, K_PROBE=5, K_SAMPLES=2, TARGETS=(1, 2, 3, 4), BUDGETS=(2, 4, 8, 8), SHOTS=2,
+           MAX_NEW_TOKENS=96, LR=3e-4, LR_DPO=3e-5, EPOCHS=3, CLIP=1.0, EAGER=True, MAX_TOKENS=8192)
 
 
 # The method -----------------------------------------------------------------------------------------------------------
@@ -111,7 +110,7 @@ def level_of(correct, draws):
 def target_and_budget(level):
     """(T, B): how many distinct correct answers a problem of this level should give, in at most how many draws."""
     hardness = "EMHU".index(level)
-    return M_TARGET * TARGETS[hardness], K_SAMPLES * BUDGETS[hardness]
+    return TARGETS[hardness], BUDGETS[hardness]
 
 
 def distinct_of(responses):
@@ -284,7 +283,9 @@ def main():
         level[i] = level_of(sum(r["correct"] for r in probed), len(probed))
     pools = {name: [p for p in solved if level[p["id"]] == name] for name in "EMHU"}
     say("  levels   " + "  ".join(f"{name} {list(level.values()).count(name):,}" for name in "EMHU"))
-    scores = {"base": evaluate(run, "round_0/eval_base", MODEL, tests, few_shot, **greedy)}
+    scores = {"base": evaluate(run, "round_0/eval_base", MODEL, tests, zero_shot, **greedy)}
+    if shots:
+        scores["base, examples in prompt"] = evaluate(run, "round_0/eval_examples", MODEL, tests, few_shot, **greedy)
 
     # 2. Round 0: M_1 = SFT of the base on D_u = D_o
     model = MODEL

@@ -3,6 +3,7 @@ taggers and encoders against references; short real runs of what only one method
 import json
 import math
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -17,7 +18,10 @@ import common
 import dast
 import hs_star
 import sai_dpo
-from conftest import SHARED, TOY, killed_when, launch, lines
+from conftest import ROOT, SHARED, TOY, killed_when, launch, lines
+
+sys.path.insert(0, str(ROOT / "tests" / "studies"))
+from proportions import simulate  # noqa: E402
 
 
 def rng(seed=0):
@@ -75,9 +79,21 @@ def test_levels_of_dast(correct, draws, level):
     assert dast.level_of(correct, draws) == level
 
 
-def test_targets_and_budgets_rise_with_difficulty(monkeypatch):
-    set_constants(monkeypatch, dast, K_SAMPLES=2)
-    assert [dast.target_and_budget(level) for level in "EMHU"] == [(1, 2), (2, 4), (3, 8), (4, 16)]
+def test_targets_and_budgets_rise_with_difficulty():
+    assert [dast.target_and_budget(level) for level in "EMHU"] == [(5, 10), (6, 20), (7, 40), (8, 40)]
+
+
+@pytest.mark.parametrize("shape, unit, constants", [
+    ((0.98, 0.84), 10, {}), ((0.36, 1.44), 10, {}),  # GSM8K and MATH, as tests/studies/proportions.py says
+    ((0.3, 0.35), 2, dast.TOY),  # the toy's levels, if its texts were all distinct (a problem of E has one or two)
+])
+def test_proportions_of_dast_give_hard_problems_more_than_vanilla(shape, unit, constants):
+    rates = rng().beta(*shape, 2000)
+    settings = vars(dast) | constants
+    kept, _ = simulate(rates, settings["TARGETS"], settings["BUDGETS"], settings["K_PROBE"])
+    vanilla, _ = simulate(rates, [unit] * 4, [unit] * 4, settings["K_PROBE"])
+    assert kept[2] >= 2 * vanilla[2] and kept[3] >= 2 * vanilla[3]
+    assert kept.sum() >= 0.95 * vanilla.sum()
 
 
 def drawn(*notes):

@@ -20,9 +20,10 @@ DRAWN = {"dast.py": ["responses"], "adastar.py": ["responses_0"], "hs_star.py": 
          "sai_dpo.py": ["probe", "responses"]}  # what a round draws
 EVAL = {"eval.json", "eval.jsonl"}
 HELD_OUT = {"eval_held_out.json", "eval_held_out.jsonl"}
+EXAMPLES = {"eval_examples.json", "eval_examples.jsonl"}  # the base with examples in the prompt
 MORE = {"dast.py": set(), "adastar.py": HELD_OUT, "hs_star.py": {"prerewards.jsonl", "rerewards.jsonl"},
         "sai_dpo.py": set()}
-ROUND_0 = {"dast.py": {"probe.jsonl", "eval_base.json", "eval_base.jsonl", "model", "steps.jsonl", *EVAL},
+ROUND_0 = {"dast.py": {"probe.jsonl", "eval_base.json", "eval_base.jsonl", *EXAMPLES, "model", "steps.jsonl", *EVAL},
            "adastar.py": {*EVAL, *HELD_OUT}, "hs_star.py": EVAL, "sai_dpo.py": {"clusters.jsonl", *EVAL}}
 TRAINED = {"dast.py": lambda s: [[draw] for draw in s["chosen"]],
            "adastar.py": lambda s: [[draw] for draw in s["chosen"]],

@@ -181,8 +181,8 @@ def sai_dpo(n):
     return decide
 
 
-METHODS = {"adastar": adastar, "dast, the toy's numbers of draws": functools.partial(dast, K_PROBE=5,
-                                                                                     K_SAMPLES=2),
+METHODS = {"adastar": adastar, "dast, the toy's numbers of draws": functools.partial(
+               dast, K_PROBE=5, TARGETS=(1, 2, 3, 4), BUDGETS=(2, 4, 8, 8)),
            "dast": dast, "dast --loss dpo": functools.partial(dast, LOSS="dpo"), "hs_star": hs_star,
            "sai_dpo": sai_dpo}
 
