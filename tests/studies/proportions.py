@@ -37,7 +37,7 @@ def simulate(rates, targets, budgets, k_probe=10, seed=0):
     kept = np.zeros(4, int)
     draws = np.zeros(4, int)
     for p in rates:
-        hardness = "EMHU".index(dast.level_of(rng.binomial(k_probe, p), k_probe))
+        hardness = "EMHU".index(dast.level_of(rng.binomial(k_probe, p) / k_probe))
         correct = np.cumsum(rng.random(budgets[hardness]) < p)  # after each draw
         target = targets[hardness]
         kept[hardness] += min(target, correct[-1])

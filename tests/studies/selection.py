@@ -90,17 +90,17 @@ def dast(n, **constants):
     probe = [record(k, d, right) for k in range(n) for d, right in enumerate(hits[k].tolist())]
     responses = []
     for k, right in enumerate(hits.sum(1).tolist()):
-        target, budget = dast.target_and_budget(dast.level_of(right, dast.K_PROBE))
+        target, budget = dast.target_and_budget(dast.level_of(right / dast.K_PROBE))
         drawn = (rng.random(budget) < shares[k]).tolist()
         needed = [d for d, hit in enumerate(drawn) if hit][target - 1:target]
         responses += [record(k, d, hit) for d, hit in enumerate(drawn[:needed[0] + 1 if needed else budget])]
     level = {}  # once and for all rounds
     for i, probed in common.by_problem(probe).items():
-        level[i] = dast.level_of(sum(r["correct"] for r in probed), len(probed))
+        level[i] = dast.level_of(dast.pass_rate(probed))
 
     def decide():
-        limits = dast.draw_limits(Seeded, 1, problems, level)
-        return dast.select(problems, probe, responses, limits, Seeded, 1)
+        budgets = dast.draw_budgets(Seeded, 1, problems, level)
+        return dast.select(problems, probe, responses, budgets, Seeded, 1)
     return decide
 
 

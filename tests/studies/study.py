@@ -84,7 +84,9 @@ def dast(seeds, loss):
         arms["DAST"].append(correct(one, "round_3/eval.json"))
         arms["vanilla, same draws"].append(correct(vanilla, "round_3/eval.json"))
         arms["vanilla, same draws and size"].append(correct(sized, "round_3/eval.json"))
-    for reference in ("round 0", "vanilla, same draws"):
+    bases = ("base", "base, examples in prompt")
+    better = max(bases, key=lambda arm: sum(sum(scores.values()) for scores in arms[arm]))
+    for reference in (better, "round 0", "vanilla, same draws"):
         print_arms("after three rounds", arms, reference)
 
 
