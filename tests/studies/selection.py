@@ -3,7 +3,7 @@
 The decision is each pure function between the answers and selection.jsonl, by its own name; no file is read
 or written. Records are made up, with the keys that are read (hs_star: reward too), an id object each, as
 after reading, and texts of one letter. Draws per problem are those of the script's constants (of dast.py up
-to 90, and once as few as of its toy, 12 on average); the share of right answers is a problem's own, Beta(0.5,
+to 50, and once as few as of its toy, 9 on average); the share of right answers is a problem's own, Beta(0.5,
 0.5): most are solved nearly always or hardly ever. In hs_star.py a third of the problems are the round's
 slice, in sai_dpo.py 19 % are drawn.
 
@@ -77,7 +77,7 @@ def adastar(n):
 
 
 def dast(n, **constants):
-    """Ten draws of the probe, then draws until there are T distinct correct ones, or B: 28 records to a
+    """Ten draws of the probe, then draws until there are T distinct correct ones, or B: 29 records to a
     problem."""
     import common
     import dast
