@@ -17,7 +17,7 @@ whole optimizer steps (code); one answer to a problem is trained on, and where t
 these are repeated to as many steps (code); AdamW on float32 weights; prompts of our own, and answers in a box; the
 iteration to report is chosen on training problems that are held out for it, never on the test set as in the paper.
 
-  python adastar.py --toy                                     2 CPU cores: 1 min, 61 % (measured)
+  python adastar.py --toy                                     2 CPU cores: 1 min, from 47 to 61 % (measured)
   python adastar.py --model Qwen/Qwen2.5-3B                   one GPU: not measured yet
   torchrun --nproc-per-node 8 adastar.py --model meta-llama/Llama-3.2-3B --train-data adastar_arc \\
       --test-data arc_challenge --hint                        eight GPUs: not measured yet

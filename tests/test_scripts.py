@@ -565,7 +565,7 @@ LIMITS = {"E": (1, 2), "M": (2, 4), "H": (3, 6), "U": (4, 8)}
 
 @pytest.mark.parametrize("script, flags, holds", [
     ("dast.py", ["--variant", "P"], lambda s: (s["target"], s["budget"]) == LIMITS[s["level"]]),
-    ("dast.py", ["--variant", "L"], lambda s: s["target"] == s["budget"] == len(s["outcomes"]) == 2),
+    ("dast.py", ["--variant", "L"], lambda s: s["target"] is None and s["budget"] == len(s["outcomes"]) == 2),
     # AdaSTaR: STaR-Acc-Full-K, Algorithm 1 to the letter, up to three retries with the answer shown
     ("adastar.py", ["--no-stop-at-beta", "--train-on-all", "--k-samples", "3", "--no-retry", "--traces", "0"],
      lambda s: len(s["outcomes"]) == 3 and s["copies"] == [1] * sum(s["outcomes"])),
