@@ -11,26 +11,31 @@ more answers for hard problems, and has them written at greater length.
      b. D_a = these correct ones, anew each round; M_{t+1} = SFT of the base on D_u = D_a + D_o          (DAST-S)
         or DPO of M_1 on pairs of one of these and a wrong one to the same problem                       (DAST-D).
 
-Of the paper we could read the abstract, part of the introduction and a caption, and the authors' unfinished code.
-From the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; three rounds; the two controls. Ours: the
-rules that make them work (draw until T; examples from D_o). Each constant says where its value is from.
+Of the paper we could read the abstract, part of the introduction, a caption and summaries, and the authors' unfinished
+code. The paper's: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; three rounds; the names S, D, P and L,
+and that P increases data size and L lengthens answers, both for challenging queries. The code's: K, prompts, SFT's
+settings; but its repetition penalty of 1.1 is not here, nor its limit of 200 new tokens for GSM8K. Ours: what the four
+names mean in detail. T and B give H and U at least twice the answers that they have without P, in no smaller a D_a
+(tests/studies/proportions.py). L shows E and M examples of their own level too.
 Where it differs from the paper we cannot know, as we have not read the rest.
 
-  python dast.py --toy                                                   2 CPU cores: 3 min, 54 % (measured)
+  python dast.py --toy                                                   2 CPU cores: 3 min, from 47 to 56 % (measured)
   python dast.py --model Qwen/Qwen2.5-1.5B                               one GPU: not measured yet
   torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
 """
+from collections import Counter
 from pathlib import Path
 
 from common import (by_problem, end_round, evaluate, fail, final_table, launch, make_example, make_prompt, prepare,
-                    read, report, sample, say, sequence_logprobs, show_answers, spread_evenly, train, worked_examples)
+                    read, report, sample, say, sequence_logprobs, show_answers, spread_evenly, text_of, train,
+                    worked_examples)
 import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
 
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
 START = "base"  # "base" | "previous": what each round trains from; with DPO, "base" is M_1 of round 0 (code: base)
 TRAIN_DATA = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-separated (paper)
-TEST_DATA = "gsm8k,math"  # scored each round (paper)
+TEST_DATA = "gsm8k,math"  # scored each round (paper; also, out of domain, tal_scq, college_math and theoremqa)
 N_TRAIN = 0  # problems of each training set; 0 is all (ours)
 N_TEST = 0  # problems of each test set; 0 is all (ours)
 HELD_OUT = 0  # training problems put aside, scored in a table of their own (TEST_DATA may be empty); 0 is none (ours)
@@ -41,24 +46,23 @@ SEED = 0  # of everything random (ours)
 LOSS = "sft"  # "sft" | "dpo": DAST-S or DAST-D (paper)
 VARIANT = "PL"  # "PL" | "P" | "L" | "": which controls are on; none is vanilla rejection-sampling self-training (paper)
 K_PROBE = 10  # answers per problem that measure its difficulty (code)
-CUTS = (0.7, 0.4)  # p > 0.7 is E, 0.4 <= p <= 0.7 is M, 0 < p < 0.4 is H, p = 0 is U (code)
-M_TARGET = 1  # unit of the targets (ours)
-TARGETS = (1, 2, 3, 4)  # distinct correct answers wanted at E, M, H, U, in units of M_TARGET (ours)
-K_SAMPLES = 10  # answers per problem without P, and the unit of the budgets with P (code)
-BUDGETS = (1, 2, 4, 8)  # draws allowed at E, M, H, U, in units of K_SAMPLES (ours)
+CUTS = (0.7, 0.4)  # p > 0.7 is E, from 0.4 on M, above 0 H, and 0 U (ours; two of the cuts of the code's older levels)
+K_SAMPLES = 10  # answers per problem without P (code)
+TARGETS = (5, 6, 7, 8)  # with P: distinct correct answers wanted at E, M, H, U (ours)
+BUDGETS = (10, 20, 40, 40)  # with P: draws allowed at E, M, H, U; tests/studies/proportions.py gives reasons (ours)
 BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (code)
 DRAWS_LIKE = ""  # a run folder: as many draws in each round as it made, spread evenly; not with P (ours)
 SIZE_LIKE = ""  # a run folder: as many answers (pairs) trained on each round, by leaving out or repeating some (ours)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws and the base's score; else no examples (code)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws; training and scores have no examples (code)
 SHOTS = 8  # worked examples before a problem; 0 is none (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
 TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
 TOP_P = 1.0  # 1: off (code)
 TOP_K = 40  # 0: off (code)
-MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (code)
+MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (code, for MATH)
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
 
 # Training
@@ -87,22 +91,24 @@ KEEP = False  # resume a folder that was made by other code: what is finished th
 WANDB = False  # log to Weights & Biases too (ours)
 
 # What is legal: the values, or the least one (of other numbers 0)
-LEGAL = dict(START=("base", "previous"), LOSS=("sft", "dpo"), VARIANT=("PL", "P", "L", ""), K_PROBE=1, M_TARGET=1,
-             K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1,
-             EPOCHS=1, BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
-
-WORKED_SOLUTION = None  # stands for the problem's own solution in a pair of draws
+LEGAL = dict(START=("base", "previous"), LOSS=("sft", "dpo"), VARIANT=("PL", "P", "L", ""), K_PROBE=1, K_SAMPLES=1,
+             PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1, EPOCHS=1,
+             BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
 TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DATA="tests/toy/test.jsonl", N_TRAIN=200,
-           N_TEST=300, K_PROBE=5, K_SAMPLES=2, SHOTS=2, MAX_NEW_TOKENS=96, LR=3e-4, LR_DPO=3e-5, EPOCHS=3, CLIP=1.0,
-           EAGER=True, MAX_TOKENS=8192)
+           N_TEST=300, K_PROBE=5, K_SAMPLES=2, TARGETS=(1, 2, 3, 4), BUDGETS=(2, 4, 8, 8), SHOTS=2,
+           MAX_NEW_TOKENS=96, LR=3e-4, LR_DPO=3e-5, EPOCHS=3, CLIP=1.0, EAGER=True, MAX_TOKENS=8192)
 
 
 # The method -----------------------------------------------------------------------------------------------------------
 
-def level_of(correct, draws):
-    """Difficulty of a problem from its probe, by the share correct: "E", "M", "H" or "U" (unsolved)."""
-    p = correct / draws
+def pass_rate(responses):
+    """The share of a problem's answers that are correct."""
+    return sum(r["correct"] for r in responses) / len(responses)
+
+
+def level_of(p):
+    """Difficulty of a problem by its pass rate p in the probe: "E", "M", "H" or "U" (unsolved)."""
     if p > CUTS[0]:
         return "E"
     if p >= CUTS[1]:
@@ -111,9 +117,13 @@ def level_of(correct, draws):
 
 
 def target_and_budget(level):
-    """(T, B): how many distinct correct answers a problem of this level should give, in at most how many draws."""
+    """(T, B): how many distinct correct answers a problem of this level should give, in at most how many draws.
+
+    Without P all that K_SAMPLES draws give, which is a target of None."""
+    if "P" not in VARIANT:
+        return None, K_SAMPLES
     hardness = "EMHU".index(level)
-    return M_TARGET * TARGETS[hardness], K_SAMPLES * BUDGETS[hardness]
+    return TARGETS[hardness], BUDGETS[hardness]
 
 
 def distinct_of(responses):
@@ -132,11 +142,8 @@ def distinct_of(responses):
 
 def choose(outcomes, target):
     """The draws that enter D_a: the first of each distinct correct text, `target` of them at most."""
-    chosen = []
-    for draw, outcome in enumerate(outcomes):
-        if outcome > 0 and outcome not in outcomes[:draw] and len(chosen) < target:
-            chosen.append(draw)
-    return chosen
+    distinct = max(outcomes, default=0)
+    return [outcomes.index(k) for k in range(1, distinct + 1)][:target]
 
 
 def choose_pairs(responses, chosen, solved, rng):
@@ -145,27 +152,25 @@ def choose_pairs(responses, chosen, solved, rng):
     Where no draw is right, a `solved` problem's own solution is preferred. Without a wrong draw (that has ended by
     itself) there is no pair."""
     wrong = [r["draw"] for r in responses if not r["correct"] and r["finish"] == "stop"]
-    better = chosen
     if solved and not any(r["correct"] for r in responses):
-        better = [WORKED_SOLUTION]
-    return list(zip(better, rng.permutation(wrong).tolist()))
+        chosen = [None]  # the worked solution
+    return list(zip(chosen, rng.permutation(wrong).tolist()))
 
 
-def draw_examples(problem, level, pools, shots, rng):
-    """L: `shots` worked solutions of other problems of the same level, drawn at random.
+def example_pools(solved, level, shots):
+    """L: {level: problems with worked solutions to show for it}: its own, or all where it has too few of them."""
+    pools = {}
+    for name in "EMHU":
+        own = [p for p in solved if level[p["id"]] == name]
+        pools[name] = own if len(own) > shots else solved  # one more, as one may be the problem itself
+    return pools
 
-    pools: {level: problems with solutions}. What a level lacks comes from the next easier ones, then from harder ones.
-    """
-    hardness = "EMHU".index(level)
-    examples = []
-    for near in "EMHU"[hardness::-1] + "EMHU"[hardness + 1:]:
-        pool = pools.get(near, [])
-        missing = shots - len(examples)
-        if missing and pool:
-            drawn = rng.choice(len(pool), min(missing + 1, len(pool)), replace=False)  # one may be the problem itself
-            others = [pool[i] for i in drawn if pool[i]["problem"] != problem["problem"]]
-            examples += others[:missing]
-    return examples
+
+def draw_examples(problem, pool, shots, rng):
+    """L: `shots` worked solutions of other problems in the pool, drawn at random."""
+    drawn = rng.choice(len(pool), min(shots + 1, len(pool)), replace=False)
+    others = [pool[i] for i in drawn if pool[i]["problem"] != problem["problem"]]
+    return others[:shots]
 
 
 def sft_loss(logprobs, batch):
@@ -184,66 +189,52 @@ def dpo_loss(logprobs, batch):
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
-def select(problems, probe, responses, limits, run, t):
-    """selection.jsonl: for each problem all that was decided, with the numbers it was decided from.
-
-    `copies` says how often each chosen answer (with DPO each pair) is trained on: once; with SIZE_LIKE, as many in all
-    as that run trained on in round t."""
+def select(problems, probe, responses, budgets, run, t):
+    """selection.jsonl: for each problem all that was decided, with the numbers it was decided from."""
     probe = by_problem(probe)
     responses = by_problem(responses)
     selection = []
-    for problem, (target, budget) in zip(problems, limits):
-        probed = probe[problem["id"]]
-        drawn = responses[problem["id"]]
-        correct = sum(r["correct"] for r in probed)
-        level = level_of(correct, len(probed))
-        outcomes = distinct_of(drawn)
+    for problem, budget in zip(problems, budgets):
+        i = problem["id"]
+        p = pass_rate(probe[i])
+        level = level_of(p)
+        target = target_and_budget(level)[0]
+        outcomes = distinct_of(responses[i])
         chosen = choose(outcomes, target)
-        solved = level == "U" and "solution" in problem
         pairs = []
-        if LOSS == "dpo" and 0 in outcomes and (chosen or solved):
-            pairs = choose_pairs(drawn, chosen, solved, run.rng(t, "pairs", problem["id"]))
-        trained = pairs if LOSS == "dpo" else chosen
-        selection.append({"id": problem["id"], "probe_correct": correct, "probe_draws": len(probed),
-                          "pass_rate": correct / len(probed), "level": level, "target": target, "budget": budget,
-                          "outcomes": outcomes, "chosen": chosen, "pairs": pairs, "copies": [1] * len(trained)})
-    total = sum(len(s["copies"]) for s in selection)
-    if SIZE_LIKE and total:
-        size = sum(sum(s["copies"]) for s in of_other_run(SIZE_LIKE, t))
-        copies = iter(spread_evenly(size, total, run.rng(t, "size")))
-        for s in selection:
-            s["copies"] = [next(copies) for _ in s["copies"]]
+        if LOSS == "dpo":
+            solved = level == "U" and "solution" in problem
+            pairs = choose_pairs(responses[i], chosen, solved, run.rng(t, "pairs", i))
+        selection.append({"id": i, "pass_rate": p, "level": level, "target": target, "budget": budget,
+                          "outcomes": outcomes, "chosen": chosen, "pairs": pairs})
     return selection
 
 
-def make_examples(tokenizer, selection, by_id, responses):
+def make_examples(tokenizer, problems, selection, responses):
     """D_a: the chosen answers as training examples, or the pairs (preferred, rejected)."""
     by_draw = {(r["id"], r["draw"]): r for r in responses}
     examples = []
-    for s in selection:
-        problem = by_id[s["id"]]
-        by_draw[s["id"], WORKED_SOLUTION] = problem.get("solution")
+    for problem, s in zip(problems, selection):
+        by_draw[s["id"], None] = problem.get("solution")
         trained = s["pairs"] if LOSS == "dpo" else [[draw] for draw in s["chosen"]]
-        for draws, copies in zip(trained, s["copies"]):
+        for draws in trained:
             answers = [by_draw[s["id"], draw] for draw in draws]
-            examples += [make_example(tokenizer, PROMPT, problem, *answers, system=SYSTEM, think=THINK)] * copies
+            examples.append(make_example(tokenizer, PROMPT, problem, *answers, system=SYSTEM, think=THINK))
     return examples
 
 
-def report_selection(run, t, selection, responses):
+def report_selection(run, t, selection, level, responses, augmented):
     """Per level: problems, draws, share correct, mean answer length in tokens (is L at work?), answers chosen."""
-    by_id = by_problem(responses)
     levels = {}
-    for level in "EMHU":
-        of_level = [s for s in selection if s["level"] == level]
-        drawn = []
-        for s in of_level:
-            drawn += by_id[s["id"]]
-        levels[level] = {"problems": len(of_level), "draws": len(drawn),
-                         "correct": sum(r["correct"] for r in drawn) / max(1, len(drawn)),
-                         "mean_tokens": sum(r["tokens"] for r in drawn) / max(1, len(drawn)),
-                         "chosen": sum(len(s["chosen"]) for s in of_level)}
-    report(run, t, "select", **levels, augmented=sum(sum(s["copies"]) for s in selection))
+    for name in "EMHU":
+        decided = [s for s in selection if s["level"] == name]
+        drawn = [r for r in responses if level[r["id"]] == name]
+        draws = max(1, len(drawn))
+        levels[name] = {"problems": len(decided), "draws": len(drawn),
+                        "correct": sum(r["correct"] for r in drawn) / draws,
+                        "mean_tokens": sum(r["tokens"] for r in drawn) / draws,
+                        "chosen": sum(len(s["chosen"]) for s in decided)}
+    report(run, t, "select", **levels, augmented=augmented)
 
 
 def check_constants():
@@ -262,7 +253,6 @@ def check_constants():
 def main():
     check_constants()
     run, tokenizer, problems, tests = prepare(globals())
-    by_id = {p["id"]: p for p in problems}
     solved = [p for p in problems if "solution" in p]
     greedy = dict(style=PROMPT, max_new_tokens=MAX_NEW_TOKENS)
     drawn = dict(**greedy, temperature=TEMPERATURE, top_p=TOP_P, top_k=TOP_K)
@@ -282,12 +272,12 @@ def main():
 
     # 1. Difficulty: K answers of the base M_0 to each problem, once and for all (caption of Figure 1)
     probe = sample(run, "round_0/probe.jsonl", MODEL, problems, K_PROBE, few_shot, **drawn)
-    level = {}
-    for i, probed in by_problem(probe).items():
-        level[i] = level_of(sum(r["correct"] for r in probed), len(probed))
-    pools = {name: [p for p in solved if level[p["id"]] == name] for name in "EMHU"}
-    say("  levels   " + "  ".join(f"{name} {list(level.values()).count(name):,}" for name in "EMHU"))
-    scores = {"base": evaluate(run, "round_0/eval_base", MODEL, tests, few_shot, **greedy)}
+    level = {i: level_of(pass_rate(probed)) for i, probed in by_problem(probe).items()}
+    pools = example_pools(solved, level, shots)
+    say(f"  levels   {text_of(Counter(sorted(level.values(), key='EMHU'.index)))}")
+    scores = {"base": evaluate(run, "round_0/eval_base", MODEL, tests, zero_shot, **greedy)}
+    if shots:
+        scores["base, examples in prompt"] = evaluate(run, "round_0/eval_examples", MODEL, tests, few_shot, **greedy)
 
     # 2. Round 0: M_1 = SFT of the base on D_u = D_o
     model = MODEL
@@ -302,27 +292,27 @@ def main():
 
     for t in range(1, ROUNDS + 1):
         # 3a. Draw answers: with P until T distinct correct ones or B draws; with L from examples of the problem's level
-        limits = draw_limits(run, t, problems, level)
-        target = {p["id"]: limit[0] for p, limit in zip(problems, limits)}
-        budgets = [limit[1] for limit in limits]
+        budgets = draw_budgets(run, t, problems, level)
 
         def same_level(problem, draw):
-            rng = run.rng(t, "examples", problem["id"], draw)
-            examples = draw_examples(problem, level[problem["id"]], pools, shots, rng)
+            pool = pools[level[problem["id"]]]
+            examples = draw_examples(problem, pool, shots, run.rng(t, "examples", problem["id"], draw))
             return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM, THINK)
 
         def enough(responses):
-            return len(set(distinct_of(responses)) - {0}) >= target[responses[0]["id"]]
+            return max(distinct_of(responses)) >= target_and_budget(level[responses[0]["id"]])[0]
 
         responses = sample(run, f"round_{t}/responses.jsonl", model, problems, budgets,
                            same_level if "L" in VARIANT and solved else few_shot,
                            enough=enough if "P" in VARIANT else None, **drawn)
 
         # 3b. D_a = the chosen answers; M_{t+1} = SFT of the base on D_u = D_a + D_o, or DPO of M_1 on pairs
-        selection = run.once(f"round_{t}/selection.jsonl", select, problems, probe, responses, limits, run, t)
-        report_selection(run, t, selection, responses)
+        selection = run.once(f"round_{t}/selection.jsonl", select, problems, probe, responses, budgets, run, t)
+        d_a = make_examples(tokenizer, problems, selection, responses)
+        if SIZE_LIKE and d_a:
+            d_a = resized(d_a, run, t)
+        report_selection(run, t, selection, level, responses, len(d_a))
         show_answers(problems, responses)
-        d_a = make_examples(tokenizer, selection, by_id, responses)
         if not d_a:
             say(f"  round {t}  {len(responses):,} answers and D_a is empty, the model stays as it is")
         elif LOSS == "sft":
@@ -348,14 +338,23 @@ def of_other_run(folder, t):
     return read(path)
 
 
-def draw_limits(run, t, problems, level):
-    """[(T, B)] of round t, parallel to problems: by level with P; else T = B: every distinct correct answer counts."""
-    if "P" in VARIANT:
-        return [target_and_budget(level[p["id"]]) for p in problems]
-    if not DRAWS_LIKE:
-        return [(K_SAMPLES, K_SAMPLES)] * len(problems)
-    draws = sum(len(s["outcomes"]) for s in of_other_run(DRAWS_LIKE, t))
-    return [(n, n) for n in spread_evenly(draws, len(problems), run.rng(t, "draws"))]
+def draw_budgets(run, t, problems, level):
+    """The draws allowed in round t, parallel to problems: by level with P; with DRAWS_LIKE as many as that run made."""
+    if DRAWS_LIKE:
+        draws = sum(len(s["outcomes"]) for s in of_other_run(DRAWS_LIKE, t))
+        return spread_evenly(draws, len(problems), run.rng(t, "draws"))
+    return [target_and_budget(level[p["id"]])[1] for p in problems]
+
+
+def resized(d_a, run, t):
+    """D_a with some examples left out or repeated: as many as SIZE_LIKE has in round t."""
+    trained = "pairs" if LOSS == "dpo" else "chosen"
+    size = sum(len(s[trained]) for s in of_other_run(SIZE_LIKE, t))
+    copies = spread_evenly(size, len(d_a), run.rng(t, "size"))
+    examples = []
+    for example, times in zip(d_a, copies):
+        examples += [example] * times
+    return examples
 
 
 if __name__ == "__main__":

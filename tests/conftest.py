@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = ("dast.py", "adastar.py", "hs_star.py", "sai_dpo.py")
 BRIEF = ["--toy", "--n-test", "4", "--max-new-tokens", "48", "--rounds", "2"]
 SMALL = {  # two rounds in a few seconds
-    "dast.py": [*BRIEF, "--n-train", "14", "--k-probe", "3", "--budgets", "1", "2", "3", "4"],
+    "dast.py": [*BRIEF, "--n-train", "14", "--k-probe", "3", "--budgets", "2", "4", "6", "8"],
     "adastar.py": [*BRIEF, "--n-train", "84", "--held-out", "4", "--steps", "2"],
     "hs_star.py": [*BRIEF, "--n-train", "32", "--slice", "16"],
     "sai_dpo.py": [*BRIEF, "--n-train", "48", "--n-clusters", "3", "--samples-per-round", "20",

@@ -3,6 +3,7 @@ taggers and encoders against references; short real runs of what only one method
 import json
 import math
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -17,7 +18,10 @@ import common
 import dast
 import hs_star
 import sai_dpo
-from conftest import SHARED, TOY, killed_when, launch, lines
+from conftest import ROOT, SHARED, TOY, killed_when, launch, lines
+
+sys.path.insert(0, str(ROOT / "tests" / "studies"))
+from proportions import simulate  # noqa: E402
 
 
 def rng(seed=0):
@@ -72,12 +76,27 @@ def test_constants_that_contradict_are_refused_in_one_line(monkeypatch, capsys, 
     (10, 10, "E"), (8, 10, "E"), (7, 10, "M"), (5, 10, "M"), (4, 10, "M"), (3, 10, "H"), (1, 10, "H"),
     (0, 10, "U"), (5, 7, "E"), (2, 5, "M"), (1, 3, "H"), (1, 1, "E"), (0, 1, "U")])  # 0.7 and 0.4 are M
 def test_levels_of_dast(correct, draws, level):
-    assert dast.level_of(correct, draws) == level
+    probed = [{"correct": draw < correct} for draw in range(draws)]
+    assert dast.level_of(dast.pass_rate(probed)) == level
 
 
 def test_targets_and_budgets_rise_with_difficulty(monkeypatch):
-    set_constants(monkeypatch, dast, K_SAMPLES=2)
-    assert [dast.target_and_budget(level) for level in "EMHU"] == [(1, 2), (2, 4), (3, 8), (4, 16)]
+    assert [dast.target_and_budget(level) for level in "EMHU"] == [(5, 10), (6, 20), (7, 40), (8, 40)]
+    set_constants(monkeypatch, dast, VARIANT="L")
+    assert [dast.target_and_budget(level) for level in "EMHU"] == [(None, 10)] * 4  # vanilla: all that is right
+
+
+@pytest.mark.parametrize("shape, unit, constants", [
+    ((0.98, 0.84), 10, {}), ((0.36, 1.44), 10, {}),  # GSM8K and MATH, as tests/studies/proportions.py says
+    ((0.3, 0.35), 2, dast.TOY),  # the toy's levels, if its texts were all distinct (a problem of E has one or two)
+])
+def test_proportions_of_dast_give_hard_problems_more_than_vanilla(shape, unit, constants):
+    rates = rng().beta(*shape, 2000)
+    settings = vars(dast) | constants
+    kept, _ = simulate(rates, settings["TARGETS"], settings["BUDGETS"], settings["K_PROBE"])
+    vanilla, _ = simulate(rates, [unit] * 4, [unit] * 4, settings["K_PROBE"])
+    assert kept[2] >= 2 * vanilla[2] and kept[3] >= 2 * vanilla[3]
+    assert kept.sum() >= 0.95 * vanilla.sum()
 
 
 def drawn(*notes):
@@ -95,6 +114,7 @@ def drawn(*notes):
     ("a x x a x b c".split(), [1, 0, 0, 1, 0, 2, 3], 3, [0, 5, 6]),
     ("x x x x".split(), [0, 0, 0, 0], 4, []),
     (["a", " a\n", "A", "a b"], [1, 1, 2, 3], 2, [0, 2]),  # only blanks around it leave a text the same
+    (["a", "b", "a", "c"], [1, 2, 1, 3], None, [0, 1, 3]),
     (["cut:a", "a", "cut:b"], [0, 1, 0], 4, [1]),  # a correct answer that did not end is not learnt
     ([], [], 1, []),
 ])
@@ -123,21 +143,23 @@ def test_pairs_of_dast(notes, solved, chosen, pairs):
 
 def examples_drawn(problem, level, shots, seed):
     """Ids of the examples that are shown: of 9 easy problems, 3 of M, 2 of H and one unsolved."""
-    pools = {}
+    solved = []
     for name, n in zip("EMHU", (9, 3, 2, 1)):
-        pools[name] = [{"id": f"{name}{i}", "problem": f"{name}{i}"} for i in range(n)]
-    return [e["id"] for e in dast.draw_examples({"problem": problem}, level, pools, shots, rng(seed))]
+        solved += [{"id": f"{name}{i}", "problem": f"{name}{i}"} for i in range(n)]
+    pools = dast.example_pools(solved, {p["id"]: p["id"][0] for p in solved}, shots)
+    return [e["id"] for e in dast.draw_examples({"problem": problem}, pools[level], shots, rng(seed))]
 
 
-@pytest.mark.parametrize("problem, level, shots, levels", [
-    ("E0", "E", 8, "EEEEEEEE"), ("H0", "H", 8, "HMMMEEEE"), ("x", "E", 11, "EEEEEEEEEMM"),
-    ("U0", "U", 20, "HHMMMEEEEEEEEE"),
+@pytest.mark.parametrize("problem, level, shots, n, levels", [
+    ("E0", "E", 8, 8, "E"), ("M1", "M", 2, 2, "M"), ("H0", "H", 2, 2, "EMHU"), ("x", "U", 20, 15, "EMHU"),
 ])
-def test_examples_of_dast_are_others_of_the_level_then_of_easier_ones(problem, level, shots, levels):
-    for seed in range(20):
+def test_examples_of_dast_are_others_of_the_level_or_of_all_where_it_has_too_few(problem, level, shots, n, levels):
+    seen = set()
+    for seed in range(40):
         ids = examples_drawn(problem, level, shots, seed)
-        assert "".join(i[0] for i in ids) == levels
-        assert len(set(ids) - {problem}) == len(ids)
+        seen.update(i[0] for i in ids)
+        assert len(set(ids) - {problem}) == n == len(ids)
+    assert seen == set(levels)
 
 
 # AdaSTaR ----------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_flags_in_the_text_exist():
 
 def test_files_in_the_text_exist():
     of_a_run = re.compile(r"(round_\d/)?(selection|presamples|resamples|prerewards|rerewards|responses(_\d)?|probe|"
-                          r"metrics|clusters|steps|train|eval|eval_base|eval_held_out|tags|outputs)\.jsonl?")
+                          r"metrics|clusters|steps|train|eval(_base|_examples)?(_held_out)?|tags|outputs)\.jsonl?")
     for name in re.findall(r"`((?:tests/|\.ci/)?[\w/]+\.(?:py|md|txt|jsonl|png))`", PAGES):
         of_data = name.startswith(("gsm8k/", "math/", "data/"))
         assert (ROOT / name).exists() or of_a_run.fullmatch(name) or of_data, name

@@ -20,10 +20,13 @@ DRAWN = {"dast.py": ["responses"], "adastar.py": ["responses_0"], "hs_star.py": 
          "sai_dpo.py": ["probe", "responses"]}  # what a round draws
 EVAL = {"eval.json", "eval.jsonl"}
 HELD_OUT = {"eval_held_out.json", "eval_held_out.jsonl"}
+EXAMPLES = {"eval_examples.json", "eval_examples.jsonl"}  # the base with examples in the prompt
+HELD_OUT_EXAMPLES = {"eval_examples_held_out.json", "eval_examples_held_out.jsonl"}
 MORE = {"dast.py": set(), "adastar.py": HELD_OUT, "hs_star.py": {"prerewards.jsonl", "rerewards.jsonl"},
         "sai_dpo.py": set()}
-ROUND_0 = {"dast.py": {"probe.jsonl", "eval_base.json", "eval_base.jsonl", "model", "steps.jsonl", *EVAL},
-           "adastar.py": {*EVAL, *HELD_OUT}, "hs_star.py": EVAL, "sai_dpo.py": {"clusters.jsonl", *EVAL}}
+ROUND_0 = {"dast.py": {"probe.jsonl", "eval_base.json", "eval_base.jsonl", *EXAMPLES, "model", "steps.jsonl", *EVAL},
+           "adastar.py": {*EVAL, *HELD_OUT, *EXAMPLES, *HELD_OUT_EXAMPLES},
+           "hs_star.py": EVAL, "sai_dpo.py": {"clusters.jsonl", *EVAL}}
 TRAINED = {"dast.py": lambda s: [[draw] for draw in s["chosen"]],
            "adastar.py": lambda s: [[draw] for draw in s["chosen"]],
            "hs_star.py": lambda s: s["pairs"],
@@ -107,6 +110,25 @@ def test_loop_leaves_the_documented_files(whole, script):
     about = json.loads((run / "constants.json").read_text())
     assert about.keys() == {"script", "constants", "code", "engine", "why", "command", "git", "machine",
                             "versions", "processes"}
+
+
+@pytest.mark.parametrize("script, base", [("dast.py", "eval_base"), ("adastar.py", "eval")])
+def test_base_is_scored_as_what_comes_after_it_and_with_examples(whole, script, base):
+    lengths = {}
+    for name in (f"round_0/{base}", "round_1/eval", "round_0/eval_examples"):
+        lengths[name] = [r["prompt_tokens"] for r in lines(whole(script) / f"{name}.jsonl")]
+    before, after, with_examples = lengths.values()
+    assert before == after and all(more > n for n, more in zip(before, with_examples))
+
+
+@pytest.mark.parametrize("script, base", [("dast.py", "eval_base"), ("adastar.py", "eval")])
+def test_base_is_scored_once_where_prompts_have_no_examples(tmp_path, script, base):
+    flags = ["--prompt", "zero_shot", "--rounds", "0", "--held-out", "0", "--name", "one"]
+    if script == "dast.py":
+        flags += ["--variant", "P"]
+    launch(tmp_path, script, *SMALL[script], *flags)
+    names = {path.name for path in (tmp_path / "runs/one/round_0").iterdir()}
+    assert f"{base}.json" in names and "eval_examples.json" not in names
 
 
 @each_script
@@ -203,11 +225,11 @@ def test_dast_selection_follows_from_the_records(whole, rules):
     run = whole("dast.py")
     dast, problems = rules("dast.py", run)
     probe = lines(run / "round_0" / "probe.jsonl")
-    limits = []
+    budgets = []
     for probed in common.by_problem(probe).values():
-        limits.append(dast.target_and_budget(dast.level_of(sum(r["correct"] for r in probed), 3)))
+        budgets.append(dast.target_and_budget(dast.level_of(dast.pass_rate(probed)))[1])
     for t in (1, 2):
-        selection = dast.select(problems, probe, responses_of(run, "dast.py", t), limits, RECORDED, t)
+        selection = dast.select(problems, probe, responses_of(run, "dast.py", t), budgets, RECORDED, t)
         assert json.loads(json.dumps(selection)) == selection_of(run, t)
         for s in selection:  # drawn until there were enough
             assert len({*s["outcomes"][:-1]} - {0}) < s["target"]
@@ -544,7 +566,7 @@ LIMITS = {"E": (1, 2), "M": (2, 4), "H": (3, 6), "U": (4, 8)}
 
 @pytest.mark.parametrize("script, flags, holds", [
     ("dast.py", ["--variant", "P"], lambda s: (s["target"], s["budget"]) == LIMITS[s["level"]]),
-    ("dast.py", ["--variant", "L"], lambda s: s["target"] == s["budget"] == len(s["outcomes"]) == 2),
+    ("dast.py", ["--variant", "L"], lambda s: s["target"] is None and s["budget"] == len(s["outcomes"]) == 2),
     # AdaSTaR: STaR-Acc-Full-K, Algorithm 1 to the letter, up to three retries with the answer shown
     ("adastar.py", ["--no-stop-at-beta", "--train-on-all", "--k-samples", "3", "--no-retry", "--traces", "0"],
      lambda s: len(s["outcomes"]) == 3 and s["copies"] == [1] * sum(s["outcomes"])),
@@ -574,8 +596,9 @@ def test_dast_controls_draw_and_train_as_much_as_another_run(whole, tmp_path):
     launch(tmp_path, "dast.py", *SMALL["dast.py"], "--name", "one", "--rounds", "1", "--variant", "",
            "--draws-like", whole("dast.py"), "--size-like", whole("dast.py"))
     size = []
-    for selection in (selection_of(run), selection_of(whole("dast.py"))):
-        size.append((sum(len(s["outcomes"]) for s in selection), sum(sum(s["copies"]) for s in selection)))
+    for folder in (run, whole("dast.py")):
+        selection = selection_of(folder)
+        size.append((sum(len(s["outcomes"]) for s in selection), len(lines(folder / "round_1" / "train.jsonl"))))
     assert size[0] == size[1]
     budgets = [s["budget"] for s in selection_of(run)]
     assert max(budgets) - min(budgets) <= 1

@@ -3,7 +3,7 @@
 The decision is each pure function between the answers and selection.jsonl, by its own name; no file is read
 or written. Records are made up, with the keys that are read (hs_star: reward too), an id object each, as
 after reading, and texts of one letter. Draws per problem are those of the script's constants (of dast.py up
-to 90, and once as few as of its toy, 12 on average); the share of right answers is a problem's own, Beta(0.5,
+to 50, and once as few as of its toy, 9 on average); the share of right answers is a problem's own, Beta(0.5,
 0.5): most are solved nearly always or hardly ever. In hs_star.py a third of the problems are the round's
 slice, in sai_dpo.py 19 % are drawn.
 
@@ -77,7 +77,7 @@ def adastar(n):
 
 
 def dast(n, **constants):
-    """Ten draws of the probe, then draws until there are T distinct correct ones, or B: 28 records to a
+    """Ten draws of the probe, then draws until there are T distinct correct ones, or B: 29 records to a
     problem."""
     import common
     import dast
@@ -90,17 +90,17 @@ def dast(n, **constants):
     probe = [record(k, d, right) for k in range(n) for d, right in enumerate(hits[k].tolist())]
     responses = []
     for k, right in enumerate(hits.sum(1).tolist()):
-        target, budget = dast.target_and_budget(dast.level_of(right, dast.K_PROBE))
+        target, budget = dast.target_and_budget(dast.level_of(right / dast.K_PROBE))
         drawn = (rng.random(budget) < shares[k]).tolist()
         needed = [d for d, hit in enumerate(drawn) if hit][target - 1:target]
         responses += [record(k, d, hit) for d, hit in enumerate(drawn[:needed[0] + 1 if needed else budget])]
     level = {}  # once and for all rounds
     for i, probed in common.by_problem(probe).items():
-        level[i] = dast.level_of(sum(r["correct"] for r in probed), len(probed))
+        level[i] = dast.level_of(dast.pass_rate(probed))
 
     def decide():
-        limits = dast.draw_limits(Seeded, 1, problems, level)
-        return dast.select(problems, probe, responses, limits, Seeded, 1)
+        budgets = dast.draw_budgets(Seeded, 1, problems, level)
+        return dast.select(problems, probe, responses, budgets, Seeded, 1)
     return decide
 
 
@@ -178,8 +178,8 @@ def sai_dpo(n):
     return decide
 
 
-METHODS = {"adastar": adastar, "dast, the toy's numbers of draws": functools.partial(dast, K_PROBE=5,
-                                                                                     K_SAMPLES=2),
+METHODS = {"adastar": adastar, "dast, the toy's numbers of draws": functools.partial(
+               dast, K_PROBE=5, TARGETS=(1, 2, 3, 4), BUDGETS=(2, 4, 8, 8)),
            "dast": dast, "dast --loss dpo": functools.partial(dast, LOSS="dpo"), "hs_star": hs_star,
            "sai_dpo": sai_dpo}
 

@@ -70,7 +70,7 @@ def dast(seeds, loss):
     """Base and round 0, DAST (PL), vanilla at DAST's draws, and vanilla at its number of examples (pairs)
     too."""
     study = "study" if loss == "sft" else f"study-{loss}"
-    arms = {arm: [] for arm in ("base, examples in prompt", "round 0", "DAST", "vanilla, same draws",
+    arms = {arm: [] for arm in ("base", "base, examples in prompt", "round 0", "DAST", "vanilla, same draws",
                                 "vanilla, same draws and size")}
     for seed in seeds:
         flags = ["--seed", seed, "--loss", loss]
@@ -78,12 +78,15 @@ def dast(seeds, loss):
         flags += ["--variant", "", "--draws-like", f"runs/{one.name}"]
         vanilla = run("dast.py", f"{study}-vanilla-{seed}", *flags)
         sized = run("dast.py", f"{study}-sized-{seed}", *flags, "--size-like", f"runs/{one.name}")
-        arms["base, examples in prompt"].append(correct(one, "round_0/eval_base.json"))
+        arms["base"].append(correct(one, "round_0/eval_base.json"))
+        arms["base, examples in prompt"].append(correct(one, "round_0/eval_examples.json"))
         arms["round 0"].append(correct(one, "round_0/eval.json"))
         arms["DAST"].append(correct(one, "round_3/eval.json"))
         arms["vanilla, same draws"].append(correct(vanilla, "round_3/eval.json"))
         arms["vanilla, same draws and size"].append(correct(sized, "round_3/eval.json"))
-    for reference in ("round 0", "vanilla, same draws"):
+    bases = ("base", "base, examples in prompt")
+    better = max(bases, key=lambda arm: sum(sum(scores.values()) for scores in arms[arm]))
+    for reference in (better, "round 0", "vanilla, same draws"):
         print_arms("after three rounds", arms, reference)
 
 
@@ -256,19 +259,22 @@ def sai_dpo(seeds):
 # is about these), scored on all 600 test problems; in so many rounds that each makes 140,000 tokens or more
 EQUAL = "--n-train 300 --n-test 0 --prompt zero_shot"
 DAST = f"dast.py {EQUAL} --rounds 3"
+VANILLA = f"{DAST} --variant= --k-probe 1 --k-samples 6"
 ADASTAR_EQUAL = f"adastar.py {EQUAL} --held-out 0 --rounds 16"
 HS_STAR_EQUAL = f"hs_star.py {EQUAL} --slice 150 --rounds 5"
 SAI_DPO_EQUAL = f"sai_dpo.py {EQUAL} --samples-per-round 150 --rounds 5"
 UNSOLVED = "--rounds 4 --train-data runs/toy/train.jsonl"  # the same without worked solutions
 HEAD_TO_HEAD = {
-    "vanilla rejection sampling": f"{DAST} {UNSOLVED} --variant= --k-probe 1 --k-samples 6",
+    "vanilla rejection sampling": f"{VANILLA} {UNSOLVED}",
     "vanilla iterative DPO": f"{HS_STAR_EQUAL} --prm= --difficulty accuracy --pre-samples 8 --pairing random",
-    "DAST": f"{DAST} --prompt few_shot --k-samples 1",
-    "DAST, P only": f"{DAST} --variant P --k-samples 1",
+    "DAST": f"{DAST} --prompt few_shot",
+    "DAST, P only": f"{DAST} --variant P",
     "DAST, L only": f"{DAST} --variant L --prompt few_shot --k-samples 5",
-    "DAST, neither": f"{DAST} --variant= --k-probe 1 --k-samples 6",
-    "DAST, P only, without solutions": f"{DAST} {UNSOLVED} --variant P --k-samples 1",
-    "DAST, DPO": f"{DAST} --prompt few_shot --loss dpo --k-samples 1",
+    "DAST, neither": VANILLA,
+    "DAST, neither, size of P": f"{VANILLA} --size-like runs/head-dast-p-only-SEED",
+    "DAST, P only, without solutions": f"{DAST} {UNSOLVED} --variant P",
+    "vanilla, size of P": f"{VANILLA} {UNSOLVED} --size-like runs/head-dast-p-only-without-solutions-SEED",
+    "DAST, DPO": f"{DAST} --prompt few_shot --loss dpo",
     "AdaSTaR": ADASTAR_EQUAL,
     "AdaSTaR, no curriculum": f"{ADASTAR_EQUAL} --curriculum-power 0",
     "AdaSTaR, random order": f"{ADASTAR_EQUAL} --order random",
@@ -285,7 +291,9 @@ HEAD_TO_HEAD = {
 MAIN = ("vanilla rejection sampling", "vanilla iterative DPO", "DAST", "AdaSTaR", "HS-STaR", "SAI-DPO")
 AGAINST = [  # a method and the control that lacks what sets it apart
     ("DAST", "DAST, neither"), ("DAST, P only", "DAST, neither"), ("DAST, L only", "DAST, neither"),
-    ("DAST, P only, without solutions", "vanilla rejection sampling"), ("AdaSTaR", "AdaSTaR, random order"),
+    ("DAST, P only", "DAST, neither, size of P"),
+    ("DAST, P only, without solutions", "vanilla rejection sampling"),
+    ("DAST, P only, without solutions", "vanilla, size of P"), ("AdaSTaR", "AdaSTaR, random order"),
     ("AdaSTaR", "AdaSTaR, no curriculum"), ("AdaSTaR, random order", "STaR-Acc"), ("AdaSTaR", "STaR-Acc"),
     ("HS-STaR", "vanilla iterative DPO"), ("HS-STaR", "HS-STaR, uniform"),
     ("HS-STaR, random pairs", "vanilla iterative DPO"), ("HS-STaR", "HS-STaR, random pairs"),
@@ -324,7 +332,7 @@ def head_to_head(seeds):
         arms[arm] = []
     for seed in seeds:
         for arm, command in HEAD_TO_HEAD.items():
-            script, *flags = command.split()
+            script, *flags = command.replace("SEED", str(seed)).split()
             arms[arm].append(evaluation.Past(run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed",
                                                  seed)))
     amount = min(past.rounds[-1]["generated"] for of_arm in arms.values() for past in of_arm)
