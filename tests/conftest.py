@@ -164,6 +164,14 @@ def error_of(done, status=1):
     return line
 
 
+def refusal_of(capsys, function, *arguments):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit):
+        function(*arguments)
+    [line] = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
 def forget(run, *names):
     """Take files and folders away from a run, so that a rerun makes them again."""
     for name in names:
