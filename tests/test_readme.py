@@ -1,4 +1,4 @@
-"""README is true: its edits apply and work, and what a run leaves is explained there: files, keys of the records."""
+"""README is true: its edits apply and work. What a run leaves is explained there: see test_scripts.py."""
 import re
 import shutil
 import subprocess
@@ -11,7 +11,6 @@ from conftest import ROOT, SCRIPTS, SMALL, launch, lines
 from test_repository import README
 
 EDITS = re.findall(r"```diff\n--- (\S+)\n(.*?)```", README, re.S)
-EXPLAINED = README.partition("## What a run leaves")[2].partition("\n## ")[0]
 
 
 def small(folder, script, *flags):
@@ -19,47 +18,6 @@ def small(folder, script, *flags):
     name = str(script).rpartition("/")[2]
     launch(folder, script, *SMALL[name], "--rounds", "1", "--name", "small", *flags)
     return folder / "runs" / "small"
-
-
-def names_in(text):
-    """What stands in backquotes."""
-    return set(re.findall(r"`(\w+)`", text))
-
-
-def keys_of(value):
-    """The keys of a record and of the records inside it, without the number of a cluster, a block or a quantile."""
-    keys = {re.match(r"[A-Za-z_]*", key)[0].rstrip("_") for key in value}
-    for inner in value.values():
-        if isinstance(inner, dict):
-            keys |= keys_of(inner)
-    return keys - {""}
-
-
-def explained(phase):
-    """What the rows of the table name for a phase."""
-    known = {"round", "phase", "seconds"}
-    for phases, text in re.findall(r"(?m)^\| ([^|]+) \| (.+) \|$", EXPLAINED):
-        if phase in re.findall(r"\w+", phases):
-            known |= names_in(text)
-            if "the three FLOPs" in text:
-                known |= {"flops", "padded_flops", "spent_flops"}
-    return known
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_files_and_keys_of_a_run_are_explained(tmp_path, script):
-    run = small(tmp_path, script)
-    for metrics in lines(run / "metrics.jsonl"):
-        phase = re.sub(r"_\d+$", "", metrics["phase"])  # responses_0 is a block of responses
-        if "verdicts" in metrics:
-            metrics["verdicts"] = {}  # its keys are reasons, a grader's own ones too
-        assert keys_of(metrics) <= explained(phase), phase
-    for name in "selection.jsonl", "steps.jsonl":
-        for record in lines(run / "round_1" / name):
-            assert set(record) <= names_in(EXPLAINED), name
-    for path in run.rglob("*"):
-        if path.is_file() and path.parent.name != "model" and path.suffix != ".py":  # copies of the code
-            assert path.name in EXPLAINED, path
 
 
 # Edits ----------------------------------------------------------------------------------------------------------------
