@@ -197,7 +197,8 @@ def test_loss_of_each_architecture_is_that_of_its_sequences_alone(start, example
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    examples = [{**example, "prompt": "?"} for example in examples[:6]]  # short: answers are next to what may leak
+    for example in examples:  # cut short: most of what is learnt is next to what may leak
+        example |= {"prompt": "?", "completions": [example["completions"][0][:4]]}
     run = start()
     train(run, "round_0/model", examples, model=tmp_path / "model", batch_size=18, epochs=1)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
