@@ -105,7 +105,7 @@ def pickle(folder):
 def sharded(folder):
     """The first of two shards is there."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    places = {name: "model-00001-of-00002.safetensors" for name in load_file(folder / "model-00001-of-00002.safetensors")}
+    places = dict.fromkeys(load_file(folder / "model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors")
     places["model.norm.weight"] = "model-00002-of-00002.safetensors"
     common.write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
 
@@ -127,7 +127,8 @@ MODELS = {  # name: (what is done to the toy's folder, words of the line)
     "cut tokenizer": (lambda f: os.truncate(f / "tokenizer.json", 5000), []),
     "no end token": (lambda f: config_of(f, "tokenizer_config.json", eos_token=None, pad_token=None),
                      ["m: its tokenizer has no end token"]),
-    "another tokenizer": (lambda f: config_of(f, vocab_size=300), ["m: its tokenizer has 431 tokens, and the model only 300"]),
+    "another tokenizer": (lambda f: config_of(f, vocab_size=300),
+                          ["m: its tokenizer has 431 tokens, and the model only 300"]),
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1_000_000), ["incomplete metadata"]),
     "a missing shard": (sharded, ["m/model-00002-of-00002.safetensors"]),
     "a missing tensor": (lambda f: weights_of(f, lambda w: w.pop(NORM)), ["m: ", NORM, "missing"]),

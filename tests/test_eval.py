@@ -164,7 +164,8 @@ def test_program_shows_examples_and_scores_what_was_held_out(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--samples", "2"], "--temperature"), (["--model", "."], "no letter or digit"),
-    (["--examples-from", TOY / "train.jsonl"], "--prompt few_shot"), (["--regrade", "none.jsonl"], "no such .jsonl file"),
+    (["--examples-from", TOY / "train.jsonl"], "--prompt few_shot"),
+    (["--regrade", "none.jsonl"], "no such .jsonl file"),
     (["--sets", "a/b.jsonl,a-b.jsonl"], "share a file")])
 def test_flags_that_contradict_are_one_line(tmp_path, flags, words):
     assert words in error_of(launch(tmp_path, "eval.py", *FLAGS, "--sets", TOY / "test.jsonl", *flags, check=False))
