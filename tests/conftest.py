@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: long.index(item.path.stem) if item.path.stem in long else len(long))
 
 
-# Starting scripts -------------------------------------------------------------------------------------------
+# Starting scripts -----------------------------------------------------------------------------------------------------
 
 def environment():
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -49,10 +49,8 @@ def fork_server():
 
 
 class Started:
-    """A script at work, in a process group of its own, which `pid` leads.
-
-    In a fork of a process that has the libraries (see fork_server.py), or by torchrun, ten seconds longer.
-    """
+    """A script at work, in a process group of its own, which `pid` leads: in a fork of a process that has the
+    libraries (see fork_server.py), or by torchrun, ten seconds longer."""
 
     def __init__(self, folder, script, *flags, processes=0, torchrun=False, bytes=0, **variables):
         if not (folder / "tests").exists():
@@ -60,17 +58,16 @@ class Started:
         self.command = [str(ROOT / script), *map(str, flags)]
         self.out = folder / "stdout.txt"
         self.err = folder / "stderr.txt"
+        self.out.write_text("")
+        self.err.write_text("")
         self.torchrun = None
         if torchrun:
-            start = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc-per-node={processes}"]
+            start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
             with open(self.out, "w") as out, open(self.err, "w") as err:
                 self.torchrun = subprocess.Popen([*start, *self.command], cwd=folder, stdout=out, stderr=err,
                                                  env=environment() | variables, start_new_session=True)
             self.pid = self.torchrun.pid
         else:
-            self.out.write_text("")
-            self.err.write_text("")
             request = {"folder": str(folder), "command": self.command, "out": str(self.out),
                        "err": str(self.err), "bytes": bytes, "processes": processes, "variables": variables}
             print(json.dumps(request), file=fork_server().stdin, flush=True)
@@ -95,28 +92,20 @@ def launch(folder, script, *flags, check=True, **options):
     """Run a script of the project in `folder`, where its runs/ will be, to its end.
 
     processes: 0 is plain python, without a process group of torchrun's. torchrun: the real one. bytes: the
-    largest file it may write. Other options are variables of its environment.
-    """
+    largest file it may write. Other options are variables of its environment."""
     done = Started(folder, script, *flags, **options).wait()
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
-def run_of(folder, script, flags):
-    """The run folder that a script with these flags works in."""
-    flags = [str(flag) for flag in flags]
-    name = flags[len(flags) - flags[::-1].index("--name")] if "--name" in flags else f"{Path(script).stem}-0"
-    return folder / "runs" / name
-
-
-def killed_when(folder, script, flags, there, processes=0, one=False, how=signal.SIGKILL, **options):
+def killed_when(folder, script, flags, there, one=False, how=signal.SIGKILL, **options):
     """Start a script, and kill all its processes as soon as there(run folder) is true; the finished process.
 
-    one: only the last rank is killed, and the others have to end by themselves. how: another signal.
-    """
-    run = run_of(folder, script, flags)
-    started = Started(folder, script, *flags, processes=processes, **options)
+    one: only the last rank is killed, and the others have to end by themselves. how: another signal."""
+    flags = [str(flag) for flag in flags]
+    run = folder / "runs" / (flags[flags.index("--name") + 1] if "--name" in flags else f"{Path(script).stem}-0")
+    started = Started(folder, script, *flags, **options)
     end = time.monotonic() + 300
     while not (run.exists() and there(run)):
         if started.ended() or time.monotonic() > end:
@@ -133,7 +122,7 @@ def killed_when(folder, script, flags, there, processes=0, one=False, how=signal
     return done
 
 
-# What they leave --------------------------------------------------------------------------------------------
+# What they leave ------------------------------------------------------------------------------------------------------
 
 def lines(path):
     """The records of a .jsonl file."""
@@ -164,11 +153,22 @@ def error_of(done, status=1):
     return line
 
 
+def refusal_of(capsys, function, *arguments):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit):
+        function(*arguments)
+    [line] = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
 def forget(run, *names):
-    """Take files and folders away from a run, so that a rerun makes them again."""
+    """Take files and folders that are there away from a run, so that a rerun makes them again."""
     for name in names:
         path = run / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.exists():
+            path.unlink()
 
 
 @pytest.fixture

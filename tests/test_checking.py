@@ -1,7 +1,5 @@
 """The checker: what a response states, what is equal, hostile inputs, workers that hang or die, other graders."""
-import collections
 import contextlib
-import json
 import os
 import re
 import signal
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import common
-from conftest import launch
+from conftest import lines
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -100,16 +98,16 @@ def test_what_is_equal(checker, correct, pairs):
 
 
 OPTIONS = ["cat", "dog", "5", "a tree"]
+CO = ["C", "NO2", "O2", "CO"]
 
 
 @pytest.mark.parametrize("answer, letter", [
     ("B", "B"), ("(b)", "B"), ("B.", "B"), ("B. dog", "B"), ("(B) dog", "B"), ("B - dog", "B"), ("option B", "B"),
     ("The correct answer is B", "B"), ("\\text{B) dog}", "B"), ("\\left( \\text{C} \\right)", "C"), ("5", "C"),
-    ("Dog.", "B"),
-    ("$B$", "B"), ("**B**", "B"), ("（B）", "B"), ("D a tree", "D"), ("A\\ ", "A"), ("B. cat", None), ("A or B", None),
-    ("A, B", None), ("A,\\ B", None), ("A~B", None), ("A/B", None), ("(A)(B)", None), ("A dog", None), ("E", None),
-    ("(A) false (B) true", None), ("Neither (B)", None), ("(B) is wrong", None), ("\\neg B", None), ("not B", None),
-    ("B?", None), ("2", None), ("", None)])
+    ("Dog.", "B"), ("$B$", "B"), ("**B**", "B"), ("（B）", "B"), ("D a tree", "D"), ("A\\ ", "A"), ("B. cat", None),
+    ("A or B", None), ("A, B", None), ("A,\\ B", None), ("A~B", None), ("A/B", None), ("(A)(B)", None), ("A dog", None),
+    ("E", None), ("(A) false (B) true", None), ("Neither (B)", None), ("(B) is wrong", None), ("\\neg B", None),
+    ("not B", None), ("B?", None), ("2", None), ("", None)])
 def test_letters(answer, letter):
     assert common.letter_of(answer, OPTIONS) == letter
 
@@ -117,39 +115,39 @@ def test_letters(answer, letter):
 @pytest.mark.parametrize("answer, labels, label", [
     ("Yes.", common.YES_NO, "yes"), ("\\text{True}", common.YES_NO, "yes"), ("false", common.YES_NO, "no"),
     ("yes, if n is odd", common.YES_NO, None), ("yes or no", common.YES_NO, None), ("not yes", common.YES_NO, None),
-    ("no way", common.YES_NO, None), ("Neutral", common.ENTAILMENT, "neutral"),
-    ("not neutral", common.ENTAILMENT, None),
-    ("not entailed", ["entailed", "not entailed"], "not entailed"), ("-1", ["", "b"], None)])
+    ("no way", common.YES_NO, None), ("Neutral", common.ENTAILMENT, "neutral"), ("-1", ["", "b"], None),
+    ("b", ["b", "b"], None),
+    ("not neutral", common.ENTAILMENT, None), ("not entailed", ["entailed", "not entailed"], "not entailed")])
 def test_labels(answer, labels, label):
     assert common.label_of(answer, labels) == label
 
 
-@pytest.mark.parametrize("problem, text, verdict", [
-    ({"answer": "B", "kind": "choice", "choices": OPTIONS}, "So\n\\boxed{dog}", (True, "equal")),
-    ({"answer": "B", "kind": "choice", "choices": OPTIONS}, "\\boxed{C}", (False, "different")),
-    ({"answer": "C", "kind": "choice", "choices": OPTIONS}, "\\boxed{B}, \\boxed{C}", (False, "no_answer")),
-    ({"answer": "C", "kind": "choice", "choices": ["C", "NO2", "O2", "CO"]}, "\\boxed{(C)}", (True, "equal")),
-    ({"answer": "A", "kind": "choice", "choices": ["$$50$$", "7"]}, "\\boxed{50}", (True, "equal")),
-    ({"answer": "(c)", "kind": "choice"}, "\\boxed{C}", (True, "equal")),
-    ({"answer": "no", "kind": "yesno"}, "Hm.\nThe answer is No, it is not.", (True, "equal")),
-    ({"answer": "neutral", "kind": "label", "choices": list(common.ENTAILMENT)}, "neutral", (True, "equal")),
-    ({"answer": " "}, "\\boxed{}", (False, "bad_gold"))])
-def test_verdicts_told_by_the_text(problem, text, verdict):
+@pytest.mark.parametrize("kind, gold, choices, text, verdict", [
+    ("choice", "B", OPTIONS, "So\n\\boxed{dog}", (True, "equal")),
+    ("choice", "B", OPTIONS, "\\boxed{C}", (False, "different")),
+    ("choice", "C", OPTIONS, "\\boxed{B}, \\boxed{C}", (False, "no_answer")),
+    ("choice", "C", CO, "\\boxed{(C)}", (True, "equal")),
+    ("choice", "A", ["$$50$$", "7"], "\\boxed{50}", (True, "equal")),
+    ("choice", "(c)", (), "\\boxed{C}", (True, "equal")),
+    ("yesno", "no", (), "Hm.\nThe answer is No, it is not.", (True, "equal")),
+    ("label", "neutral", list(common.ENTAILMENT), "neutral", (True, "equal")),
+    ("math", " ", (), "\\boxed{}", (False, "bad_gold"))])
+def test_verdicts_told_by_the_text(kind, gold, choices, text, verdict):
+    problem = {"kind": kind, "answer": gold} | ({"choices": choices} if choices else {})
     assert common.grade(problem, text, equal=None) == verdict
 
 
-def test_a_cut_answer_is_wrong(checker):
+def test_cut_answer_is_wrong(checker):
     assert checker.submit({"answer": "7"}, "\\boxed{7}", finish="length").result() == (False, "cut")
     assert checker.submit({"answer": "7"}, "\\boxed{7}", finish="stop").result() == (True, "equal")
 
 
 # False positives by the labels of ../shared/graders, and why they stay.
-POLICY = {"cases": {
+POLICY = {
     "c00307": "the gold is three boxes in a row, of which the label drops the first",
     "c00356": "10 for 10cm (c00351 is right)",
     "c00688": "right but not factored completely: only the problem tells",
-    "c01213": "10{,}000 is 10000: the label is wrong"},
-    "reports": {}}
+    "c01213": "10{,}000 is 10000: the label is wrong"}
 
 
 def bare_boxed(case):
@@ -160,43 +158,44 @@ def bare_boxed(case):
 
 @pytest.mark.parametrize("name, least", [("cases", 0.955), ("reports", 0.9)])
 def test_labelled_answers(checker, shared, capsys, name, least):
-    path = Path(os.environ.get(f"GRADER_{name.upper()}", shared / "graders" / f"{name}.jsonl"))
-    rows = [json.loads(line) for line in open(path)]
-    kinds, wrong, false_positives = collections.Counter(), collections.Counter(), set()
+    rows = lines(shared / "graders" / f"{name}.jsonl")
     texts = [row["response"] if "response" in row else bare_boxed(row) for row in rows]
     futures = [checker.submit({**row, "answer": str(row["gold"])}, text) for row, text in zip(rows, texts)]
+    told, right, false_positives = 0, 0, set()
     for row, future in zip(rows, futures):
-        correct, expected = future.result()[0], str(row.get("expected", row.get("label")))
-        kind = row["source"][:80] if name == "cases" else row["id"].rpartition("-")[0]
-        if expected != "either":
-            kinds[kind] += 1
-            wrong[kind] += str(correct) != expected
+        correct = future.result()[0]
+        expected = str(row.get("expected", row.get("label")))
+        told += expected != "either"
+        right += str(correct) == expected
         if correct and expected == "False":
             false_positives.add(row["id"])
-    right = kinds.total() - wrong.total()
     with capsys.disabled():
-        print(f"\n{name}: {right:,} of {kinds.total():,} right ({right / kinds.total():.1%}), "
-              f"{len(false_positives)} false positives: {', '.join(sorted(false_positives))}")
-        for kind in wrong:
-            if wrong[kind]:
-                print(f"  {kinds[kind] - wrong[kind]:>4} of {kinds[kind]:>4}  {kind}")
-    assert right >= least * kinds.total()
-    assert false_positives <= set(POLICY[name]) or f"GRADER_{name.upper()}" in os.environ
+        print(f"\n{name}: {right:,} of {told:,} right ({right / told:.1%}), "
+              f"false positives: {false_positives or 'none'}")
+    assert right >= least * told
+    assert false_positives <= set(POLICY)
 
 
-def test_hostile_inputs(shared):
-    """A verdict each, the workers' own limits are kept, none marked False is called right, and the pool lives on."""
-    path = Path(os.environ.get("HOSTILE_CASES", shared / "graders" / "hostile.jsonl"))
-    checker, cases = common.Checker(2), [json.loads(line) for line in open(path)]
-    futures = [(case, checker.submit({"answer": str(case["gold"])}, case["response"])) for case in cases]
-    reasons = collections.Counter()
-    for case, future in futures:
+def test_hostile_inputs(shared, tmp_path, monkeypatch):
+    """A verdict each, the workers' own limits are kept, none marked False is called right, and the pool lives on.
+
+    By workers with a quarter of the time, as most of these cases use all of it."""
+    monkeypatch.chdir(tmp_path)
+    text = Path(common.__file__).read_text()
+    (tmp_path / "hasty.py").write_text(re.sub(r"(?m)^(CHECK_SECONDS = )(\S+)", r"\g<1>\2 / 4", text))
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "hasty.py"))  # the program of the workers
+    checker = common.Checker(2)
+    cases = lines(shared / "graders" / "hostile.jsonl")
+    futures = [checker.submit({"answer": str(case["gold"])}, case["response"]) for case in cases]
+    reasons = set()
+    for case, future in zip(cases, futures):
         correct, reason = future.result()
-        reasons[reason] += 1
+        reasons.add(reason)
         assert not (correct and str(case["expected"]) == "False"), case["id"]
-    assert set(reasons) <= {"equal", "different", "no_answer", "bad_gold", "timeout", "crash"}
-    assert reasons["timeout"] and checker.submit({"answer": "4"}, "\\boxed{2+2}").result() == (True, "equal")
-    assert not Path("pwned_mv").exists()
+    assert reasons <= {"equal", "different", "no_answer", "bad_gold", "timeout", "crash"}
+    assert "timeout" in reasons
+    assert checker.submit({"answer": "4"}, "\\boxed{2+2}").result() == (True, "equal")
+    assert not (tmp_path / "pwned_mv").exists()
 
 
 CONFINED = """
@@ -212,15 +211,13 @@ def grade(problem, text):
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("open('pwned', 'w')", "forbidden"), ("open('pwned', 'x')", "forbidden"), ("open(__file__, 'r+')", "forbidden"),
-    ("os.open('pwned', os.O_CREAT)", "forbidden"), ("os.system('touch pwned')", "forbidden"),
-    ("subprocess.run(['touch', 'pwned'])", "forbidden"), ("os.fork()", "forbidden"),
-    ("os.execv('/bin/ls', ['ls'])", "forbidden"),
-    ("socket.create_connection(('127.0.0.1', 9))", "forbidden"), ("os.remove(__file__)", "forbidden"),
-    ("os.kill(os.getppid(), 9)", "forbidden"), ("os.putenv('A', 'b')", "forbidden"), ("os.mkdir('pwned')", "forbidden"),
-    ("shutil.copy(__file__, 'pwned')", "forbidden"), ("import ctypes; ctypes.CDLL(None)", "forbidden"),
-    ("try: os.system('touch pwned')\nexcept Exception: pass", "forbidden"), ("open('confined.py').read()", "done"),
-    ("import sympy.physics.units", "done")])
+    *((text, "forbidden") for text in (
+        "open('pwned', 'w')", "open('pwned', 'x')", "open(__file__, 'r+')", "os.open('pwned', os.O_CREAT)",
+        "os.system('touch pwned')", "subprocess.run(['touch', 'pwned'])", "os.fork()", "os.execv('/bin/ls', ['ls'])",
+        "socket.create_connection(('127.0.0.1', 9))", "os.remove(__file__)", "os.kill(os.getppid(), 9)",
+        "os.putenv('A', 'b')", "os.mkdir('pwned')", "shutil.copy(__file__, 'pwned')",
+        "import ctypes; ctypes.CDLL(None)", "try: os.system('touch pwned')\nexcept Exception: pass")),
+    ("open('confined.py').read()", "done"), ("import sympy.physics.units", "done")])
 def test_a_confined_worker(tmp_path, monkeypatch, text, reason):
     """Whatever gets through to Python's eval writes no file, starts no process, opens no connection; and is counted."""
     monkeypatch.chdir(tmp_path)
@@ -342,17 +339,3 @@ def test_a_grader_that_only_crashes_ends_the_program(tmp_path):
     with pytest.raises(RuntimeError, match="(?s)ZeroDivisionError.*in grade"):
         checker.submit({"id": "a"}, "4").result()
     assert [checker.submit({"id": "a"}, text).result() for text in "54"] == [(True, ""), (False, "crash")]
-
-
-def test_a_run_with_a_grader_and_problems_held_out(tmp_path):
-    """Everything is called right, so every problem is easy; test problems are training problems that are put aside."""
-    (tmp_path / "kind.py").write_text("def grade(problem, text):\n    return True, 'kind'\n")
-    launch(tmp_path, "dast.py", "--toy", "--n-train", "12", "--k-probe", "1", "--rounds", "1", "--test-data", "",
-           "--held-out", "4", "--grader", "kind.py:grade", "--name", "kind")
-    run = tmp_path / "runs" / "kind"
-    selection = [json.loads(line) for line in open(run / "round_1" / "selection.jsonl")]
-    scored = json.loads((run / "round_1" / "eval_held_out.json").read_text())
-    assert len(selection) == 8 and {s["level"] for s in selection} == {"E"} and scored["accuracy"] == 1
-    assert len(scored["correct"]) == 4 and not {s["id"] for s in selection} & set(scored["correct"])
-    metrics = [json.loads(line) for line in open(run / "metrics.jsonl")]
-    assert all(set(m["verdicts"]) <= {"kind", "cut"} for m in metrics if "draws" in m)

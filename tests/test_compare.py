@@ -11,10 +11,6 @@ from conftest import error_of, launch
 IDS = ["s/test/0", "s/test/1", "s/test/2", "s/test/3"]
 
 
-def write_lines(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
 def make_run(folder, seed, tokens, right, selection=(), held_out=0, **constants):
     """A run's folder: the base, round 0 and one more for each of `tokens` generated; right: the numbers of the IDS that
     are right in the base and in each round; selection: its lines in round 1. The last of the IDS may be held out."""
@@ -24,9 +20,8 @@ def make_run(folder, seed, tokens, right, selection=(), held_out=0, **constants)
     metrics = []
     for t, numbers in zip(["base", *range(len(tokens) + 1)], right):
         answers = [{"id": p["id"], "correct": i in numbers, "finish": "stop"} for i, p in enumerate(problems)]
-        path = folder / ("round_0/eval_base.json" if t == "base" else f"round_{t}/eval.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(common.score(problems, answers)))
+        name = "round_0/eval_base.json" if t == "base" else f"round_{t}/eval.json"
+        common.write(folder / name, common.score(problems, answers))
         if t == "base":
             continue
         for block in range(2 * bool(t)):  # as adastar.py draws
@@ -35,10 +30,10 @@ def make_run(folder, seed, tokens, right, selection=(), held_out=0, **constants)
         metrics += [{"round": t, "phase": "train", "tokens": 7, "flops": 100, "seconds": 2},
                     {"round": t, "phase": "eval", "draws": 4, "tokens": 5000, "flops": 1e9, "seconds": 1},
                     {"round": t, "phase": "round", "total_flops": 1}]
-    write_lines(folder / "metrics.jsonl", metrics)
-    write_lines(folder / "round_1" / "selection.jsonl", selection)
-    about = {"script": "fifth.py", "constants": {"SEED": seed, "NAME": folder.name, **constants}}
-    (folder / "constants.json").write_text(json.dumps(about))
+    common.write(folder / "metrics.jsonl", metrics)
+    common.write(folder / "round_1" / "selection.jsonl", list(selection))
+    constants = {"SEED": seed, "NAME": folder.name, **constants}
+    common.write(folder / "constants.json", {"script": "fifth.py", "constants": constants})
     return folder
 
 
@@ -50,8 +45,8 @@ def two_runs(tmp_path):
                      [{"id": "s/train/p", "outcomes": [0, 1, 1, -1]}, {"id": "s/train/q", "outcomes": [0]}], MODEL="m")
     second = make_run(tmp_path / "runs/b-0", 0, [200, 200], [[], [], [0, 3], [0, 1, 2, 3]],
                       [{"id": "s/train/q", "outcomes": [1, 1]}, {"id": "s/train/r"}], MODEL="n", EPOCHS=2)
-    write_lines(second / "round_0/probe.jsonl", [{"id": "s/train/q", "correct": right} for right in (1, 1, 0, 1, 1)])
-    write_lines(second / "round_1/train.jsonl", [{"id": "s/train/q"}] * 4)
+    common.write(second / "round_0/probe.jsonl", [{"id": "s/train/q", "correct": right} for right in (1, 1, 0, 1, 1)])
+    common.write(second / "round_1/train.jsonl", [{"id": "s/train/q"}] * 4)
     return first, second
 
 
@@ -68,14 +63,12 @@ def test_answers_between_two_rounds_are_on_the_straight_line(two_runs):
     assert second.at("generated", 401) is None
 
 
-def test_problems_have_their_draws_and_trainings(two_runs):
-    first, second = [{i: list(n) for i, n in eval.Past(run).problems.items()} for run in two_runs]
-    assert first == {"s/train/p": [4, 2, 0], "s/train/q": [1, 0, 0]}
-    assert second == {"s/train/q": [7, 6, 8], "s/train/r": [0, 0, 0]}  # four examples in two epochs
-
-
 def test_effort_is_binned_by_the_right_answers_of_all_runs(two_runs):
-    bins, counts = eval.effort({"a": [eval.Past(two_runs[0])], "b": [eval.Past(two_runs[1])]})
+    """A problem's draws, right ones, and how often it was trained on: four examples in two epochs."""
+    first, second = (eval.Past(run) for run in two_runs)
+    assert {i: list(n) for i, n in first.problems.items()} == {"s/train/p": [4, 2, 0], "s/train/q": [1, 0, 0]}
+    assert {i: list(n) for i, n in second.problems.items()} == {"s/train/q": [7, 6, 8], "s/train/r": [0, 0, 0]}
+    bins, counts = eval.effort({"a": [first], "b": [second]})
     assert bins.tolist() == [2, 3, 0]  # p: 2 of 4; q: 6 of 8; r: none
     assert counts["b"].tolist() == [[0, 0, 0], [7, 6, 8], [0, 0, 0]]
 
@@ -96,7 +89,7 @@ def test_compare_pools_seeds_and_says_which_runs_are_unlike(two_runs, tmp_path):
     assert "a: rounds [2, 2, 2]," in said and "b: rounds [2]," in said
 
 
-def test_compare_leaves_held_out_problems_out(two_runs, tmp_path):
+def test_compare_leaves_held_out_problems_out(tmp_path):
     make_run(tmp_path / "runs/c-0", 0, [100], [[], [], [0, 1, 2, 3]], [{"id": "s/train/p"}], held_out=1)
     said = launch(tmp_path, "eval.py", "--compare", "runs/c-0").stdout
     assert "3 problems were scored in all runs" in said and "train" not in said.split("3 problems")[0]
@@ -114,28 +107,27 @@ def test_compare_ends_at_the_round_that_was_reported_and_before_an_unfinished_on
 def test_compare_a_real_run(copy_of):
     """One number has one interval: the one that the run itself gave it. DAST's base is drawn too."""
     pytest.importorskip("matplotlib")
-    score = json.loads((copy_of / "runs/one/round_1/eval.json").read_text())
+    score = common.read(copy_of / "runs/one/round_1/eval.json")
     said = launch(copy_of, "eval.py", "--compare", "runs/one", "--name", "seen").stdout
     low, high = score["interval"]
     row = next(line for line in said.splitlines() if line.startswith("one "))
     assert f"{score['accuracy']:.1%}  {low:>5.1%} - {high:>5.1%}" in row
-    base = json.loads((copy_of / "runs/one/round_0/eval_base.json").read_text())
+    base = common.read(copy_of / "runs/one/round_0/eval_base.json")
     assert eval.Past(copy_of / "runs/one").rounds[0]["right"] == base["correct"]
     for picture in ("accuracy", "problems"):
         start = (copy_of / "runs" / "seen" / f"{picture}.png").read_bytes()[:24]
         assert start.startswith(b"\x89PNG") and struct.unpack(">II", start[16:]) == (1650, 600)
 
 
-def test_compare_without_matplotlib(copy_of):
-    (copy_of / "matplotlib.py").write_text("raise ImportError")  # found before the package, if that is there
-    done = launch(copy_of, "eval.py", "--compare", "runs/one", PYTHONPATH=str(copy_of), torchrun=True, processes=1)
-    assert "pip install matplotlib" in done.stdout.splitlines()[-1] and "one: rounds [1]" in done.stdout
+def test_compare_without_matplotlib(two_runs, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")  # found before the package, if that is there
+    done = launch(tmp_path, "eval.py", "--compare", "runs/a-0", PYTHONPATH=str(tmp_path), torchrun=True, processes=1)
+    assert "pip install matplotlib" in done.stdout.splitlines()[-1] and "a: rounds [2]" in done.stdout
 
 
 @pytest.mark.parametrize("folder, words", [("nothing", "no metrics.jsonl"), ("empty", "no round of it is finished")])
 def test_what_cannot_be_compared_is_one_line(tmp_path, folder, words):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "constants.json").write_text(json.dumps({"constants": {"SEED": 0}}))
-    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    common.write(tmp_path / "empty/constants.json", {"constants": {"SEED": 0}})
+    common.write(tmp_path / "empty/metrics.jsonl", [])
     line = error_of(launch(tmp_path, "eval.py", "--compare", folder, check=False))
     assert words in line and folder in line

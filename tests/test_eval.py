@@ -1,5 +1,4 @@
 """eval.py: scores against values worked out by hand, how often intervals cover the truth, the program."""
-import json
 import math
 import shutil
 
@@ -33,8 +32,8 @@ def test_vote_of(text, correct, finish, vote):
     assert eval.vote_of({"text": text, "correct": correct, "finish": finish}) == vote
 
 
-def score_of_eight():
-    """The score of four problems with two draws each, right are 2, 1, 0 and 0 of them; three draws are cut."""
+def test_score_of_two_draws_of_four_problems():
+    """Right are 2, 1, 0 and 0 of them; three draws are cut."""
     problems = []
     for i in range(4):
         problems.append({"id": f"s/test/{i}", "level": 1 + i // 2, "tags": ["odd"] if i % 2 else [], "kind": "math"})
@@ -42,26 +41,12 @@ def score_of_eight():
     for draw, said in enumerate((1, 1, 2, 1, 3, 3, 3, 2)):  # 1 is right; 3 is cut
         responses.append({"id": f"s/test/{draw // 2}", "text": f"\\boxed{{{said}}}", "correct": said == 1,
                           "finish": "stop" if said < 3 else "length"})
-    return eval.score_samples(problems, responses)
-
-
-def test_score_of_several_draws():
-    score = score_of_eight()
+    score = eval.score_samples(problems, responses)
     assert (score["accuracy"], score["n"], score["samples"], score["cut"]) == (3 / 8, 4, 2, 3 / 8)
     assert score["correct"] == {"s/test/0": 2, "s/test/1": 1, "s/test/2": 0, "s/test/3": 0}
-
-
-def test_score_by_level_subject_and_set():
-    score = score_of_eight()
-    assert {level: part["accuracy"] for level, part in score["by_level"].items()} == {1: 3 / 4, 2: 0}
-    assert {name: part["accuracy"] for name, part in score["by_subject"].items()} == {"odd": 1 / 4}
-    assert list(score["by_set"]) == ["s/test"]
-
-
-def test_score_has_pass_and_maj():
-    score = score_of_eight()
-    assert {k: part["accuracy"] for k, part in score["pass_at"].items()} == {2: 1 / 2}
-    assert {k: part["accuracy"] for k, part in score["maj_at"].items()} == {2: (1 + 1 / 2) / 4}
+    for part, expected in {"by_level": {1: 3 / 4, 2: 0}, "by_subject": {"odd": 1 / 4}, "by_set": {"s/test": 3 / 8},
+                           "pass_at": {2: 1 / 2}, "maj_at": {2: (1 + 1 / 2) / 4}}.items():
+        assert {name: own["accuracy"] for name, own in score[part].items()} == expected
 
 
 @pytest.mark.parametrize("right, n, low, high", [  # by hand
@@ -103,23 +88,24 @@ def test_interval_over_seeds_covers_the_truth():
     assert own >= 0.93 and paired >= 0.93 and width < 0.15
 
 
-# The program ------------------------------------------------------------------------------------------------
+# The program ----------------------------------------------------------------------------------------------------------
 
 FLAGS = ["--model", TOY / "model", "--max-new-tokens", "48"]
 SETS = [f"{TOY}/{name}" for name in ("test.jsonl", "train.jsonl", "deep.json")]
-SEVERAL = [*FLAGS, "--sets", ",".join(SETS), "--n-test", "12", "--samples", "3", "--temperature", "0.7",
-           "--name", "e"]
+SEVERAL = [*FLAGS, "--sets", ",".join(SETS), "--n-test", "12", "--samples", "3", "--temperature", "0.7", "--name", "e"]
 
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """A folder with the run "e", three draws of twelve problems of three sets; what it said. For reading."""
+    """The run "e", three draws of twelve problems of three sets; what it said. For reading."""
     folder = tmp_path_factory.mktemp("several")
-    return folder, launch(folder, "eval.py", *SEVERAL).stdout
+    said = launch(folder, "eval.py", *SEVERAL).stdout
+    return folder / "runs" / "e", said
 
 
-def test_program_scores_sets_by_level_and_subject(several):
-    [scores] = json.loads((several[0] / "runs" / "e" / "eval.json").read_text()).values()
+def test_program_scores_sets_by_level_and_subject_and_prints_tables(several):
+    run, said = several
+    [scores] = common.read(run / "eval.json").values()
     assert list(scores) == SETS
     for score in scores.values():
         assert score["n"] == 12 and score["samples"] == 3
@@ -127,24 +113,16 @@ def test_program_scores_sets_by_level_and_subject(several):
         assert sum(part["n"] for part in score["by_subject"].values()) == 12
         assert 0 <= score["interval"][0] <= score["accuracy"] <= score["interval"][1] <= 1
         assert math.isclose(score["pass_at"]["3"]["accuracy"], sum(n > 0 for n in score["correct"].values()) / 12)
-
-
-def test_program_prints_its_tables(several):
+    assert [line["accuracy"] for line in lines(run / "metrics.jsonl")] == [s["accuracy"] for s in scores.values()]
     for words in ("95 % interval", "level 1", "pass@3", "maj@3", "digit sums"):
-        assert words in several[1]
-
-
-def test_program_logs_the_accuracy_of_each_set(several):
-    [scores] = json.loads((several[0] / "runs" / "e" / "eval.json").read_text()).values()
-    logged = [line["accuracy"] for line in lines(several[0] / "runs" / "e" / "metrics.jsonl")]
-    assert logged == [score["accuracy"] for score in scores.values()]
+        assert words in said
 
 
 def test_program_scores_again_from_the_answers_that_are_there(several, tmp_path):
-    run = shutil.copytree(several[0] / "runs" / "e", tmp_path / "runs" / "e")
+    run = shutil.copytree(several[0], tmp_path / "runs" / "e")
     (run / "eval.json").unlink()
     launch(tmp_path, "eval.py", *SEVERAL)
-    assert files(run) == files(several[0] / "runs" / "e")
+    assert files(run) == files(several[0])
 
 
 def test_program_killed_and_resumed_on_two_processes_scores_the_same(several, tmp_path):
@@ -153,14 +131,14 @@ def test_program_killed_and_resumed_on_two_processes_scores_the_same(several, tm
 
     killed_when(tmp_path, "eval.py", SEVERAL, answered, processes=2)
     launch(tmp_path, "eval.py", *SEVERAL, processes=2)
-    assert files(tmp_path / "runs" / "e") == files(several[0] / "runs" / "e")
+    assert files(tmp_path / "runs" / "e") == files(several[0])
 
 
 def test_program_compares_models(tmp_path):
     shutil.copytree(TOY / "model", tmp_path / "other")
     done = launch(tmp_path, "eval.py", "--model", f"{TOY}/model,{tmp_path}/other", "--n-test", "6",
                   "--sets", TOY / "test.jsonl", "--max-new-tokens", "48", "--name", "two")
-    first, second = json.loads((tmp_path / "runs" / "two" / "eval.json").read_text()).values()
+    first, second = common.read(tmp_path / "runs" / "two" / "eval.json").values()
     assert first == second and "+0.0 [+0.0, +0.0] points against" in done.stdout
 
 
@@ -171,27 +149,26 @@ def test_program_with_another_setting_takes_another_folder(tmp_path):
 
 
 def test_program_shows_examples_and_scores_what_was_held_out(tmp_path):
-    flags = [*FLAGS, "--sets", TOY / "train.jsonl", "--held-out", "6", "--name"]
+    flags = [*FLAGS, "--sets", TOY / "train.jsonl", "--held-out", "3", "--name"]
     few = ["--prompt", "few_shot", "--shots", "2"]
     tokens = {}
     for name, more in {"theirs": [*few, "--examples-from", TOY / "train.jsonl"], "ours": few, "plain": [],
                        "told": ["--first", "Take your time."]}.items():
         launch(tmp_path, "eval.py", *flags, name, *more)
         [answers] = (tmp_path / "runs" / name).glob("*/held-out.jsonl")
-        assert len({r["id"] for r in lines(answers)}) == 6
+        assert len({r["id"] for r in lines(answers)}) == 3
         tokens[name] = lines(tmp_path / "runs" / name / "metrics.jsonl")[0]["prompt_tokens"]
-    assert tokens["ours"] > tokens["theirs"] > tokens["plain"] + 6 * 30
-    assert tokens["told"] > tokens["plain"] + 6 * 5
+    assert tokens["ours"] > tokens["theirs"] > tokens["plain"] + 3 * 30
+    assert tokens["told"] > tokens["plain"] + 3 * 5
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--samples", "2"], "--temperature"), (["--model", "."], "no letter or digit"),
     (["--examples-from", TOY / "train.jsonl"], "--prompt few_shot"),
-    (["--sets", "a/b.jsonl,a-b.jsonl"], "share a file"),
-    (["--regrade", "none.jsonl"], "no such .jsonl file")])
+    (["--regrade", "none.jsonl"], "no such .jsonl file"),
+    (["--sets", "a/b.jsonl,a-b.jsonl"], "share a file")])
 def test_flags_that_contradict_are_one_line(tmp_path, flags, words):
-    line = error_of(launch(tmp_path, "eval.py", *FLAGS, "--sets", TOY / "test.jsonl", *flags, check=False))
-    assert words in line
+    assert words in error_of(launch(tmp_path, "eval.py", *FLAGS, "--sets", TOY / "test.jsonl", *flags, check=False))
 
 
 STORED = [  # (record, correct, reason)
@@ -206,22 +183,26 @@ STORED = [  # (record, correct, reason)
     ({"answer": "2", "text": "none\nat all"}, False, "no_answer"),
     ({"answer": "2", "text": "\\boxed{9^{9^{9^9}}}"}, False, "timeout"),
     ({"id": "toy/test/1", "text": "15"}, True, "equal")]
-STORED_TEXT = "".join(json.dumps(record) + "\n" for record, _, _ in STORED)
+REGRADE = ["--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl"]
 
 
-def test_regrade_adds_verdicts_to_stored_answers(tmp_path):
-    (tmp_path / "answers.jsonl").write_text(STORED_TEXT)
-    done = launch(tmp_path, "eval.py", "--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl")
-    graded = lines(tmp_path / "answers.graded.jsonl")
-    assert graded == [{**record, "correct": correct, "reason": reason} for record, correct, reason in STORED]
+@pytest.fixture
+def stored(tmp_path):
+    common.write(tmp_path / "answers.jsonl", [record for record, _, _ in STORED])
+    return tmp_path
+
+
+def test_regrade_adds_verdicts_to_stored_answers(stored):
+    done = launch(stored, "eval.py", *REGRADE)
+    expected = [{**record, "correct": correct, "reason": reason} for record, correct, reason in STORED]
+    assert lines(stored / "answers.graded.jsonl") == expected
     assert "45.5%  21.3% - 72.0%" in done.stdout and "equal 5" in done.stdout
 
 
-def test_regrade_with_your_own_grader(tmp_path):
-    (tmp_path / "answers.jsonl").write_text(STORED_TEXT)
-    (tmp_path / "mine.py").write_text("def never(problem, text):\n    return False, problem['answer']\n")
-    launch(tmp_path, "eval.py", "--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl", "--grader", "mine.py:never")
-    graded = lines(tmp_path / "answers.graded.jsonl")
+def test_regrade_with_your_own_grader(stored):
+    (stored / "mine.py").write_text("def never(problem, text):\n    return False, problem['answer']\n")
+    launch(stored, "eval.py", *REGRADE, "--grader", "mine.py:never")
+    graded = lines(stored / "answers.graded.jsonl")
     assert not any(r["correct"] for r in graded)
     assert (graded[0]["reason"], graded[-1]["reason"]) == ("1/2", "15")
 
@@ -229,8 +210,8 @@ def test_regrade_with_your_own_grader(tmp_path):
 @pytest.mark.parametrize("line, words", [
     ("{", "answers.jsonl:12: "), ('{"text": "7"}', "no 'answer', and no 'id'"), ('{"answer": "7"}', "a text under"),
     ('{"text": "7", "id": "else/9"}', "no 'id' of a"), ('{"answer": "C", "text": "", "choices": ["a"]}', "choices")])
-def test_regrade_says_what_a_line_lacks(tmp_path, line, words):
-    (tmp_path / "answers.jsonl").write_text(STORED_TEXT + line + "\n")
-    flags = ["--regrade", "answers.jsonl", "--sets", TOY / "test.jsonl"]
-    assert words in error_of(launch(tmp_path, "eval.py", *flags, check=False))
-    assert not (tmp_path / "answers.graded.jsonl").exists()
+def test_regrade_says_what_a_line_lacks(stored, line, words):
+    with open(stored / "answers.jsonl", "a") as file:
+        file.write(line + "\n")
+    assert words in error_of(launch(stored, "eval.py", *REGRADE, check=False))
+    assert not (stored / "answers.graded.jsonl").exists()

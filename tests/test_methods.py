@@ -1,5 +1,6 @@
-"""The four methods' rules against tables worked out by hand, golden traces and oracles; reward models,
-taggers and encoders against references; short real runs of what only one method has."""
+"""The four methods' rules against tables worked out by hand, golden traces and oracles; reward models, taggers and
+encoders against references; short real runs of what only one method has."""
+import itertools
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ import common
 import dast
 import hs_star
 import sai_dpo
-from conftest import ROOT, SHARED, TOY, killed_when, launch, lines
+from conftest import ROOT, SHARED, TOY, killed_when, launch, lines, refusal_of
 
 sys.path.insert(0, str(ROOT / "tests" / "studies"))
 from proportions import simulate  # noqa: E402
@@ -40,13 +41,154 @@ def set_constants(monkeypatch, script, **constants):
         monkeypatch.setattr(script, name, value)
 
 
-def refusal_of(capsys, function, *arguments):
-    """The one line with which a call ends the program."""
-    with pytest.raises(SystemExit):
-        function(*arguments)
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    return line
+def cases(rule, *rows, **constants):
+    """Parameters: of each row the arguments of a rule and, last, its result, under these constants of its script."""
+    parameters = []
+    for number, (*arguments, result) in enumerate(rows):
+        parameters.append(pytest.param(rule, constants, arguments, result, id=f"{rule.__name__}-{number}"))
+    return parameters
+
+
+def drawn(*notes):
+    """Responses from notes: "x" is wrong, "cut:a" a correct text that was cut, all else is correct."""
+    responses = []
+    for draw, note in enumerate(notes):
+        finish = "length" if note.startswith("cut:") else "stop"
+        responses.append({"id": "p", "draw": draw, "text": note.removeprefix("cut:"), "finish": finish,
+                          "correct": not note.endswith("x")})
+    return responses
+
+
+LAST, W = np.array([1, 3, 0, 3, 0, 0]), np.array([0.0, 1.0, 0.5, 0.0, 0.0, 0.5])  # t~ and w of six problems
+ALL_DRAWS = {"STOP_AT_BETA": False, "TRAIN_ON_ALL": True}
+THIRD = [1 / 3, 1 / 3, 1 / 3]
+PROBED = np.array([0, 0, 1, 1, 2])  # clusters of the probed problems
+RATES = np.array([1.0, 0.5, 0.0, 0.0, 1.0])  # their p: errors 0.5, 2 and 0
+BELOW = np.array([1.0, 0.5, 0.0, 0.0, (1 - math.sqrt(0.6)) / 2])  # means of 4 p (1 - p): 0.5, 0.1 at least, 0.4
+QUARTERS = np.array([0.5, 0.25, 0.25])
+FEW_TEXTS = ["sums"] * 4 + ["digit sums"] * 3 + ["", "7 + 8"]  # the last two have no words
+RULES = [
+    # DAST: 0.7 and 0.4 are M
+    *cases(dast.pass_rate, (drawn(*"abxx"), 0.5), (drawn("x", "cut:a"), 0.5), (drawn("x"), 0.0)),
+    *cases(dast.level_of, (1.0, "E"), (8 / 10, "E"), (7 / 10, "M"), (4 / 10, "M"), (2 / 5, "M"), (3 / 10, "H"),
+           (1 / 10, "H"), (0.0, "U")),
+    *cases(dast.target_and_budget, ("E", (5, 10)), ("M", (6, 20)), ("H", (7, 40)), ("U", (8, 40))),
+    *cases(dast.target_and_budget, ("E", (None, 10)), ("U", (None, 10)), VARIANT="L"),  # vanilla: all that is right
+    *cases(dast.distinct_of,
+           (drawn(*"xaxxaxbc"), [0, 1, 0, 0, 1, 0, 2, 3]),
+           (drawn("a", " a\n", "A", "a b"), [1, 1, 2, 3]),  # only blanks around it leave a text the same
+           (drawn("cut:a", "a", "cut:b"), [0, 1, 0]),  # a correct answer that did not end is not learnt
+           (drawn(), [])),
+    *cases(dast.choose,
+           ([0, 1, 0, 0, 1, 0, 2, 3], 3, [1, 6, 7]),  # the example of the method's notes
+           ([1, 0, 0, 1, 0, 2, 3], 3, [0, 5, 6]), ([0, 0, 0, 0], 4, []), ([1, 1, 2, 3], 2, [0, 2]),
+           ([1, 2, 1, 3], None, [0, 1, 3]), ([], 1, [])),
+    # AdaSTaR: t~ 0: w 0, .5, .5 in the order of the file; then t~ 1: w 0; then t~ 3
+    *cases(adastar.walk_order, (LAST, W, rng(), [4, 2, 5, 0, 3, 1]), ORDER="adaptive"),
+    *cases(adastar.walk_order, (LAST, W, rng(), [2, 4, 5, 0, 1, 3]), ORDER="stale"),
+    *cases(adastar.walk_order, (LAST, W, rng(), [4, 0, 3, 2, 5, 1]), ORDER="hardest"),
+    *cases(adastar.beta_of, (1, 320), (2, 384), (3, 456), (4, 552), (8, 1144), (16, 4928)),  # the paper's schedule
+    *cases(adastar.to_commit, (8, 4, 2), (6, 5, 4), (7, 7, 7), (9, 8, 7), (198, 66, 22), (12, 0, 0), (1, 1, 1),
+           (49, 7, 1)),  # 49 * (7 / 49)^2 is 0.999... in floating point
+    *cases(adastar.to_commit, (8, 4, 8), (5, 0, 5), CURRICULUM_POWER=0),
+    *cases(adastar.to_commit, (10, 9, 7), CURRICULUM_POWER=3),
+    *cases(adastar.outcomes_of, (drawn("cut:a", "a", "x"), [0, 1, 0])),  # a cut answer is wrong
+    *cases(adastar.choose, ([0, 1], [1]), ([1], [0]), ([1, 1], [0]), ([0, 0], []), TRACES=1),
+    *cases(adastar.choose, ([1, 1, 0, 1], [0, 1, 3]), TRACES=0),
+    *cases(adastar.choose, ([0, 1, 1, 1], [1, 2]), TRACES=2),
+    *cases(adastar.spread, (3, 3, rng(), [1, 1, 1]), (3, 8, rng(), [3, 3, 2]), (0, 8, rng(), []),  # too few: repeated
+           (4, 3, rng(), [1, 1, 1, 1])),  # with all traces of a problem there may be one more
+    *cases(adastar.spread, (3, 8, rng(), [1, 1, 1]), FILL_STEPS=False),
+    *cases(adastar.spread, (4, 3, rng(), [1, 1, 1, 1]), (3, 8, rng(), [1, 1, 1]), **ALL_DRAWS),
+    *cases(adastar.spread, (3, 8, rng(), [3, 3, 2]), STOP_AT_BETA=False),
+    *cases(adastar.hinted, ({"problem": "1+1?", "answer": "2"}, {"problem": "1+1? (Answer: 2)", "answer": "2"}),
+           ({"problem": "?", "solution": "\\boxed{2}"}, {"problem": "? (Answer: 2)", "solution": "\\boxed{2}"}),
+           ({"problem": "?\n(A) 2", "answer": "A"}, {"problem": "?\n(A) 2\n(Answer: A)", "answer": "A"})),
+    # HS-STaR
+    *cases(hs_star.thresholds, ((0.25, 0.5),), PRM="x/Skywork-o1-Open-PRM-Qwen-2.5-1.5B", MODEL="y/Qwen2.5-7B"),
+    *cases(hs_star.reward_of, ([0.9, 0.2, 0.8], 0.2), ([], 0)),  # that of its worst step
+    *cases(hs_star.slice_of, (3, 1, Seeds(), [0, 1, 2]), (3, 2, Seeds(), [0, 1, 2]), SLICE=4),  # fewer than a slice
+    # SAI-DPO
+    *cases(sai_dpo.steps_of, ("", 1), ("\\boxed{4}", 1), ("a\nb", 1), ("a\n\nb", 2), ("a\n \t\nb\n\n\n\nc\n", 3),
+           ("a\r\n\r\nb", 2), ("Step 1: a\nStep 2: b\n\nso\n\nand so", 2),  # markers count where there are any
+           ("**Step 1** a\n\n## Step 2\n\n  step 3. b", 3), ("In step 2 we\n\nsaw Step 1", 2)),  # if they begin a line
+    *cases(sai_dpo.error_masses, (RATES, PROBED, np.array([10, 20, 5]), pytest.approx([2.5 / 9, 20 / 9, 0])),
+           (RATES, PROBED, np.array([10, 0, 5]), pytest.approx([2.5, 0, 0])),  # one is used up
+           (np.ones(5), PROBED, np.array([3, 4, 5]), [0, 0, 0])),  # no failure at all
+    *cases(sai_dpo.shares_of, (np.array([1.0, 2.5, 0.0]), pytest.approx([2 / 6.5, 3.5 / 6.5, 1 / 6.5])),
+           (np.zeros(4), [0.25] * 4), SMOOTHING=1.0),
+    *cases(sai_dpo.shares_of, (np.array([1.0, 4.0, 0.0]), [0.2, 0.8, 0.0]), (np.zeros(4), [0.25] * 4), SMOOTHING=0.0),
+    *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, [0.5, 0.25, 0.25]), DIFFICULTY_BEFORE=False),
+    *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, [0.5, 0.25, 0.25]), SELECT="knowledge"),
+    *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, None), SELECT="difficulty"),
+    *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, None), SELECT="random"),
+    *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, pytest.approx([10 / 15, 1 / 15, 4 / 15]))),
+    *cases(sai_dpo.apportion, (np.array([0.5, 0.3, 0.2]), np.array([99, 99, 99]), 10, [5, 3, 2]),
+           (np.array([0.5, 0.3, 0.2]), np.array([2, 99, 99]), 10, [2, 5, 3]),  # 8 left, at 3 : 2 -> 4.8 and 3.2
+           (np.array([0.5, 0.3, 0.2]), np.array([2, 3, 99]), 10, [2, 3, 5]),  # and on to the next
+           (np.array([0.5, 0.3, 0.2]), np.array([2, 3, 4]), 10, [2, 3, 4]),  # 9 are all there are
+           (np.array(THIRD), np.array([9, 9, 9]), 8, [3, 3, 2]),  # of equal remainders the first
+           (np.array([0.6, 0.25, 0.15]), np.array([9, 9, 9]), 3, [2, 1, 0]),  # 1.8, 0.75, 0.45
+           (np.array([0.7, 0.0, 0.3]), np.array([3, 9, 3]), 9, [3, 3, 3]),  # without a share what is left
+           (np.array([0.9, 0.1]), np.array([0, 0]), 5, [0, 0])),
+    *cases(sai_dpo.kmeans, (sai_dpo.tfidf(FEW_TEXTS), 20, rng(), [0] * 4 + [1] * 3 + [2] * 2),  # few different points
+           (sai_dpo.tfidf(["one text"] * 3), 20, rng(), [0, 0, 0])),
+]
+
+
+@pytest.mark.parametrize("rule, constants, arguments, expected", RULES)
+def test_rule_by_hand(monkeypatch, rule, constants, arguments, expected):
+    set_constants(monkeypatch, sys.modules[rule.__module__], **constants)
+    found = rule(*arguments)
+    assert (found.tolist() if isinstance(found, np.ndarray) else found) == expected
+
+
+def permuted(values, n=None):
+    return set(itertools.permutations(values, n))
+
+
+def joined(right, wrong):
+    """All ways to join each right answer with a wrong one of its own."""
+    return {tuple(zip(right, order)) for order in permuted(wrong, len(right))}
+
+
+RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+CHANCE = [  # (rule, arguments before the generator, constants, all that may come out)
+    # DAST: a right one, and one of the two wrong ones; each wrong one once, so that the rest have no partner
+    (dast.choose_pairs, (drawn("x", "a", "x", "cut:b"), [1], True), {}, {((1, 0),), ((1, 2),)}),
+    (dast.choose_pairs, (drawn("x", "a", "b", "c"), [1, 2, 3], False), {}, {((1, 0),)}),
+    (dast.choose_pairs, (drawn("a", "b"), [0, 1], False), {}, {()}),
+    (dast.choose_pairs, (drawn("x", "x"), [], True), {}, {((None, 0),), ((None, 1),)}),  # the solution is preferred
+    (dast.choose_pairs, (drawn("x", "x"), [], False), {}, {()}),
+    (dast.choose_pairs, (drawn("x", "cut:a"), [], True), {}, {()}),  # right, and cut: neither learnt nor replaced
+    (dast.choose_pairs, (drawn("cut:x", "x", "a"), [2], False), {}, {((2, 1),)}),  # what was cut is not rejected
+    # AdaSTaR: the walk in random order; two answers of five where it does not stop
+    (adastar.walk_order, (np.zeros(3), np.zeros(3)), {"ORDER": "random"}, permuted(range(3))),
+    (adastar.spread, (5, 2), {"STOP_AT_BETA": False}, permuted([1, 1, 0, 0, 0])),
+    # HS-STaR: what is left over of the budget; the best looking right and wrong answers; all ways to join them
+    (hs_star.quotas, (["boundary"] * 3 + ["inlier"],), {"BUDGET": 2, "PRE_SAMPLES": 1},
+     {(2, 1, 1, 0), (1, 2, 1, 0), (1, 1, 2, 0)}),
+    (hs_star.choose_pairs, ([1, 0, 1, 0, 1], [0.2, 0.9, 0.8, 0.1, 0.5]), {}, joined((2, 4), (1, 3))),
+    (hs_star.choose_pairs, ([0, 1, 0, 0], [0.1, 0.0, 0.3, 0.2]), {}, {((1, 2),)}),  # the wrong one that looks best
+    (hs_star.choose_pairs, ([0, 1, 0], [0.5, 0.5, 0.5]), {}, {((1, 0),)}),  # of equals the first
+    (hs_star.choose_pairs, ([1, -1, 0], [0.1, 0.9, 0.2]), {}, {((0, 2),)}),  # a cut one is in no pair
+    (hs_star.choose_pairs, ([1, -1], [0.1, 0.9]), {}, {()}), (hs_star.choose_pairs, ([1, 1], [0.1, 0.9]), {}, {()}),
+    (hs_star.choose_pairs, ([1, 1, 1, 0, 0, 0, 0], RISING), {"PAIRING": "hard"}, joined((0, 1, 2), (4, 5, 6))),
+    (hs_star.choose_pairs, ([1, 1, 1, 0, 0, 0, 0], RISING), {"PAIRING": "random"}, joined((0, 1, 2), (3, 4, 5, 6))),
+    # SAI-DPO: a right and a wrong answer, never the cut one
+    (sai_dpo.choose_pair, ([1, 0, -1, 1, 0],), {}, {(0, 1), (0, 4), (3, 1), (3, 4)}),
+]
+
+
+@pytest.mark.parametrize("rule, arguments, constants, may", CHANCE)
+def test_rule_by_chance_gives_all_that_it_may_and_nothing_else(monkeypatch, rule, arguments, constants, may):
+    set_constants(monkeypatch, sys.modules[rule.__module__], **constants)
+    found = set()
+    for seed in range(300):
+        result = list(rule(*arguments, rng(seed)))
+        pairs = result and isinstance(result[0], tuple)
+        found.add(tuple(sorted(result) if pairs else result))
+    assert found == may
 
 
 @pytest.mark.parametrize("script, constants, words", [
@@ -70,21 +212,7 @@ def test_constants_that_contradict_are_refused_in_one_line(monkeypatch, capsys, 
     assert words in refusal_of(capsys, script.main)
 
 
-# DAST -------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("correct, draws, level", [
-    (10, 10, "E"), (8, 10, "E"), (7, 10, "M"), (5, 10, "M"), (4, 10, "M"), (3, 10, "H"), (1, 10, "H"),
-    (0, 10, "U"), (5, 7, "E"), (2, 5, "M"), (1, 3, "H"), (1, 1, "E"), (0, 1, "U")])  # 0.7 and 0.4 are M
-def test_levels_of_dast(correct, draws, level):
-    probed = [{"correct": draw < correct} for draw in range(draws)]
-    assert dast.level_of(dast.pass_rate(probed)) == level
-
-
-def test_targets_and_budgets_rise_with_difficulty(monkeypatch):
-    assert [dast.target_and_budget(level) for level in "EMHU"] == [(5, 10), (6, 20), (7, 40), (8, 40)]
-    set_constants(monkeypatch, dast, VARIANT="L")
-    assert [dast.target_and_budget(level) for level in "EMHU"] == [(None, 10)] * 4  # vanilla: all that is right
-
+# DAST -----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape, unit, constants", [
     ((0.98, 0.84), 10, {}), ((0.36, 1.44), 10, {}),  # GSM8K and MATH, as tests/studies/proportions.py says
@@ -99,48 +227,6 @@ def test_proportions_of_dast_give_hard_problems_more_than_vanilla(shape, unit, c
     assert kept.sum() >= 0.95 * vanilla.sum()
 
 
-def drawn(*notes):
-    """Responses from notes: "x" is wrong, "cut:a" a correct text that was cut, all else is correct."""
-    responses = []
-    for draw, note in enumerate(notes):
-        finish = "length" if note.startswith("cut:") else "stop"
-        responses.append({"id": "p", "draw": draw, "text": note.removeprefix("cut:"), "finish": finish,
-                          "correct": not note.endswith("x")})
-    return responses
-
-
-@pytest.mark.parametrize("notes, outcomes, target, chosen", [
-    ("x a x x a x b c".split(), [0, 1, 0, 0, 1, 0, 2, 3], 3, [1, 6, 7]),  # the example of the method's notes
-    ("a x x a x b c".split(), [1, 0, 0, 1, 0, 2, 3], 3, [0, 5, 6]),
-    ("x x x x".split(), [0, 0, 0, 0], 4, []),
-    (["a", " a\n", "A", "a b"], [1, 1, 2, 3], 2, [0, 2]),  # only blanks around it leave a text the same
-    (["a", "b", "a", "c"], [1, 2, 1, 3], None, [0, 1, 3]),
-    (["cut:a", "a", "cut:b"], [0, 1, 0], 4, [1]),  # a correct answer that did not end is not learnt
-    ([], [], 1, []),
-])
-def test_choice_of_dast_takes_distinct_correct_answers(notes, outcomes, target, chosen):
-    assert dast.distinct_of(drawn(*notes)) == outcomes
-    assert dast.choose(outcomes, target) == chosen
-
-
-@pytest.mark.parametrize("notes, solved, chosen, pairs", [
-    ("x a x cut:b".split(), True, [1], [(1, {0, 2})]),  # a right one, and one of the two wrong ones
-    ("x a b c".split(), False, [1, 2, 3], [(1, {0})]),  # each wrong one once: the rest have no partner
-    ("a b".split(), False, [0, 1], []),
-    ("x x".split(), True, [], [(None, {0, 1})]),  # unsolved: the worked solution is preferred
-    ("x x".split(), False, [], []),
-    ("x cut:a".split(), True, [], []),  # it was right, and cut: neither learnt nor replaced
-    ("cut:x x a".split(), False, [2], [(2, {1})]),  # what was cut is not rejected as if it had ended
-])
-def test_pairs_of_dast(notes, solved, chosen, pairs):
-    seen = set()
-    for seed in range(20):
-        found = dast.choose_pairs(drawn(*notes), chosen, solved, rng(seed))
-        assert [better for better, _ in found] == [better for better, _ in pairs]
-        seen.update(found)
-    assert seen == {(better, worse) for better, allowed in pairs for worse in allowed}
-
-
 def examples_drawn(problem, level, shots, seed):
     """Ids of the examples that are shown: of 9 easy problems, 3 of M, 2 of H and one unsolved."""
     solved = []
@@ -148,6 +234,7 @@ def examples_drawn(problem, level, shots, seed):
         solved += [{"id": f"{name}{i}", "problem": f"{name}{i}"} for i in range(n)]
     pools = dast.example_pools(solved, {p["id"]: p["id"][0] for p in solved}, shots)
     return [e["id"] for e in dast.draw_examples({"problem": problem}, pools[level], shots, rng(seed))]
+
 
 
 @pytest.mark.parametrize("problem, level, shots, n, levels", [
@@ -162,89 +249,16 @@ def test_examples_of_dast_are_others_of_the_level_or_of_all_where_it_has_too_few
     assert seen == set(levels)
 
 
-# AdaSTaR ----------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("order, places", [
-    ("adaptive", [4, 2, 5, 0, 3, 1]),  # t~ 0: w 0, .5, .5 in the order of the file; then t~ 1: w 0; then t~ 3
-    ("stale", [2, 4, 5, 0, 1, 3]), ("hardest", [4, 0, 3, 2, 5, 1])])
-def test_order_of_the_walk(monkeypatch, order, places):
-    set_constants(monkeypatch, adastar, ORDER=order)
-    last, w = np.array([1, 3, 0, 3, 0, 0]), np.array([0.0, 1.0, 0.5, 0.0, 0.0, 0.5])
-    assert adastar.walk_order(last, w, rng()).tolist() == places
-
-
-def test_random_order_of_the_walk_is_another_in_each_iteration(monkeypatch):
-    set_constants(monkeypatch, adastar, ORDER="random")
-    nothing = np.zeros(50, int)
-    orders = {tuple(adastar.walk_order(nothing, nothing, rng(t)).tolist()) for t in range(5)}
-    assert len(orders) == 5
-    assert all(sorted(order) == list(range(50)) for order in orders)
-
-
-def test_beta_follows_the_papers_schedule():
-    betas = [320, 384, 456, 552, 656, 792, 952, 1144, 1368, 1648, 1976, 2376, 2848, 3416, 4104, 4928]
-    assert [adastar.beta_of(t) for t in range(1, 17)] == betas
-
-
-@pytest.mark.parametrize("visited, solved, power, commits", [
-    (8, 4, 2, 2), (6, 5, 2, 4), (7, 7, 2, 7), (9, 8, 2, 7), (198, 66, 2, 22), (12, 0, 2, 0), (1, 1, 2, 1),
-    (49, 7, 2, 1),  # 49 * (7 / 49)^2 is 0.999... in floating point
-    (8, 4, 0, 8), (5, 0, 0, 5), (8, 4, 1, 4), (10, 9, 3, 7)])
-def test_commitment_of_adastar(monkeypatch, visited, solved, power, commits):
-    set_constants(monkeypatch, adastar, CURRICULUM_POWER=power)
-    assert adastar.to_commit(visited, solved) == commits
-
-
-@pytest.mark.parametrize("traces, outcomes, chosen", [
-    (1, [0, 1], [1]), (1, [1], [0]), (1, [1, 1], [0]), (1, [0, 0], []), (0, [1, 1, 0, 1], [0, 1, 3]),
-    (2, [0, 1, 1, 1], [1, 2])])
-def test_choice_of_adastar(monkeypatch, traces, outcomes, chosen):
-    set_constants(monkeypatch, adastar, TRACES=traces)
-    assert adastar.choose(outcomes) == chosen
-
-
-def test_outcomes_of_adastar_count_a_cut_answer_as_wrong():
-    assert adastar.outcomes_of(drawn("cut:a", "a", "x")) == [0, 1, 0]
-
-
-@pytest.mark.parametrize("total, beta, constants, copies", [
-    (3, 3, {}, [1, 1, 1]),
-    (3, 8, {}, [3, 3, 2]),  # too few: repeated from the front
-    (3, 8, {"FILL_STEPS": False}, [1, 1, 1]),
-    (0, 8, {}, []),
-    (4, 3, {}, [1, 1, 1, 1]),  # with all traces of a problem there may be one more
-    (4, 3, {"STOP_AT_BETA": False, "TRAIN_ON_ALL": True}, [1, 1, 1, 1]),
-    (3, 8, {"STOP_AT_BETA": False, "TRAIN_ON_ALL": True}, [1, 1, 1]),
-    (3, 8, {"STOP_AT_BETA": False}, [3, 3, 2]),
-])
-def test_copies_of_adastar(monkeypatch, total, beta, constants, copies):
-    set_constants(monkeypatch, adastar, **constants)
-    assert adastar.spread(total, beta, rng()) == copies
-
-
-def test_copies_of_a_walk_without_stop_are_cut_at_random(monkeypatch):
-    set_constants(monkeypatch, adastar, STOP_AT_BETA=False)
-    found = {tuple(adastar.spread(5, 2, rng(seed))) for seed in range(60)}
-    assert len(found) == 10
-    assert all(sum(copies) == 2 for copies in found)
-
-
-@pytest.mark.parametrize("problem, text", [
-    ({"problem": "1+1?", "answer": "2"}, "1+1? (Answer: 2)"),
-    ({"problem": "1+1?", "solution": "so \\boxed{2}"}, "1+1? (Answer: 2)"),
-    ({"problem": "1+1?\n(A) 2", "answer": "A"}, "1+1?\n(A) 2\n(Answer: A)")])
-def test_hints_show_the_answer_behind_the_question(problem, text):
-    assert adastar.hinted(problem)["problem"] == text
-
+# AdaSTaR --------------------------------------------------------------------------------------------------------------
 
 def iterate(numbers, betas, outcomes):
     """adastar.py's loop on recorded outcomes of problems, which stand in the file in the order of `numbers`.
 
-    Returns selection.jsonl of each iteration, and (t~, w, number) in the order of the next walk."""
+    Returns of each iteration its selection, and what a golden trace says of it (alpha to rounding)."""
     problems = [{"id": number} for number in numbers]
     last, w = np.zeros(len(problems), int), np.zeros(len(problems))
     alpha = 0.5
-    found = []
+    selections, traces = [], []
     for t, (beta, right) in enumerate(zip(betas, outcomes), 1):
         def draw(block):
             responses = {}
@@ -257,31 +271,17 @@ def iterate(numbers, betas, outcomes):
         visited = adastar.walk(adastar.walk_order(last, w, rng(t)), beta, alpha, draw)
         selection = adastar.select(problems, visited, last, w, beta, rng(t))
         alpha = selection[0]["alpha"]
+        trained = []
         for i, s in zip(visited, selection, strict=True):
+            trained += [s["id"]] * len(s["chosen"])
             if s["committed"]:
                 last[i], w[i] = t, s["win_rate"]
-        order = adastar.walk_order(last, w, rng())
-        found.append((selection, [[int(last[i]), float(w[i]), numbers[i]] for i in order]))
-    return found
-
-
-def comparable(iterations):
-    """Iterations of a golden trace without their numbers, alpha to rounding."""
-    return [{**{name: iteration[name] for name in ("visited", "trained", "committed", "heap")},
-             "alpha": pytest.approx(iteration["alpha"], abs=1e-12)} for iteration in iterations]
-
-
-def as_traces(found):
-    """What a golden trace says of iterations."""
-    traces = []
-    for selection, heap in found:
-        trained = []
-        for s in selection:
-            trained += [s["id"]] * len(s["chosen"])
-        committed = [s["id"] for s in selection if s["committed"]]
-        traces.append({"visited": [s["id"] for s in selection], "trained": trained, "committed": committed,
-                       "heap": heap, "alpha": selection[0]["alpha"]})
-    return traces
+        selections.append(selection)
+        traces.append({"visited": [s["id"] for s in selection], "trained": trained,
+                       "alpha": pytest.approx(alpha, abs=1e-12),
+                       "committed": [s["id"] for s in selection if s["committed"]],
+                       "heap": [[int(last[i]), float(w[i]), numbers[i]] for i in adastar.walk_order(last, w, rng())]})
+    return selections, traces
 
 
 def by_name(n):
@@ -293,35 +293,28 @@ def traces_of(*kinds):
     """Golden traces whose names begin so, as parameters; a skipped one where shared/ is absent."""
     path = SHARED / "traces" / "adastar.json"
     if not path.exists():
-        return [pytest.param(None, marks=pytest.mark.skip(reason=f"{path} is not on this machine"))]
+        return [pytest.param("", None, marks=pytest.mark.skip(reason=f"{path} is not on this machine"))]
     traces = json.loads(path.read_text())
-    return [pytest.param(trace, id=name) for name, trace in traces.items() if name.startswith(kinds)]
+    return [pytest.param(name, trace, id=name) for name, trace in traces.items() if name.startswith(kinds)]
 
 
 BLOCKS = [1, 7, 10**9]
 
 
-def check_trace(monkeypatch, trace, block, numbers):
-    """Compare adastar.py on recorded outcomes with what must come out."""
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name, trace", traces_of("default", "power0", "exhausted", "paper"))
+def test_walk_follows_the_golden_traces(monkeypatch, name, trace, block):
+    """In "paper" both draws are made and all correct ones taken, and ties go by the name's text."""
     settings = trace["settings"]
+    numbers = range(settings["n"])
     set_constants(monkeypatch, adastar, CURRICULUM_POWER=int(settings.get("power", 2)),
                   block_size=lambda missing, rate: block)
-    found = iterate(numbers, settings["betas"], trace["outcomes"])
-    assert as_traces(found) == comparable(trace["iterations"])
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("trace", traces_of("default", "power0", "exhausted"))
-def test_walk_follows_the_golden_traces(monkeypatch, trace, block):
-    check_trace(monkeypatch, trace, block, range(trace["settings"]["n"]))
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("trace", traces_of("paper"))
-def test_walk_with_all_traces_follows_the_golden_traces(monkeypatch, trace, block):
-    """Both draws are made and all correct ones taken; ties by the text of the name, so such a file it is."""
-    set_constants(monkeypatch, adastar, TRACES=0, RETRY=False)
-    check_trace(monkeypatch, trace, block, by_name(trace["settings"]["n"]))
+    if name.startswith("paper"):
+        set_constants(monkeypatch, adastar, TRACES=0, RETRY=False)
+        numbers = by_name(settings["n"])
+    expected = [{name: iteration[name] for name in ("visited", "trained", "committed", "heap", "alpha")}
+                for iteration in trace["iterations"]]
+    assert iterate(numbers, settings["betas"], trace["outcomes"])[1] == expected
 
 
 def released(n, betas, outcomes, batch, hint, whole=round, **_):
@@ -368,44 +361,36 @@ def released(n, betas, outcomes, batch, hint, whole=round, **_):
     return found
 
 
-@pytest.mark.parametrize("trace", traces_of("released"))
-def test_oracle_is_the_released_program(trace):
+@pytest.mark.parametrize("name, trace", traces_of("released"))
+def test_oracle_is_the_released_program(name, trace):
     """It agrees with recorded runs of it; so what differs there is understood."""
-    assert released(outcomes=trace["outcomes"], **trace["settings"]) == comparable(trace["iterations"])
+    found = released(outcomes=trace["outcomes"], **trace["settings"])
+    for iteration, expected in zip(found, trace["iterations"], strict=True):
+        expected["alpha"] = pytest.approx(expected["alpha"], abs=1e-12)
+        assert iteration == {name: expected[name] for name in iteration}
 
 
-def recorded(seed):
-    """Outcomes of five iterations on 10 to 150 problems that get easier, and what each asks for."""
+@pytest.mark.parametrize("seed", range(20))
+def test_walk_in_any_blocks_equals_the_released_program_one_at_a_time(monkeypatch, seed):
+    """In batches of one, floor for round, on problems that get easier; in one iteration there are too few answers."""
     r = rng(seed)
     n = int(r.integers(10, 150))
     outcomes = [(r.random((n, 2)) < 0.1 + 0.15 * t).astype(int).tolist() for t in range(5)]
-    return n, [int(beta) for beta in r.integers(1, n // 2, 5)], outcomes
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_walk_equals_the_released_program_one_at_a_time(monkeypatch, seed):
-    """In batches of one, floor for round: then nothing differs but the blocks."""
-    n, betas, outcomes = recorded(seed)
-    expected = released(n, betas, outcomes, 1, False, whole=lambda x: math.floor(x + 1e-9))
-    set_constants(monkeypatch, adastar, block_size=lambda missing, rate: 7)
-    assert as_traces(iterate(by_name(n), betas, outcomes)) == comparable(expected)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_walk_does_not_depend_on_the_blocks(monkeypatch, seed):
-    """Visited problems, D+ with its copies and what is committed, too few answers included."""
-    n, betas, outcomes = recorded(seed)
+    betas = r.integers(1, n // 2, 5).tolist()
     betas[1] = 2 * n
-    expected = iterate(range(n), betas, outcomes)
+    expected = released(n, betas, outcomes, 1, False, whole=lambda x: math.floor(x + 1e-9))
+    selections = []
     for block in BLOCKS:
         set_constants(monkeypatch, adastar, block_size=lambda missing, rate: block)
-        assert iterate(range(n), betas, outcomes) == expected
+        selection, traces = iterate(by_name(n), betas, outcomes)
+        selections.append(selection)
+        assert traces == expected
+    assert selections[0] == selections[1] == selections[2]
 
 
-@pytest.mark.parametrize("share, rate", [(0.02, 0.5), (0.3, 0.3), (0.5, 0.02), (0.9, 0.5), (0.9, 0.95)])
-def test_walk_draws_what_the_block_rule_says(share, rate):
-    """In order, no problem twice, nothing behind the block where it ends; a block is what should give the
-    missing answers at the rate so far (at least a tenth), and a tenth more, in whole batches."""
+@pytest.mark.parametrize("share, rate", [(0.02, 0.5), (0.3, 0.95), (0.5, 0.02), (0.9, 0.5), (0.9, 0.95)])
+def test_walk_asks_in_order_in_few_blocks_for_little_more_than_it_needs(share, rate):
+    """Whatever rate it guesses at first: by the rate so far a tenth more than what is missing, in whole batches."""
     order = rng(1).permutation(3000)
     right = rng(2).random(3000) < share
     blocks = []
@@ -419,63 +404,21 @@ def test_walk_draws_what_the_block_rule_says(share, rate):
     assert asked == order[:len(asked)].tolist()
     assert visited == asked[:len(visited)]
     assert right[visited].sum() == min(200, right.sum())
-    assert len(visited) > len(asked) - len(blocks[-1])
-    known = []
-    for block in blocks:
-        expected = 1.1 * (200 - right[known].sum()) / max(0.1, right[known].mean() if known else rate)
-        assert expected <= len(block) < expected + common.GROUP + 1 or len(known + block) == 3000
-        known += block
+    assert len(asked) <= max(1.2 * len(visited), 1.1 * 200 / max(rate, 0.1)) + common.GROUP
+    assert len(blocks) <= 4
 
 
-def test_walk_without_stop_draws_all_at_once(monkeypatch):
+def test_walk_without_stop_visits_all(monkeypatch):
     set_constants(monkeypatch, adastar, STOP_AT_BETA=False)
-    asked = []
-
-    def draw(block):
-        asked.append(len(block))
-        return {i: drawn("r") for i in block}
-
-    assert len(adastar.walk(np.arange(100), 5, 0.5, draw)) == 100
-    assert asked == [100]
-
-
-TINY = ["--toy", "--train-data", "p.jsonl", "--held-out", "0", "--n-test", "4", "--steps", "2", "--rounds", 1]
-
-
-def easy_problems(path, n, wrong=()):
-    """Write n problems of one operation, which the toy can do; those at `wrong` with a wrong answer."""
-    easy = [p for p in lines(TOY / "train.jsonl") if p["level"] == 1 and "Go" in p["problem"]][:n]
-    for i in wrong:
-        easy[i]["answer"] = "-1"
-    common.write(path, [{"problem": p["problem"], "answer": p["answer"]} for p in easy])
-
-
-@pytest.mark.parametrize("flag, said, steps", [
-    ("--fill-steps", "repeated to 16", 2), ("--no-fill-steps", "each trained on once", 1)])
-def test_problems_that_give_too_few_answers_are_all_visited(tmp_path, flag, said, steps):
-    easy_problems(tmp_path / "p.jsonl", 12, range(0, 12, 3))
-    done = launch(tmp_path, "adastar.py", *TINY, flag, "--name", "few")
-    selection = lines(tmp_path / "runs/few/round_1/selection.jsonl")
-    answers = [s["id"] for s in selection if s["chosen"]]
-    assert len(selection) == 12
-    assert f"gave {len(answers)} correct answers of 16: {said}" in done.stdout
-    assert {e["id"] for e in lines(tmp_path / "runs/few/round_1/train.jsonl")} == set(answers)
-    assert len(lines(tmp_path / "runs/few/round_1/steps.jsonl")) == steps
-
-
-def test_no_correct_answer_leaves_the_model_as_it_is(tmp_path):
-    easy_problems(tmp_path / "p.jsonl", 3, range(3))
-    done = launch(tmp_path, "adastar.py", *TINY, "--rounds", "2", "--name", "none")
-    assert done.stdout.count("6 answers and none is correct: D+ is empty, the model stays as it is") == 2
-    assert not (tmp_path / "runs/none/round_1/model").exists()
-    assert not any(s["committed"] for s in lines(tmp_path / "runs/none/round_2/selection.jsonl"))
+    visited = adastar.walk(np.arange(100), 5, 0.5, lambda block: {i: drawn("r") for i in block})
+    assert list(visited) == list(range(100))
 
 
 def test_hint_changes_the_second_draws_alone_and_is_never_trained_on(tmp_path):
-    shutil.copy(TOY / "train.jsonl", tmp_path / "p.jsonl")
     drawn_by = {}
     for flag in "--hint", "--no-hint":
-        launch(tmp_path, "adastar.py", *TINY, flag, "--no-stop-at-beta", "--n-train", 16, "--name", flag[2:])
+        launch(tmp_path, "adastar.py", "--toy", "--held-out", 0, "--n-test", 4, "--rounds", 1, "--n-train", 16,
+               "--no-stop-at-beta", flag, "--name", flag[2:])
         run = tmp_path / "runs" / flag[2:]
         drawn_by[flag] = {(r["id"], r["draw"]): r["text"] for r in lines(run / "round_1/responses_0.jsonl")}
         assert not any("(Answer:" in e["prompt"] for e in lines(run / "round_1/train.jsonl"))
@@ -484,7 +427,7 @@ def test_hint_changes_the_second_draws_alone_and_is_never_trained_on(tmp_path):
     assert differ == {1}
 
 
-# HS-STaR ----------------------------------------------------------------------------------------------------
+# HS-STaR --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("outcomes, rewards, phi_r, classes", [  # classes with both, accuracy, reward
     ([1, 1, 1], [0.7, 0.7, 0.7], 0.7, "iii"),
@@ -508,51 +451,16 @@ def test_difficulty_of_hs_star(monkeypatch, outcomes, rewards, phi_r, classes):
         assert found[2][0] == name, way
 
 
-@pytest.mark.parametrize("n, pre", [(8, 3), (8, 1), (8, 7), (8, 8), (2, 1), (16, 4)])
-def test_budget_goes_to_the_boundary_alone_and_evenly(monkeypatch, n, pre):
+@pytest.mark.parametrize("n, pre", [(8, 3), (8, 1), (8, 8), (16, 4)])
+@pytest.mark.parametrize("problems, boundary", [(1, 0), (1, 1), (7, 3), (101, 0), (101, 50), (101, 101)])
+def test_budget_goes_to_the_boundary_alone_and_evenly(monkeypatch, n, pre, problems, boundary):
     """Spent is what was given: n N answers, or n_p N where there is no boundary."""
     set_constants(monkeypatch, hs_star, BUDGET=n, PRE_SAMPLES=pre)
-    for problems in 1, 2, 7, 101:
-        for boundary in {0, 1, problems // 2, problems}:
-            classes = ["boundary"] * boundary + ["inlier", "outlier"] * problems
-            classes = rng(boundary).permutation(classes[:problems]).tolist()
-            counts = hs_star.quotas(classes, rng())
-            given = [count for count, name in zip(counts, classes, strict=True) if name == "boundary"]
-            assert sum(counts) == sum(given) == ((n - pre) * problems if boundary else 0)
-            assert not given or max(given) - min(given) <= 1
-
-
-def test_budget_that_is_left_over_goes_to_random_problems():
-    """By hand: of 505 answers 55 problems get 9, one gets 10."""
-    classes = ["boundary"] * 56 + ["inlier"] * 45
-    found = {tuple(hs_star.quotas(classes, rng(seed))) for seed in range(30)}
-    assert len(found) > 10
-    assert all(sorted(counts) == [0] * 45 + [9] * 55 + [10] for counts in found)
-
-
-@pytest.mark.parametrize("outcomes, rewards, right, wrong", [
-    ([1, 0, 1, 0, 1], [0.2, 0.9, 0.8, 0.1, 0.5], {2, 4}, {1, 3}),  # K = 2: of three right ones the two best
-    ([0, 1, 0, 0], [0.1, 0.0, 0.3, 0.2], {1}, {2}),  # the wrong one that looks best
-    ([0, 1, 0], [0.5, 0.5, 0.5], {1}, {0}),  # of equals the first
-    ([1, -1, 0], [0.1, 0.9, 0.2], {0}, {2}),  # a cut one is in no pair
-    ([1, -1], [0.1, 0.9], set(), set()), ([1, 1], [0.1, 0.9], set(), set()), ([0], [0.1], set(), set()),
-])
-def test_pairs_of_hs_star_are_the_best_looking(outcomes, rewards, right, wrong):
-    for seed in range(5):
-        pairs = hs_star.choose_pairs(outcomes, rewards, rng(seed))
-        assert {preferred for preferred, _ in pairs} == right
-        assert {rejected for _, rejected in pairs} == wrong
-        assert len(pairs) == len(right)
-
-
-@pytest.mark.parametrize("pairing, rejected, ways", [("hard", {4, 5, 6}, 6), ("random", {3, 4, 5, 6}, 24)])
-def test_pairs_of_hs_star_are_joined_at_random(monkeypatch, pairing, rejected, ways):
-    """All ways to join three right answers with three wrong ones; with "random" with three of all four."""
-    set_constants(monkeypatch, hs_star, PAIRING=pairing)
-    outcomes, rewards = [1, 1, 1, 0, 0, 0, 0], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    found = [hs_star.choose_pairs(outcomes, rewards, rng(seed)) for seed in range(300)]
-    assert {draw for pairs in found for _, draw in pairs} == rejected
-    assert len({frozenset(pairs) for pairs in found}) == ways
+    classes = rng().permutation(["boundary"] * boundary + ["inlier"] * (problems - boundary)).tolist()
+    counts = hs_star.quotas(classes, rng())
+    given = [count for count, name in zip(counts, classes, strict=True) if name == "boundary"]
+    assert sum(counts) == sum(given) == ((n - pre) * problems if boundary else 0)
+    assert not given or max(given) - min(given) <= 1
 
 
 def test_slices_have_no_problem_in_common_while_the_problems_last(monkeypatch):
@@ -561,153 +469,127 @@ def test_slices_have_no_problem_in_common_while_the_problems_last(monkeypatch):
     assert all(len(places) == 4 and places == sorted(places) for places in rounds)
     assert len(set(sum(rounds[:3], []))) == len(set(sum(rounds[3:], []))) == 12
     assert rounds[3:] != rounds[:3]  # then all over again, in another order
-    assert hs_star.slice_of(3, 1, Seeds()) == hs_star.slice_of(3, 2, Seeds()) == [0, 1, 2]
 
 
-def test_known_thresholds_are_taken_by_the_names_of_folders(monkeypatch):
-    set_constants(monkeypatch, hs_star, PRM="x/Skywork-o1-Open-PRM-Qwen-2.5-1.5B", MODEL="y/Qwen2.5-7B")
-    assert hs_star.thresholds() == (0.25, 0.5)
-
-
-def test_reward_of_a_response_is_that_of_its_worst_step():
-    assert hs_star.reward_of([0.9, 0.2, 0.8]) == 0.2
-    assert hs_star.reward_of([]) == 0
-
-
-# Process reward models --------------------------------------------------------------------------------------
+# Process reward models ------------------------------------------------------------------------------------------------
 
 PROBLEM = {"id": "p/1", "problem": "Begin at 37. Add 7. What do you get?", "answer": "44", "kind": "math"}
 ANSWERS = ["37+7=44\n\n\\boxed{44}", "\\boxed{44}", "", "37+7=44\n\n\n\n\\boxed{44}\n\nso"]
 
 
-def write_prm(folder, layout, drop=(), **config):
-    """A small random reward model in one of the published layouts."""
-    shutil.copytree(TOY / "model", folder, ignore=shutil.ignore_patterns("*.safetensors", "generation*"))
-    architecture = {"v_head": "Qwen2ForPrmModel", "score": "Qwen2ForProcessRewardModel"}[layout]
-    remote = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}  # as the published folders have it
-    seen = json.loads((folder / "config.json").read_text())
-    config = {**seen, "architectures": [architecture], "auto_map": remote, "num_labels": 2, **config}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "code.py").write_text("raise SystemExit('code of the folder was run')\n")
-    shapes = {"v_head.summary.weight": (1, 128), "v_head.summary.bias": (1,), "lm_head.weight": (512, 128)}
-    if layout == "score":
-        shapes = {"score.0.weight": (128, 128), "score.0.bias": (128,)}
-        shapes |= {"score.2.weight": (2, 128), "score.2.bias": (2,)}
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        special = ["<|im_start|>", "<|im_end|>", "<extra_0>"]
-        tokenizer.add_special_tokens({"additional_special_tokens": special})
-        tokenizer.save_pretrained(folder)
-    seeds = torch.Generator().manual_seed(1)
-    tensors = load_file(TOY / "model" / "model.safetensors")
-    tensors |= {name: torch.randn(shape, generator=seeds) * 0.2 for name, shape in shapes.items()}
-    places = {name: f"model-{1 + ('.1.' in name)}.safetensors" for name in tensors if name not in drop}
-    for file in sorted(set(places.values())):  # two, as large models come
-        own = {name: tensors[name] for name in places if places[name] == file}
-        save_file(own, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return folder
+@pytest.fixture
+def write_prm(tmp_path, alone):
+    """write_prm(layout): the folder of a small random reward model in one of the published layouts."""
+    def write(layout, drop=(), **config):
+        folder = tmp_path / "prm"
+        shutil.copytree(TOY / "model", folder, ignore=shutil.ignore_patterns("*.safetensors", "generation*"))
+        architecture = {"v_head": "Qwen2ForPrmModel", "score": "Qwen2ForProcessRewardModel"}[layout]
+        remote = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}  # as the published folders have it
+        common.write(folder / "config.json", {**common.read(folder / "config.json"), "architectures": [architecture],
+                                              "auto_map": remote, "num_labels": 2, **config})
+        (folder / "code.py").write_text("raise SystemExit('code of the folder was run')\n")
+        shapes = {"v_head.summary.weight": (1, 128), "v_head.summary.bias": (1,), "lm_head.weight": (512, 128)}
+        if layout == "score":
+            shapes = {"score.0.weight": (128, 128), "score.0.bias": (128,), "score.2.weight": (2, 128),
+                      "score.2.bias": (2,)}
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            special = ["<|im_start|>", "<|im_end|>", "<extra_0>"]
+            tokenizer.add_special_tokens({"additional_special_tokens": special})
+            tokenizer.save_pretrained(folder)
+        seeds = torch.Generator().manual_seed(1)
+        tensors = load_file(TOY / "model" / "model.safetensors")
+        tensors |= {name: torch.randn(shape, generator=seeds) * 0.2 for name, shape in shapes.items()}
+        places = {name: f"model-{1 + ('.1.' in name)}.safetensors" for name in tensors if name not in drop}
+        for file in set(places.values()):  # two, as large models come
+            save_file({name: tensors[name] for name in places if places[name] == file}, folder / file)
+        common.write(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
+        return folder
+    return write
 
 
 def step_by_step(folder, layout, problem, text):
     """The published recipes, taken literally: one response, a pass of its own up to the end of each step."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     body = Qwen2Model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    tensors = {}
+    head = {}
     for path in folder.glob("*.safetensors"):
-        tensors |= load_file(path)
-
-    def last_state(ids):
-        with torch.inference_mode():
-            return body(torch.tensor([ids])).last_hidden_state[0, -1]
-
+        head |= load_file(path)
     rewards = []
     steps = text.split("\n\n")
-    if layout == "v_head":
-        ids = tokenizer.encode((tokenizer.bos_token or "") + problem["problem"] + "\n")
-        for step in steps:
-            ids = ids + tokenizer.encode(step, split_special_tokens=True) + [tokenizer.encode("\n\n")[-1]]
-            value = tensors["v_head.summary.weight"] @ last_state(ids) + tensors["v_head.summary.bias"]
-            rewards.append(torch.sigmoid(value).item())
-        return rewards
+    begun = tokenizer.encode((tokenizer.bos_token or "") + problem["problem"] + "\n")  # of "v_head"
     system = "Please reason step by step, and put your final answer within \\boxed{}."
-    for n in range(1, len(steps) + 1):
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": problem["problem"]},
-                 {"role": "assistant", "content": "<extra_0>".join(steps[:n]) + "<extra_0>"}]
-        ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False))["input_ids"]
-        mark = tokenizer.convert_tokens_to_ids("<extra_0>")
-        state = last_state(ids[:len(ids) - ids[::-1].index(mark)])
-        inner = torch.relu(tensors["score.0.weight"] @ state + tensors["score.0.bias"])
-        logits = tensors["score.2.weight"] @ inner + tensors["score.2.bias"]
-        rewards.append(torch.softmax(logits, 0)[1].item())
+    for n, step in enumerate(steps, 1):
+        begun = begun + tokenizer.encode(step, split_special_tokens=True) + [tokenizer.encode("\n\n")[-1]]
+        ids = begun
+        if layout == "score":
+            turns = [{"role": "system", "content": system}, {"role": "user", "content": problem["problem"]},
+                     {"role": "assistant", "content": "<extra_0>".join(steps[:n]) + "<extra_0>"}]
+            ids = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False))["input_ids"]
+            ids = ids[:len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<extra_0>"))]
+        with torch.inference_mode():
+            state = body(torch.tensor([ids])).last_hidden_state[0, -1]
+        if layout == "score":
+            inner = torch.relu(head["score.0.weight"] @ state + head["score.0.bias"])
+            logits = head["score.2.weight"] @ inner + head["score.2.bias"]
+            rewards.append(torch.softmax(logits, 0)[1].item())
+        else:
+            value = head["v_head.summary.weight"] @ state + head["v_head.summary.bias"]
+            rewards.append(torch.sigmoid(value).item())
     return rewards
 
 
 @pytest.mark.parametrize("layout", ["v_head", "score"])
-def test_rewards_of_both_published_layouts_equal_the_recipes(tmp_path, alone, layout):
-    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", layout)))
+def test_rewards_of_both_published_layouts_equal_the_recipes(write_prm, layout):
+    folder = write_prm(layout)
+    prm = hs_star.RewardModel(str(folder))
     prm.load()
     found = prm.read({"p/1": PROBLEM}, [{"id": "p/1", "text": text} for text in ANSWERS])
     for (_, rewards), text in zip(found, ANSWERS, strict=True):
-        assert rewards == pytest.approx(step_by_step(tmp_path / "prm", layout, PROBLEM, text), abs=2e-6)
+        assert rewards == pytest.approx(step_by_step(folder, layout, PROBLEM, text), abs=2e-6)
 
 
 @pytest.mark.parametrize("layout, text", [("score", "<extra_0>1\n2"), ("v_head", "a<|endoftext|>b")])
-def test_special_tokens_that_a_response_writes_are_plain_text(tmp_path, layout, text):
-    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", layout)))
+def test_special_tokens_that_a_response_writes_are_plain_text(write_prm, layout, text):
+    prm = hs_star.RewardModel(str(write_prm(layout)))
     ids, places = prm.encode(PROBLEM, text)
     special = [i for i in ids[len(prm.encode(PROBLEM, "")[0]) - 1:] if i in prm.tokenizer.all_special_ids]
     assert len(places) == 1
     assert special == (prm.mark if layout == "score" else [])
 
 
-@pytest.mark.parametrize("text", ["\n\n".join(["37+7=44"] * 12_000), "7" * 100_000])
-def test_response_beyond_the_context_is_read_up_to_it(tmp_path, text):
-    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", "v_head", max_position_embeddings=300)))
-    ids, places = prm.encode(PROBLEM, text)
-    assert len(ids) == 300
-    assert places[-1] == 299
-    assert {ids[place] for place in places} == set(prm.mark)
-
-
-def test_problem_beyond_the_context_has_no_rewards(tmp_path, alone):
-    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", "v_head", max_position_embeddings=300)))
+def test_rewards_end_at_the_context(write_prm):
+    """A long response is read up to it; a longer problem has no rewards."""
+    prm = hs_star.RewardModel(str(write_prm("v_head", max_position_embeddings=300)))
+    for text in "\n\n".join(["37+7=44"] * 12_000), "7" * 100_000:
+        ids, places = prm.encode(PROBLEM, text)
+        assert (len(ids), places[-1]) == (300, 299)
+        assert {ids[place] for place in places} == set(prm.mark)
     prm.load()
-    long = {**PROBLEM, "problem": "7" * 1000}
-    assert prm.read({"p/1": long}, [{"id": "p/1", "text": "7"}]) == [[300, []]]
-
-
-def without_blank_line(folder):
-    """A tokenizer to which a blank line is two tokens."""
-    path = folder / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    merges = tokenizer["model"]["merges"]
-    tokenizer["model"]["merges"] = [m for m in merges if m not in (["\u010a", "\u010a"], "\u010a \u010a")]
-    assert len(tokenizer["model"]["merges"]) < len(merges)
-    path.write_text(json.dumps(tokenizer))
+    assert prm.read({"p/1": {**PROBLEM, "problem": "7" * 1000}}, [{"id": "p/1", "text": "7"}]) == [[300, []]]
 
 
 def without_mark(folder):
     """A tokenizer without <extra_0>."""
-    shutil.copy(TOY / "model" / "tokenizer.json", folder)
-    shutil.copy(TOY / "model" / "tokenizer_config.json", folder)
+    for name in "tokenizer.json", "tokenizer_config.json":
+        shutil.copy(TOY / "model" / name, folder)
 
 
 @pytest.mark.parametrize("layout, more, change, words", [
-    ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None, "missing tensors, first layers.1.mlp.up_proj.weight"),
-    ("v_head", {}, without_blank_line, "its tokenizer has no token for the end of a step, '\\n\\n'"),
+    ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None,
+     "missing tensors, first layers.1.mlp.up_proj.weight"),
     ("score", {}, without_mark, "its tokenizer has no token for the end of a step, '<extra_0>'"),
     ("score", {"model_type": "unheard_of"}, None, "it brings code of its own, which is never run here"),
     ("v_head", {"drop": ["v_head.summary.weight", "v_head.summary.bias"]}, None, "no process reward model"),
 ])
-def test_broken_reward_model_is_refused_in_one_line(tmp_path, capsys, alone, layout, more, change, words):
-    folder = write_prm(tmp_path / "prm", layout, **more)
+def test_broken_reward_model_is_refused_in_one_line(write_prm, capsys, layout, more, change, words):
+    folder = write_prm(layout, **more)
     if change:
         change(folder)
     assert words in refusal_of(capsys, lambda: hs_star.RewardModel(str(folder)).load())
 
 
-def test_rewards_that_are_not_numbers_end_the_program(tmp_path, capsys, alone):
-    prm = hs_star.RewardModel(str(write_prm(tmp_path / "prm", "v_head")))
+def test_rewards_that_are_not_numbers_end_the_program(write_prm, capsys):
+    prm = hs_star.RewardModel(str(write_prm("v_head")))
     prm.load()
     prm.head[0].bias.data *= math.nan
     line = refusal_of(capsys, prm.read, {"p/1": PROBLEM}, [{"id": "p/1", "text": "7"}])
@@ -716,69 +598,55 @@ def test_rewards_that_are_not_numbers_end_the_program(tmp_path, capsys, alone):
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_equal_responses_are_read_once(tmp_path, monkeypatch, batch):
-    """Five texts to each of nine problems, twice; the records are in the order of the responses."""
+    """Five texts to each of two problems, twice; the records are in the order of the responses."""
     monkeypatch.chdir(tmp_path)
     set_constants(monkeypatch, hs_star, PRM_BATCH=batch)
-    problems = [{**p, "id": str(n)} for n, p in enumerate(lines(TOY / "test.jsonl")[:9])]
-    responses = []
-    for problem in problems:
-        for draw, text in enumerate([*ANSWERS, "so"] * 2):
-            responses.append({"id": problem["id"], "draw": draw, "text": text})
-    model = str(TOY / "model")
-    run = common.start_run({**vars(hs_star), **hs_star.TOY, "MODEL": model, "NAME": "r"}, problems)
+    problems = [{**PROBLEM, "id": "p"}, {**PROBLEM, "id": "q", "problem": "Begin at 9. Add 1. What do you get?"}]
+    texts = [*ANSWERS, "so"] * 2
+    responses = [{"id": i, "draw": draw, "text": text} for i in "pq" for draw, text in enumerate(texts)]
+    run = common.start_run({**vars(hs_star), **hs_star.TOY, "MODEL": str(TOY / "model"), "NAME": "r"}, problems)
     prm = hs_star.RewardModel(str(TOY / "prm"))
     records = hs_star.step_rewards(run, "round_1/prerewards.jsonl", prm, problems, responses)
     assert [(r["id"], r["draw"]) for r in records] == [(r["id"], r["draw"]) for r in responses]
     rewards = [r["reward"] for r in records]
-    assert rewards == [rewards[place - place % 10 + place % 5] for place in range(90)]
-    assert run.metrics[1, "prerewards"]["different"] == 45
+    assert rewards[:5] == rewards[5:10] != rewards[10:15] == rewards[15:]
+    assert run.metrics[1, "prerewards"]["different"] == 10
 
 
-HS = ["--toy", "--n-train", "12", "--slice", "12", "--n-test", "4", "--rounds", "1"]
+HS = ["--toy", "--n-train", "12", "--slice", "12", "--n-test", "4", "--rounds", "1", "--max-new-tokens", "48"]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """A folder with the run "report" of hs_star.py --report-only, and what was said. Only for reading."""
+    """The run "report" of hs_star.py --report-only, and what was said. Only for reading."""
     folder = tmp_path_factory.mktemp("report")
-    flags = [*HS, "--report-only", "--tau-low", "0", "--tau-high", "0", "--name", "report"]
-    done = launch(folder, "hs_star.py", *flags)
-    return folder, done.stdout
+    done = launch(folder, "hs_star.py", *HS, "--report-only", "--tau-low", "0", "--tau-high", "0", "--name", "report")
+    return folder / "runs/report", done.stdout
 
 
-def test_report_only_shows_rewards_and_stops(report):
-    folder, said = report
-    run = folder / "runs/report"
+def test_report_only_shows_rewards_stops_and_serves_the_run_that_follows(report, tmp_path):
+    run, said = report
     [logged] = [m for m in lines(run / "metrics.jsonl") if m["phase"] == "phi_r"]
     groups = {name: values for name, values in logged.items() if name.startswith("phi_a")}
     assert all(name in said for name in groups)
     assert sum(values["problems"] for values in groups.values()) == 12
     assert sorted(path.name for path in run.glob("round_*/*")) == ["prerewards.jsonl", "presamples.jsonl"]
-
-
-def test_report_only_serves_the_run_that_follows(report, tmp_path):
-    shutil.copytree(report[0] / "runs/report/round_1", tmp_path / "runs/next/round_1")
+    shutil.copytree(run / "round_1", tmp_path / "runs/next/round_1")
     launch(tmp_path, "hs_star.py", *HS, "--name", "next")
     phases = {m["phase"] for m in lines(tmp_path / "runs/next/metrics.jsonl")}
-    assert "resamples" in phases
-    assert not phases & {"presamples", "prerewards"}
-    selection = lines(tmp_path / "runs/next/round_1/selection.jsonl")
-    assert sum(len(s["outcomes"]) for s in selection) == 12 * 8
+    assert "resamples" in phases and not phases & {"presamples", "prerewards"}
 
 
 def test_step_set_trains_the_model_that_draws(report, tmp_path):
     common.write(tmp_path / "steps.jsonl", lines(TOY / "train.jsonl")[-40:])
-    flags = [*HS, "--report-only", "--step-set", "steps.jsonl", "--lr", "1e-3", "--name", "m0"]
-    launch(tmp_path, "hs_star.py", *flags)
-    texts = []
-    for run in report[0] / "runs/report", tmp_path / "runs/m0":
-        texts.append([(r["id"], r["text"]) for r in lines(run / "round_1/presamples.jsonl")])
+    launch(tmp_path, "hs_star.py", *HS, "--report-only", "--step-set", "steps.jsonl", "--lr", "1e-3", "--name", "m0")
+    base, m0 = (lines(run / "round_1/presamples.jsonl") for run in (report[0], tmp_path / "runs/m0"))
     assert len(lines(tmp_path / "runs/m0/round_0/steps.jsonl")) == 3
-    assert [i for i, _ in texts[0]] == [i for i, _ in texts[1]]
-    assert texts[0] != texts[1]
+    assert [r["id"] for r in base] == [r["id"] for r in m0]
+    assert [r["text"] for r in base] != [r["text"] for r in m0]
 
 
-# SAI-DPO ----------------------------------------------------------------------------------------------------
+# SAI-DPO --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, tags", [
     ('["Geometry", "area of a trapezoid"]', ["geometry", "area of a trapezoid"]),
@@ -803,25 +671,14 @@ def test_tags_are_the_last_list_of_an_output(text, tags):
     assert sai_dpo.parse_tags({"text": text, "finish": "length"}) == []  # perhaps still thinking
 
 
-@pytest.mark.parametrize("piece", [
-    "[", "['", '["a" ', "\"' ", "['a', ", '["a\n', "</think>[", "\\", "['\t", '["[', '[{"a":', '["a",',
-    "\n \n", "\nStep 1 \t#"])
-def test_hostile_output_costs_nothing(piece):
-    began = time.process_time()
-    text = piece * (200_000 // len(piece)) + "]"
-    assert sai_dpo.parse_tags({"text": text, "finish": "stop"}) == []
-    sai_dpo.steps_of(text)
-    assert time.process_time() - began < 1  # tenths of it; a quadratic search takes minutes
-
-
-@pytest.mark.parametrize("text, steps", [
-    ("", 1), ("\\boxed{4}", 1), ("a\nb", 1), ("a\n\nb", 2), ("a\n \t\nb\n\n\n\nc\n", 3), ("a\r\n\r\nb", 2),
-    ("Step 1: a\nStep 2: b\n\nso\n\nand so", 2),  # markers count where there are any
-    ("**Step 1** a\n\n## Step 2\n\n  step 3. b", 3),
-    ("In step 2 we\n\nsaw Step 1", 2),  # only at the start of a line
-])
-def test_steps_of_a_response(text, steps):
-    assert sai_dpo.steps_of(text) == steps
+def test_hostile_output_costs_nothing():
+    for piece in ("[", "['", '["a" ', "\"' ", "['a', ", '["a\n', "</think>[", "\\", "['\t", '["[', '[{"a":', '["a",',
+                  "\n \n", "\nStep 1 \t#"):
+        began = time.process_time()
+        text = piece * (200_000 // len(piece)) + "]"
+        assert sai_dpo.parse_tags({"text": text, "finish": "stop"}) == []
+        sai_dpo.steps_of(text)
+        assert time.process_time() - began < 1  # tenths of it; a quadratic search takes minutes
 
 
 HARDER = [  # lengths in steps and tokens of four draws, of wrong ones below 0, of cut ones None; p, mean steps, length
@@ -856,55 +713,10 @@ def test_difficulty_of_sai_dpo_goes_by_p_then_steps_then_length(monkeypatch):
     assert len(set(keys)) == len(keys)
 
 
-RATES = np.array([1.0, 0.5, 0.0, 0.0, 1.0])  # of the probed problems of three clusters: errors 0.5, 2 and 0
-PROBED = np.array([0, 0, 1, 1, 2])
-
-
-@pytest.mark.parametrize("rates, unused, masses", [
-    (RATES, [10, 20, 5], [2.5 / 9, 20 / 9, 0]),  # 2.5, 20 and 0, times 2.5 / 22.5
-    (RATES, [10, 0, 5], [2.5, 0, 0]),  # one is used up
-    (np.ones(5), [3, 4, 5], [0, 0, 0])])  # no failure at all
-def test_error_masses(rates, unused, masses):
-    assert sai_dpo.error_masses(rates, PROBED, np.array(unused)) == pytest.approx(masses)
-
-
-@pytest.mark.parametrize("smoothing, masses, shares", [
-    (1.0, [1.0, 2.5, 0.0], [2 / 6.5, 3.5 / 6.5, 1 / 6.5]), (1.0, [0.0] * 4, [0.25] * 4),
-    (0.0, [1.0, 4.0, 0.0], [0.2, 0.8, 0.0]), (0.0, [0.0] * 4, [0.25] * 4)])  # nothing to go by
-def test_shares(monkeypatch, smoothing, masses, shares):
-    set_constants(monkeypatch, sai_dpo, SMOOTHING=smoothing)
-    assert sai_dpo.shares_of(np.array(masses)) == pytest.approx(shares)
-
-
-@pytest.mark.parametrize("select, before, weights", [
-    ("both", False, [0.5, 0.25, 0.25]), ("static", False, [0.5, 0.25, 0.25]),
-    ("knowledge", True, [0.5, 0.25, 0.25]), ("difficulty", True, None), ("random", True, None),
-    ("both", True, [10 / 15, 1 / 15, 4 / 15])])  # means of 4 p (1 - p): 0.5, 0.1 at least, 0.4
-def test_weights_of_the_draw(monkeypatch, select, before, weights):
-    set_constants(monkeypatch, sai_dpo, SELECT=select, DIFFICULTY_BEFORE=before)
-    rates = np.array([1.0, 0.5, 0.0, 0.0, (1 - math.sqrt(0.6)) / 2])
-    found = sai_dpo.weights_of(np.array([0.5, 0.25, 0.25]), rates, PROBED)
-    assert found is None if weights is None else found == pytest.approx(weights)
-
-
-@pytest.mark.parametrize("shares, room, total, counts", [
-    ([0.5, 0.3, 0.2], [99, 99, 99], 10, [5, 3, 2]),
-    ([0.5, 0.3, 0.2], [2, 99, 99], 10, [2, 5, 3]),  # 8 left, at 3 : 2 -> 4.8 and 3.2
-    ([0.5, 0.3, 0.2], [2, 3, 99], 10, [2, 3, 5]),  # and on to the next
-    ([0.5, 0.3, 0.2], [2, 3, 4], 10, [2, 3, 4]),  # 9 are all there are
-    ([1 / 3, 1 / 3, 1 / 3], [9, 9, 9], 8, [3, 3, 2]),  # of equal remainders the first
-    ([0.6, 0.25, 0.15], [9, 9, 9], 3, [2, 1, 0]),  # 1.8, 0.75, 0.45
-    ([0.7, 0.0, 0.3], [3, 9, 3], 9, [3, 3, 3]),  # without a share what the others have no room for
-    ([0.9, 0.1], [0, 0], 5, [0, 0]), ([1.0], [7], 0, [0]),
-])
-def test_apportion_by_hand(shares, room, total, counts):
-    assert sai_dpo.apportion(np.array(shares), np.array(room), total).tolist() == counts
-
-
 def test_apportion_gives_each_its_part_of_what_others_left():
     """In 2,000 random cases: no place is further below its part than another above it, counted from their middles."""
     r = rng()
-    for _ in range(2000):
+    for _ in range(500):
         n = int(r.integers(1, 30))
         shares = r.dirichlet(np.ones(n))
         room, total = r.integers(0, 40, n), int(r.integers(0, 900))
@@ -928,41 +740,34 @@ def test_probe_has_its_share_of_each_cluster_and_two_at_least(monkeypatch, share
     assert probe == sorted(set(probe)) == sai_dpo.probe_of(clusters, rng(1))
 
 
-CLUSTERS = np.repeat([0, 1, 2], [60, 30, 10])  # of 100 problems
-WEIGHTS = np.array([0.2, 0.2, 0.6])
-
-
-@pytest.mark.parametrize("n, per_cluster", [(10, [2, 2, 6]), (20, [5, 5, 10])])  # the last has 10, not 12
-def test_draw_takes_of_each_cluster_its_share(n, per_cluster):
-    chosen = sai_dpo.draw(np.arange(100), CLUSTERS, WEIGHTS, n, rng())
-    assert np.bincount(CLUSTERS[chosen]).tolist() == per_cluster
-    assert len(set(chosen.tolist())) == n
-
-
-@pytest.mark.parametrize("weights, per_cluster", [(WEIGHTS, [2, 2, 6]), (None, [6, 3, 1])])
-def test_draw_is_at_random_inside_a_cluster(weights, per_cluster):
+@pytest.mark.parametrize("weights, n, per_cluster", [
+    (np.array([0.2, 0.2, 0.6]), 10, [2, 2, 6]), (None, 10, [6, 3, 1]),
+    (np.array([0.2, 0.2, 0.6]), 20, [5, 5, 10])])  # the last has 10, not 12
+def test_draw_takes_of_each_cluster_its_share_at_random(weights, n, per_cluster):
+    clusters = np.repeat([0, 1, 2], [60, 30, 10])
     times = np.zeros(100)
     for seed in range(400):
-        times[sai_dpo.draw(np.arange(100), CLUSTERS, weights, 10, rng(seed))] += 1
-    assert np.bincount(CLUSTERS, times) / 400 == pytest.approx(per_cluster, abs=0.2)
-    for j, n in enumerate(per_cluster):
-        expected = 400 * n / (CLUSTERS == j).sum()
-        assert np.abs(times[CLUSTERS == j] - expected).max() < 5 * math.sqrt(expected)
+        chosen = sai_dpo.draw(np.arange(100), clusters, weights, n, rng(seed))
+        assert len(set(chosen.tolist())) == n
+        if weights is not None:
+            assert np.bincount(clusters[chosen]).tolist() == per_cluster
+        times[chosen] += 1
+    for j, drawn_of_it in enumerate(per_cluster):
+        expected = 400 * drawn_of_it / (clusters == j).sum()
+        assert np.abs(times[clusters == j] - expected).max() < 5 * math.sqrt(expected)
 
 
 ROWS = [  # of what a round drew: ten problems, six of them learnable
     {"cluster": j, "outcomes": outcomes, "p": outcomes.count(1) / len(outcomes), "steps": steps, "length": n}
     for j, outcomes, steps, n in [
-        (0, [1, 1, 1, 0], 2, 9), (0, [1, 0, 0, 0, 0], 2, 9), (0, [1, 0, 0, 0, 0], 3, 9),
-        (0, [1, 1, 0, 0], 9, 9), (1, [1, 1, 1, 0], 5, 5), (1, [1, 1, 1, 0], 5, 6), (1, [1, 1, 1, 1], 9, 9),
-        (1, [0, 0, 0, 0], 9, 9),
+        (0, [1, 1, 1, 0], 2, 9), (0, [1, 0, 0, 0, 0], 2, 9), (0, [1, 0, 0, 0, 0], 3, 9), (0, [1, 1, 0, 0], 9, 9),
+        (1, [1, 1, 1, 0], 5, 5), (1, [1, 1, 1, 0], 5, 6), (1, [1, 1, 1, 1], 9, 9), (1, [0, 0, 0, 0], 9, 9),
         (1, [1, 1, -1, -1], 9, 9), (2, [-1, -1, -1, -1], None, None)]]
-SHARES = np.array([0.5, 0.25, 0.25])
 
 
 def kept_of(rows, seed=0):
     """Places of the rows that are kept."""
-    return [rows.index(row) for row in sai_dpo.keep(rows, SHARES, rng(seed))]
+    return [rows.index(row) for row in sai_dpo.keep(rows, QUARTERS, rng(seed))]
 
 
 @pytest.mark.parametrize("select, prefer, kept", [
@@ -973,6 +778,7 @@ def kept_of(rows, seed=0):
 def test_learnable_problems_are_kept_by_difficulty(monkeypatch, select, prefer, kept):
     set_constants(monkeypatch, sai_dpo, SELECT=select, PREFER=prefer, PAIRS_PER_ROUND=3)
     assert kept_of(ROWS) == kept
+    assert kept_of(ROWS[6:]) == []
 
 
 def test_problems_nearest_to_one_half_come_first_the_hardest_of_equals(monkeypatch):
@@ -988,45 +794,16 @@ def test_random_learnable_problems_are_kept(monkeypatch, select, in_first):
     set_constants(monkeypatch, sai_dpo, SELECT=select, PAIRS_PER_ROUND=3)
     found = [kept_of(ROWS, seed) for seed in range(200)]
     assert {i for kept in found for i in kept} == {0, 1, 2, 3, 4, 5}
-    assert sai_dpo.keep(ROWS[6:], SHARES, rng()) == []
     assert {sum(i < 4 for i in kept) for kept in found} == in_first
 
 
-def test_pair_of_sai_dpo_is_a_random_right_and_a_random_wrong_answer():
-    found = {tuple(sai_dpo.choose_pair([1, 0, -1, 1, 0], rng(seed))) for seed in range(60)}
-    assert found == {(0, 1), (0, 4), (3, 1), (3, 4)}  # never the cut one
-
-
-# Clusters of tags -------------------------------------------------------------------------------------------
-
-
-def inertia_of(points, clusters):
-    """The sum of squared distances to the centres of the clusters."""
-    groups = [points[clusters == j] for j in range(max(clusters) + 1)]
-    return sum(np.square(group - group.mean(0)).sum() for group in groups)
-
+# Clusters of tags -----------------------------------------------------------------------------------------------------
 
 def test_kmeans_finds_separated_groups():
     r = rng()
     truth = r.permutation(np.repeat(np.arange(4), [60, 50, 40, 30]))
     points = (r.normal(size=(4, 16))[truth] * 5 + r.normal(size=(180, 16)) * 0.1).astype(np.float32)
     assert (sai_dpo.kmeans(points, 4, rng(3)) == truth).all()  # numbered by size too
-
-
-def test_kmeans_is_as_good_as_scikit_learns(shared):
-    """On tf-idf of MATH's problems."""
-    from sklearn.cluster import KMeans
-    problems = common.load_problems("math", "train", str(shared / "data"), 1000)
-    points = sai_dpo.tfidf([problem["problem"] for problem in problems])
-    theirs = KMeans(20, n_init=10, random_state=0).fit(points).inertia_
-    assert inertia_of(points, sai_dpo.kmeans(points, 20, rng())) < 1.01 * theirs
-
-
-@pytest.mark.parametrize("texts, expected", [
-    (["sums"] * 4 + ["digit sums"] * 3 + ["", "7 + 8"], [0] * 4 + [1] * 3 + [2] * 2),  # no words
-    (["one text"] * 3, [0, 0, 0])])
-def test_kmeans_of_few_different_points_has_as_many_clusters(texts, expected):
-    assert sai_dpo.kmeans(sai_dpo.tfidf(texts), 20, rng()).tolist() == expected
 
 
 def test_kmeans_is_the_same_for_any_number_of_threads(alone):
@@ -1063,42 +840,28 @@ def write_encoder(folder, pooling="mean"):
     config = BertConfig(vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, intermediate_size=64,
                         num_attention_heads=2, max_position_embeddings=64)
     BertModel(config).save_pretrained(folder)
-    (folder / "1_Pooling").mkdir()
     modules = []
     for i, (path, kind) in enumerate([("", "Transformer"), ("1_Pooling", "Pooling"), ("2_x", "Normalize")]):
-        kind = f"sentence_transformers.models.{kind}"
-        modules.append({"idx": i, "name": str(i), "path": path, "type": kind})
-    (folder / "modules.json").write_text(json.dumps(modules))
+        modules.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
+    common.write(folder / "modules.json", modules)
     ways = {f"pooling_mode_{way}_tokens": way == pooling for way in ("mean", "max")}
     ways["pooling_mode_cls_token"] = pooling == "cls"
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **ways}))
-    settings = {"max_seq_length": 24, "do_lower_case": False}
-    (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
-    return folder
+    common.write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **ways})
+    common.write(folder / "sentence_bert_config.json", {"max_seq_length": 24, "do_lower_case": False})
+    return str(folder)
 
 
-TEXTS = ["sums", "area of a trapezoid, geometry", "x" * 500, "Find the number of " * 40, "", "modulus"] * 20
-
-
-@pytest.mark.parametrize("published", [False, True])
-def test_embeddings_equal_sentence_transformers(tmp_path, alone, published):
-    """Of a small random encoder, and of all-mpnet-base-v2 where it is on this machine."""
-    name = "sentence-transformers/all-mpnet-base-v2"
-    if not published:
-        name = str(write_encoder(tmp_path / "encoder"))
-    else:
-        try:
-            common.snapshot_download(name, local_files_only=True)
-        except Exception as error:
-            pytest.skip(f"{name} is not on this machine ({type(error).__name__})")
+def test_embeddings_equal_sentence_transformers(tmp_path, alone):
+    name = write_encoder(tmp_path / "encoder")
+    texts = ["sums", "area of a trapezoid, geometry", "x" * 500, "Find the number of " * 40, "", "modulus"] * 20
     from sentence_transformers import SentenceTransformer  # a second or two
-    theirs = SentenceTransformer(name, device="cpu").encode(TEXTS, normalize_embeddings=True)
-    assert np.abs(sai_dpo.embed(name, TEXTS) - theirs).max() < 1e-5
+    theirs = SentenceTransformer(name, device="cpu").encode(texts, normalize_embeddings=True)
+    assert np.abs(sai_dpo.embed(name, texts) - theirs).max() < 1e-5
 
 
 def test_encoder_that_is_not_mean_pooling_is_refused(tmp_path, capsys):
     folder = write_encoder(tmp_path / "encoder", pooling="cls")
-    assert "only mean pooling encoders are read here" in refusal_of(capsys, sai_dpo.embed, str(folder), TEXTS)
+    assert "only mean pooling encoders are read here" in refusal_of(capsys, sai_dpo.embed, folder, ["sums"])
 
 
 # Tags by a real tagger --------------------------------------------------------------------------------------

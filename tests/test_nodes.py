@@ -1,6 +1,5 @@
 """Two nodes: network namespaces of this machine, joined by a cable of their own, where that is allowed (root
 on Linux); else two agents of torchrun on loopback."""
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 import common
-from conftest import ROOT, SMOKE, environment
+from conftest import ROOT, SMOKE, environment, refusal_of
 
 RUN = [*SMOKE, "--name", "nodes"]
 
@@ -42,6 +41,7 @@ def nodes():
 
 def launch(nodes, folder, *flags):
     """dast.py on both nodes, by README's command; flags: of each. (status, what it said) of each."""
+    (folder / "tests").symlink_to(ROOT / "tests")  # --toy names its files from the project's root
     started = []
     for number, ((before, address), own) in enumerate(zip(nodes, flags)):
         command = [*before, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
@@ -58,7 +58,6 @@ def launch(nodes, folder, *flags):
 
 
 def test_node_started_with_another_constant_is_refused(nodes, tmp_path):
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
     for status, said in launch(nodes, tmp_path, RUN, [*RUN, "--lr", "0.1"]):
         [line] = [line for line in said.splitlines() if line.startswith("dast.py: error")]
         assert status == 1
@@ -67,7 +66,6 @@ def test_node_started_with_another_constant_is_refused(nodes, tmp_path):
 
 
 def test_two_nodes_make_what_one_process_does(nodes, finished, tmp_path):
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
     assert [status for status, _ in launch(nodes, tmp_path, RUN, RUN)] == [0, 0]
     one = finished / "runs" / "one"
     two = tmp_path / "runs" / "nodes"
@@ -76,7 +74,7 @@ def test_two_nodes_make_what_one_process_does(nodes, finished, tmp_path):
     first, second = (load_file(run / "round_0" / "model" / "model.safetensors") for run in (one, two))
     for name in first:
         assert (first[name] - second[name]).norm() <= 1e-4 * first[name].norm(), name
-    assert json.loads((two / "constants.json").read_text())["processes"] == 2
+    assert common.read(two / "constants.json")["processes"] == 2
     assert (two / "round_1" / "eval.json").exists()
 
 
@@ -86,6 +84,4 @@ def test_file_that_another_node_made_is_awaited(tmp_path, capsys):
     late.start()
     common.await_file(tmp_path / "late")
     late.join()
-    with pytest.raises(SystemExit):
-        common.await_file(tmp_path / "never", seconds=0)
-    assert "never: rank 0 has made it" in capsys.readouterr().err
+    assert "never: rank 0 has made it" in refusal_of(capsys, common.await_file, tmp_path / "never", 0)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import common
-from conftest import TOY
+from conftest import TOY, refusal_of
 
 CHOICE = {"problem": "Which barks?\n(A) a cat\n(B) a dog", "answer": "B", "kind": "choice",
           "choices": ["a cat", "a dog"]}
@@ -57,12 +57,12 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("record, problem", RECORDS)
-def test_one_record_of_each_form(tmp_path, record, problem):
-    (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
+def test_record_of_each_form(tmp_path, record, problem):
+    common.write(tmp_path / "p.jsonl", [record])
     (tmp_path / "p.json").write_text(json.dumps([record]))
     for name in ("p.jsonl", "p.json"):
-        assert common.load_problems(f"{tmp_path}/{name}", "test", "") == [
-            {"id": f"{tmp_path.name}/p/1", **problem}]
+        [found] = common.load_problems(f"{tmp_path}/{name}", "test", "")
+        assert found == {"id": f"{tmp_path.name}/p/1", **problem}
 
 
 @pytest.mark.parametrize("rest, words", [
@@ -74,20 +74,20 @@ def test_one_record_of_each_form(tmp_path, record, problem):
     ('"answer": 1, "choices": ["a", "b"]', "give its letter"), ('"answer": "1", "choices": ["1", "2"]', "its letter"),
     ('"answer": 0, "options": {"A": "a", "B": "b"}', "give its letter"),
     ('"answer": "A", "choices": ["B", "A"]', "give its letter"), ('"answer": "a", "choices": ["a", "a"]', "its letter"),
+    ('"answer": "C", "choices": ["a", "b"]', "none of the choices"),
+    ('"answer": "B", "choices": [1, null]', "'None' is neither a text"),
     ('"answer": "B", "option_list": ["a", "b"]', "'option_list' is not read"),
     ('"answer": "B", "A": "a", "B": "b"', "'a' is not read"), ('"answer": "2", "kind": "label"', "'kind' is 'label'"),
     ('"answer": "2", "final_answer": "3"', "two fields"), ('"answer": ["6", "six"]', "different ones"),
     ('"answer": "2",', "Expecting property name"), ('"answer": {"is": 2}', "neither a text, a number")])
 def test_what_could_be_misread_is_refused_with_its_line(tmp_path, capsys, rest, words):
     (tmp_path / "p.jsonl").write_text('\n{"problem": "?", ' + rest + "}\n")
-    with pytest.raises(SystemExit):
-        common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
-    error = capsys.readouterr().err
-    assert "p.jsonl:2: " in error and words in error, error
+    line = refusal_of(capsys, common.load_problems, f"{tmp_path}/p.jsonl", "test", "")
+    assert "p.jsonl:2: " in line and words in line
 
 
 @pytest.mark.parametrize("answer", [None, "", "N/A", "?", "-", "None", "\\text{not found}", [], float("nan"), "[]"])
-def test_a_problem_without_an_answer_is_dropped_and_shifts_no_id(tmp_path, capsys, answer):
+def test_problem_without_an_answer_is_dropped_and_shifts_no_id(tmp_path, capsys, answer):
     records = [{"problem": "q", "answer": answer}, {"problem": "r", "answer": "3"}]
     (tmp_path / "p.jsonl").write_text("\ufeff\n" + "\r\n".join(map(json.dumps, records)))
     [found] = common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
@@ -97,8 +97,7 @@ def test_a_problem_without_an_answer_is_dropped_and_shifts_no_id(tmp_path, capsy
 
 def test_what_repeats_or_contradicts_itself_is_counted(tmp_path, capsys):
     records = [("p", "1/2", "It is \\boxed{0.5}."), ("p", "1/2", "No box."), ("p", "3", "It is \\boxed{4}.")]
-    text = "".join(json.dumps({"problem": p, "answer": a, "solution": s}) + "\n" for p, a, s in records)
-    (tmp_path / "p.jsonl").write_text(text)
+    common.write(tmp_path / "p.jsonl", [{"problem": p, "answer": a, "solution": s} for p, a, s in records])
     found = common.load_problems(f"{tmp_path}/p.jsonl", "test", "")
     assert ["solution" in p for p in found] == [True, True, False]
     said = re.findall(r"(\w+ \w+): (\d) \(the first: .*/(\d)\)", capsys.readouterr().out)
@@ -130,19 +129,23 @@ MOST_FAILING = 90  # solutions with several boxes ("5 or 7"), or mathematics glu
 
 def test_every_set_and_its_golds(shared, capsys):
     """Counts as data/MANIFEST.md has them, without damaged records; each gold is right, and each solution as a
-    response, but 1 in 400."""
+    response, but 1 in 400. Of large sets every fifth problem is graded."""
     failed = set()
     checker = common.Checker(2)
     for name, (n, kinds, solutions) in SETS.items():
         problems = common.load_problems(*name.split("/"), shared / "data")
         assert (len(problems), " ".join(sorted({p["kind"] for p in problems}))) == (n, kinds), name
         assert sum("solution" in p for p in problems) == solutions, name
-        responses = [(p, f"\\boxed{{{p['answer']}}}") for p in problems]
-        responses += [(p, p["solution"]) for p in problems if "solution" in p]
-        verdicts = [checker.submit(*response) for response in responses]
-        right = [verdict.result()[0] for verdict in verdicts]
-        assert all(right[:n]), name
-        failed |= {p["id"] for (p, _), correct in zip(responses, right) if not correct}
+        verdicts = []
+        for p in problems[::5 if n > 2500 else 1]:
+            verdicts.append((p, "gold", checker.submit(p, f"\\boxed{{{p['answer']}}}")))
+            if "solution" in p:
+                verdicts.append((p, "solution", checker.submit(p, p["solution"])))
+        for p, what, verdict in verdicts:
+            correct = verdict.result()[0]
+            assert correct or what == "solution", p["id"]
+            if not correct:
+                failed.add(p["id"])
     assert len(failed) <= MOST_FAILING
     assert capsys.readouterr().out.count("in a box of 'solution'): 2 ") == 2  # MATH train, gaokao2023en
     assert {p.get("level") for p in common.load_problems("math", "train", shared / "data")} == {1, 2, 3, 4, 5, None}
@@ -153,33 +156,30 @@ def test_every_set_and_its_golds(shared, capsys):
     ("gsm8k", "train", ["openai/gsm8k:main@train cannot be read", "packages pyarrow and datasets", "--data 'nowhere'"]),
     ("acme/sums:hard@dev", "test", ["acme/sums:hard@dev cannot be read", "packages pyarrow and datasets"]),
     ("adastar_gsm8k", "test", ["adastar_gsm8k/test.jsonl: no such file"])])
-def test_a_set_that_is_not_there_is_one_line(capsys, monkeypatch, name, split, words):
+def test_set_that_is_not_there_is_one_line(capsys, monkeypatch, name, split, words):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as where it is not installed
-    with pytest.raises(SystemExit):
-        common.load_problems(name, split, "nowhere")
-    [line] = capsys.readouterr().err.strip().splitlines()
+    line = refusal_of(capsys, common.load_problems, name, split, "nowhere")
     assert all(word in line for word in words), line
 
 
-def test_a_set_of_the_hub(tmp_path, monkeypatch):
+def test_set_of_the_hub(tmp_path, monkeypatch):
     """By the real library, from a folder of that name (it looks there first)."""
     datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "acme" / "sums").mkdir(parents=True)
     for split in ("train", "validation"):
-        (tmp_path / f"acme/sums/{split}.jsonl").write_text(json.dumps({"question": split, "answer": "6"}) + "\n")
+        common.write(tmp_path / f"acme/sums/{split}.jsonl", [{"question": split, "answer": "6"}])
     for name, split in (("acme/sums", "train"), ("acme/sums@validation", "validation")):
         assert common.load_problems(name, "train", "") == [
             {"id": f"acme/sums/{split}/1", "problem": split, "answer": "6", "kind": "math"}]
 
 
-def test_a_limit_takes_the_same_random_problems_every_time():
+def test_limit_takes_the_same_random_problems_every_time():
     some = [common.load_problems(str(TOY / "train.jsonl"), "train", "", 60) for _ in range(2)]
     assert some[0] == some[1] and len(some[0]) == 60 and {p["level"] for p in some[0]} == set(range(1, 7))
-    lines = [int(p["id"].rsplit("/", 1)[1]) for p in some[0]]
-    assert lines == sorted(lines) and lines[0] > 0
+    numbers = [int(p["id"].rsplit("/", 1)[1]) for p in some[0]]
+    assert numbers == sorted(numbers) and numbers[0] > 0
 
 
 def test_what_is_held_out_does_not_depend_on_the_order():
@@ -191,31 +191,24 @@ def test_what_is_held_out_does_not_depend_on_the_order():
     assert {p["id"] for p in common.hold_out(problems[::-1], 15, 0)[1]} == ids
     assert {p["id"] for p in common.hold_out(problems, 15, 1)[1]} != ids
     assert common.hold_out(problems, 0, 0) == (problems, [])
-    with pytest.raises(SystemExit):
-        common.hold_out(problems, 50, 0)
-
-
-@pytest.mark.parametrize("family", common.EXAMPLES)
-def test_worked_examples_are_in_the_form_that_is_to_be_learnt(family):
-    examples = common.EXAMPLES[family]
-    assert len(examples) >= 6 and len({problem for problem, _ in examples}) == len(examples)
-    for problem, solution in examples:
-        *steps, last = solution.split("\n\n")
-        answer = common.last_boxed(solution)
-        assert steps and "boxed" not in "".join(steps) and last == f"\\boxed{{{answer}}}"
-        options = re.findall(r"\n\(([A-Z])\) ", problem)
-        assert options == sorted(options) and (answer in options) == (family == "choice")
-        assert family != "label" or answer in common.ENTAILMENT
-        assert family != "yesno" or answer in common.YES_NO
 
 
 @pytest.mark.parametrize("family, kind, text", [
     ("grade-school", "math", "A pen costs $2, 3 pens cost $5. How many dollars are 9 pens?"),
     ("competition", "math", "Solve $x^2=4$."), ("competition", "math", "What is \\frac12 of 6?"),
     *((kind, kind, "$x$?") for kind in ("choice", "label", "yesno"))])
-def test_worked_examples_are_of_the_problem_s_family(family, kind, text):
-    shown = [e["problem"] for e in common.worked_examples({"id": "a/b/1", "kind": kind, "problem": text})]
-    assert shown == [text for text, _ in common.EXAMPLES[family]]
+def test_worked_examples_are_of_the_problems_family_in_the_form_to_be_learnt(family, kind, text):
+    shown = common.worked_examples({"id": "a/b/1", "kind": kind, "problem": text})
+    assert [(e["problem"], e["solution"]) for e in shown] == list(common.EXAMPLES[family])
+    assert len({e["problem"] for e in shown}) == len(shown) >= 6
+    labels = {"label": common.ENTAILMENT, "yesno": common.YES_NO}
+    for e in shown:
+        *steps, last = e["solution"].split("\n\n")
+        answer = common.last_boxed(e["solution"])
+        assert steps and "boxed" not in "".join(steps) and last == f"\\boxed{{{answer}}}"
+        options = re.findall(r"\n\(([A-Z])\) ", e["problem"])
+        assert options == sorted(options) and (answer in options) == (family == "choice")
+        assert family not in labels or answer in labels[family]
 
 
 # Prompts and tokens ---------------------------------------------------------------------------------------------------
@@ -245,7 +238,7 @@ def test_examples_end_in_the_end_token_and_in_no_other(tokenizer):
     assert completion[-1] == end and spelled not in completion
 
 
-def test_a_prompt_begins_once_and_does_not_end(tokenizer):
+def test_prompt_begins_once_and_does_not_end(tokenizer):
     """Where a post-processor adds both, and a chat brings its beginning itself."""
     from tokenizers.processors import TemplateProcessing
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|endoftext|>"])
@@ -256,7 +249,7 @@ def test_a_prompt_begins_once_and_does_not_end(tokenizer):
     assert tokenizer.decode(common.encode(tokenizer, chat)) == chat and chat.startswith("<|im_start|>")
 
 
-def test_a_template_with_a_clock_and_thinking(tokenizer):
+def test_template_with_a_clock_and_thinking(tokenizer):
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ enable_thinking }} {{ messages[-1].content }}"
     texts = [common.make_prompt(tokenizer, "chat", {"problem": "1+1?"}, think=think) for think in ("", "on", "off")]
     assert texts == ["26 Jul 2024  1+1?", "26 Jul 2024 True 1+1?", "26 Jul 2024 False 1+1?"]
@@ -280,7 +273,7 @@ def test_end_tokens_are_those_of_the_base_and_of_the_chat(tokenizer, tmp_path):
     assert common.end_ids(tokenizer, TOY / "model") == [ids["<|endoftext|>"]]
 
 
-def test_a_model_of_the_hub_is_its_folder_here(tmp_path, monkeypatch, capsys):
+def test_model_of_the_hub_is_its_folder_here(tmp_path, monkeypatch, capsys):
     """As the Hub's client leaves it; without network, a name that was never fetched is one clear line."""
     import huggingface_hub.constants as hub
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
@@ -291,6 +284,4 @@ def test_a_model_of_the_hub_is_its_folder_here(tmp_path, monkeypatch, capsys):
     (tmp_path / "models--acme--tiny" / "refs" / "main").write_text("0" * 40)
     assert common.local_folder("acme/tiny") == str(snapshot) and common.local_folder(TOY) == str(TOY)
     assert common.load_tokenizer("acme/tiny", "chat").eos_token == "<|endoftext|>"
-    with pytest.raises(SystemExit):
-        common.local_folder("acme/other")
-    assert "acme/other: no such folder here" in capsys.readouterr().err
+    assert "acme/other: no such folder here" in refusal_of(capsys, common.local_folder, "acme/other")

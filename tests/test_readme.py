@@ -1,4 +1,4 @@
-"""README is true: its edits apply and work, and what a run leaves is explained there: files, keys of the records."""
+"""README is true: its edits apply and work. What a run leaves is explained there: see test_scripts.py."""
 import re
 import shutil
 import subprocess
@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
+import common
 from conftest import ROOT, SCRIPTS, SMALL, launch, lines
 from test_repository import README
 
 EDITS = re.findall(r"```diff\n--- (\S+)\n(.*?)```", README, re.S)
-EXPLAINED = README.partition("## What a run leaves")[2].partition("\n## ")[0]
 
 
 def small(folder, script, *flags):
@@ -20,61 +20,12 @@ def small(folder, script, *flags):
     return folder / "runs" / "small"
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
-def run(request, tmp_path_factory):
-    return small(tmp_path_factory.mktemp("readme"), request.param)
-
-
-def names_in(text):
-    """What stands in backquotes."""
-    return set(re.findall(r"`(\w+)`", text))
-
-
-def keys_of(value):
-    """The keys of a record and of the records inside it, without the number of a cluster, a block or a quantile."""
-    keys = {re.match(r"[A-Za-z_]*", key)[0].rstrip("_") for key in value}
-    for inner in value.values():
-        if isinstance(inner, dict):
-            keys |= keys_of(inner)
-    return keys - {""}
-
-
-def explained(phase):
-    """What the rows of the table name for a phase."""
-    known = {"round", "phase", "seconds"}
-    for phases, text in re.findall(r"(?m)^\| ([^|]+) \| (.+) \|$", EXPLAINED):
-        if phase in re.findall(r"\w+", phases):
-            known |= names_in(text)
-            if "the three FLOPs" in text:
-                known |= {"flops", "padded_flops", "spent_flops"}
-    return known
-
-
-def test_every_key_of_the_metrics_is_explained(run):
-    for metrics in lines(run / "metrics.jsonl"):
-        phase = re.sub(r"_\d+$", "", metrics["phase"])  # responses_0 is a block of responses
-        if "verdicts" in metrics:
-            metrics["verdicts"] = {}  # its keys are reasons, a grader's own ones too
-        assert keys_of(metrics) <= explained(phase), phase
-
-
-@pytest.mark.parametrize("name", ["selection.jsonl", "steps.jsonl"])
-def test_every_key_of_the_records_is_explained(run, name):
-    for record in lines(run / "round_1" / name):
-        assert set(record) <= names_in(EXPLAINED), name
-
-
-def test_every_file_of_a_run_is_explained(run):
-    for path in run.rglob("*"):
-        if path.is_file() and path.parent.name != "model" and path.suffix != ".py":  # copies of the code
-            assert path.name in EXPLAINED, path
-
-
-# Edits ------------------------------------------------------------------------------------------------------------------
+# Edits ----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project with all edits of README."""
+    assert [name for name, _ in EDITS] == ["adastar.py", "common.py", "sai_dpo.py"]
     folder = tmp_path / "project"
     folder.mkdir()
     for name in ("common.py", *SCRIPTS):
@@ -88,29 +39,22 @@ def project(tmp_path):
     return folder
 
 
-def test_there_are_edits_of_a_rule_a_set_and_a_loss():
-    assert [name for name, _ in EDITS] == ["adastar.py", "common.py", "sai_dpo.py"]
-
-
-def test_the_edit_of_a_rule_works(tmp_path, project):
+def test_edit_of_a_rule_works(tmp_path, project):
     """Problems that are solved half of the time come before those that were never solved."""
     run = small(tmp_path, project / "adastar.py", "--rounds", "2", "--n-train", "20", "--steps", "1")
     keys = [(s["last"], abs(s["w"] - 0.5)) for s in lines(run / "round_2" / "selection.jsonl")]
     assert keys == sorted(keys) and any(last for last, _ in keys)
 
 
-def test_the_edit_of_a_loss_works(tmp_path, project):
+def test_edit_of_a_loss_works(tmp_path, project):
     """IPO's first loss is 1 / (2 beta), squared: no log-ratio differs from 0 yet."""
     run = small(tmp_path, project / "sai_dpo.py")
-    losses = [metrics["first_loss"] for metrics in lines(run / "metrics.jsonl") if metrics["phase"] == "train"]
-    assert losses == [pytest.approx(25, rel=1e-3)]
+    assert lines(run / "round_1" / "steps.jsonl")[0]["loss"] == pytest.approx(25, rel=1e-3)
 
 
-def test_the_edit_of_a_set_works(project):
-    (project / "data" / "riddles").mkdir(parents=True)
-    for split in ("train", "test"):
-        (project / "data" / "riddles" / f"{split}.jsonl").write_text(
-            '{"problem": "What do you get if you add 2 and 3?", "answer": "5", "level": 1}\n' * 3)
+def test_edit_of_a_set_works(project):
+    problem = {"problem": "What do you get if you add 2 and 3?", "answer": "5", "level": 1}
+    common.write(project / "data/riddles/test.jsonl", [problem] * 3)
     code = "import common; print([p['id'] for p in common.load_problems('riddles', 'test', 'data')])"
     found = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "['riddles/test/1', 'riddles/test/2', 'riddles/test/3']"

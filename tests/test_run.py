@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import eval
-from conftest import SMOKE, TOY, error_of, launch
+from conftest import SMOKE, TOY, error_of, launch, lines, refusal_of
 
 SCRIPT = '''"""What it does."""
 
@@ -27,52 +28,47 @@ N = 5  # at most; 0 is all
 LEGAL = dict(K_SAMPLES=1, VARIANT=("PL", ""))
 TOY = dict(K_SAMPLES=2, NAME="toy")
 '''
-
-
-@pytest.fixture
-def constants(alone, tmp_path, monkeypatch):
-    """A function: command line -> the script's constants after override_from_cli."""
-    def parse(*flags):
-        path = tmp_path / "script.py"
-        path.write_text(SCRIPT)
-        monkeypatch.setattr(sys, "argv", [str(path), *flags])
-        g = runpy.run_path(str(path))
-        alone.override_from_cli(g)
-        return alone.constants_of(g)
-    return parse
-
-
 DEFAULTS = {"K_SAMPLES": 10, "LR": 2e-5, "VARIANT": "PL", "NAME": "", "CUTS": [0.7, 0.4], "FOLDERS": [],
             "SEEDED": True, "N": 5}
 
 
+@pytest.fixture
+def constants(alone, tmp_path, monkeypatch):
+    """constants(flags): the constants of SCRIPT after a command line."""
+    def parse(flags):
+        path = tmp_path / "script.py"
+        path.write_text(SCRIPT)
+        monkeypatch.setattr(sys, "argv", [str(path), *flags.split()])
+        g = runpy.run_path(str(path))
+        common.override_from_cli(g)
+        return common.constants_of(g)
+    return parse
+
+
 @pytest.mark.parametrize("flags, changed", [
-    ([], {}),
-    (["--toy"], {"K_SAMPLES": 2, "NAME": "toy"}),
-    (["--k-samples", "4", "--toy", "--no-seeded"], {"K_SAMPLES": 4, "NAME": "toy", "SEEDED": False}),
-    (["--n", "0", "--lr", "1e-3", "--variant", ""], {"N": 0, "LR": 0.001, "VARIANT": ""}),
-    (["--cuts", "0.5", "0.25"], {"CUTS": [0.5, 0.25]}),
-    (["--folders", "a", "b", "c", "--lr", "0"], {"FOLDERS": ["a", "b", "c"], "LR": 0.0}),
+    ("", {}),
+    ("--toy", {"K_SAMPLES": 2, "NAME": "toy"}),
+    ("--k-samples 4 --toy --no-seeded", {"K_SAMPLES": 4, "NAME": "toy", "SEEDED": False}),
+    ("--n 0 --lr 1e-3 --variant=", {"N": 0, "LR": 0.001, "VARIANT": ""}),
+    ("--cuts 0.5 0.25", {"CUTS": [0.5, 0.25]}),
+    ("--folders a b c --lr 0", {"FOLDERS": ["a", "b", "c"], "LR": 0.0}),
 ])
 def test_flags_are_the_constants(constants, flags, changed):
-    assert constants(*flags) == DEFAULTS | changed
+    assert constants(flags) == DEFAULTS | changed
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--k-sample", "4"], ["--k-sample", "--help lists all flags"]),
-    (["--k-samples", "many"], ["--k-samples", "invalid int value: 'many'"]),
-    (["--k-samples", "0"], ["--k-samples 0: at least 1"]),
-    (["--n", "-2"], ["--n -2: at least 0"]),
-    (["--lr", "nan"], ["--lr nan"]),
-    (["--lr", "inf"], ["--lr inf"]),
-    (["--variant", "PLX"], ["--variant 'PLX': choose from 'PL', ''"]),
-    (["--cuts", "0.5"], ["--cuts", "expected 2 arguments"]),
-    (["--cuts", "0.5", "x"], ["--cuts", "invalid float value: 'x'"]),
-    (["--toyy"], ["--toyy"]),
+    ("--k-sample 4", ["--k-sample", "--help lists all flags"]), ("--toyy", ["--toyy"]),
+    ("--k-samples many", ["--k-samples", "invalid int value: 'many'"]),
+    ("--k-samples 0", ["--k-samples 0: at least 1"]), ("--n -2", ["--n -2: at least 0"]),
+    ("--lr nan", ["--lr nan"]), ("--lr inf", ["--lr inf"]),
+    ("--variant PLX", ["--variant 'PLX': choose from 'PL', ''"]),
+    ("--cuts 0.5", ["--cuts", "expected 2 arguments"]),
+    ("--cuts 0.5 x", ["--cuts", "invalid float value: 'x'"]),
 ])
-def test_a_bad_flag_is_one_line_and_status_2(constants, capsys, flags, words):
+def test_bad_flag_is_one_line_and_status_2(constants, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
-        constants(*flags)
+        constants(flags)
     [line] = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and line.startswith("script.py: error: ")
     assert all(word in line for word in words), line
@@ -91,7 +87,7 @@ def test_help_has_every_constant(constants, capsys):
 def run(alone, tmp_path, monkeypatch):
     """A function that opens runs/r, as a script does at each start."""
     monkeypatch.chdir(tmp_path)
-    return lambda: alone.start_run({**vars(eval), "MODEL": str(TOY / "model"), "NAME": "r"})
+    return lambda: common.start_run({**vars(eval), "MODEL": str(TOY / "model"), "NAME": "r"})
 
 
 def test_once_makes_a_file_once(run):
@@ -113,19 +109,13 @@ def test_once_makes_a_folder_under_another_name(run):
     assert [(file.name, file.read_text()) for file in Path(path).iterdir()] == [("new", "whole")]
 
 
-def test_once_makes_nothing_where_making_fails(run):
+def test_once_makes_nothing_and_keeps_unfinished_work_where_making_fails(run):
     one = run()
+    one.unfinished.mkdir()
     for name in ("round_1/a.json", "round_1/model"):
         with pytest.raises(ZeroDivisionError):
             one.once(name, lambda: 1 / 0)
         assert not (one.folder / name).exists()
-
-
-def test_once_keeps_unfinished_work_until_the_phase_has_ended(run):
-    one = run()
-    one.unfinished.mkdir()
-    with pytest.raises(ZeroDivisionError):
-        one.once("round_1/a.json", lambda: 1 / 0)
     assert one.unfinished.exists()
     one.once("round_1/a.json", dict)
     assert not one.unfinished.exists()
@@ -136,32 +126,26 @@ def test_metrics_of_a_phase_made_again_replace_its_line(run):
     for draws in (1, 2):
         one.log(1, "probe", draws=draws)
         one.log(1, "select", pairs=draws)
-    lines = [json.loads(line) for line in open("runs/r/metrics.jsonl")]
-    assert lines == [{"round": 1, "phase": "probe", "draws": 2}, {"round": 1, "phase": "select", "pairs": 2}]
+    expected = [{"round": 1, "phase": "probe", "draws": 2}, {"round": 1, "phase": "select", "pairs": 2}]
+    assert lines("runs/r/metrics.jsonl") == expected
 
 
-@pytest.mark.parametrize("name, value", [("a.jsonl", [{"text": "\ud800 é\n"}, [1.5, None]]), ("a.json", {"n": [1]})])
-def test_write_is_what_read_reads(alone, tmp_path, name, value):
-    alone.write(tmp_path / "deep" / name, value)
-    assert alone.read(tmp_path / "deep" / name) == value
+def test_write_is_what_read_reads_and_leaves_what_was_there_where_it_fails(alone, tmp_path):
+    for name, value in ("a.jsonl", [{"text": "\ud800 é\n"}, [1.5, None]]), ("a.json", {"n": [1]}):
+        path = tmp_path / "deep" / name
+        common.write(path, value)
+        with pytest.raises(TypeError):
+            common.write(path, [2, {3, 4}])
+        assert common.read(path) == value
 
 
-def test_write_leaves_what_was_there_where_it_fails(alone, tmp_path):
-    alone.write(tmp_path / "a.jsonl", [1])
-    with pytest.raises(TypeError):
-        alone.write(tmp_path / "a.jsonl", [2, {3, 4}])
-    assert alone.read(tmp_path / "a.jsonl") == [1]
-
-
-def test_a_damaged_file_is_one_line(alone, tmp_path, capsys):
+def test_damaged_file_is_one_line(alone, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id"')
-    with pytest.raises(SystemExit):
-        alone.read(tmp_path / "a.jsonl")
-    [line] = capsys.readouterr().err.strip().splitlines()
+    line = refusal_of(capsys, common.read, tmp_path / "a.jsonl")
     assert "a.jsonl is damaged" in line and "remove it and what was made after it" in line
 
 
-def test_a_line_cut_anywhere_costs_only_itself(alone, tmp_path):
+def test_line_cut_anywhere_costs_only_itself(alone, tmp_path):
     """A file of finished answers, cut at every byte, and then written on by the next start."""
     records = [{"id": "café", "draw": n} for n in range(3)]
     whole = "".join("\n" + json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
@@ -169,16 +153,13 @@ def test_a_line_cut_anywhere_costs_only_itself(alone, tmp_path):
         (tmp_path / "a@0.jsonl").write_bytes(whole[:size])
         kept = whole[:size].count(b"}")
         with open(tmp_path / "a@0.jsonl", "a") as file:
-            alone.write_line(file, {"id": "new"})
-        assert list(alone.torn_lines(tmp_path, "a@*")) == [*records[:kept], {"id": "new"}]
+            common.write_line(file, {"id": "new"})
+        assert list(common.torn_lines(tmp_path, "a@*")) == [*records[:kept], {"id": "new"}]
 
 
-def test_a_seed_depends_on_the_key_only(alone):
-    assert alone.seed_of(0, 1, "gsm8k/train/7", 3) != alone.seed_of(0, 1, "gsm8k/train/73")
-    assert alone.seed_of(0) == 5254295370254170289  # the same on every machine, for ever
-
-
-def test_a_generator_depends_on_seed_and_key_only(run):
+def test_generator_depends_on_seed_and_key_only(run):
+    assert common.seed_of(0, 1, "gsm8k/train/7", 3) != common.seed_of(0, 1, "gsm8k/train/73")
+    assert common.seed_of(0) == 5254295370254170289  # the same on every machine, for ever
     one = run()
     numbers = one.rng(1, "pairs", "p").random(3)
     one.rng(1, "pairs", "q").random()
@@ -186,28 +167,27 @@ def test_a_generator_depends_on_seed_and_key_only(run):
     assert (one.rng(2, "pairs", "p").random(3) != numbers).all()
 
 
-@pytest.mark.parametrize("cuts, expected", [({}, [0.5, 0.3, 0.15, 0.05]), ({"top_k": 2}, [0.625, 0.375, 0, 0]),
-                                            ({"top_p": 0.9}, [10 / 19, 6 / 19, 3 / 19, 0])])
+@pytest.mark.parametrize("cuts, expected", [
+    ({}, [0.5, 0.3, 0.15, 0.05]), ({"top_k": 2}, [0.625, 0.375, 0, 0]), ({"top_p": 0.9}, [10 / 19, 6 / 19, 3 / 19, 0])])
 def test_noise_draws_from_the_distribution(alone, cuts, expected):
-    """200,000 draws at temperature 0.5, of probabilities that are squared there; again with the same seed: the same,
-    whatever else draws meanwhile."""
+    """200,000 draws at temperature 0.5, of probabilities that are squared there; by the seed alone."""
     logits = 0.5 * torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(200_000, 1)
-    drawn = alone.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1)
+    drawn = common.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1)
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert (shares - torch.tensor(expected)).abs().max() < 0.005 and shares[torch.tensor(expected) == 0].sum() == 0
     torch.rand(5)
-    assert torch.equal(drawn, alone.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1))
-    assert not torch.equal(drawn, alone.Noise(8, temperature=0.5, **cuts)(None, logits).argmax(1))
+    assert torch.equal(drawn, common.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1))
+    assert not torch.equal(drawn, common.Noise(8, temperature=0.5, **cuts)(None, logits).argmax(1))
 
 
 def test_what_a_terminal_must_not_see_is_escaped(alone, monkeypatch):
     """A model's text cannot move the cursor, set the title or hide what follows; an old terminal shows what it can."""
     text = "caf\u00e9\t\u221e\n\x1b[2J\x1b]0;title\x07 back\rspace\x08 \x9b31m \u202etxt.exe"
-    shown = alone.printable(text)
+    shown = common.printable(text)
     assert shown == "caf\u00e9\t\u221e\n\\x1b[2J\\x1b]0;title\\x07 back\\rspace\\x08 \\x9b31m \\u202etxt.exe"
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
-    assert alone.printable(text).startswith("caf\u00e9\t\\u221e\n") and alone.printable("\ud83d") == "\\ud83d"
-    alone.say(text + "\u20ac")
+    assert common.printable(text).startswith("caf\u00e9\t\\u221e\n") and common.printable("\ud83d") == "\\ud83d"
+    common.say(text + "\u20ac")
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -219,13 +199,13 @@ def test_what_a_terminal_must_not_see_is_escaped(alone, monkeypatch):
 ])
 def test_bad_input_of_a_run_is_one_line(tmp_path, flags, words):
     shutil.copytree(TOY / "model", tmp_path / "short")
-    config = json.loads((tmp_path / "short" / "config.json").read_text())
-    (tmp_path / "short" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 200}))
+    config = common.read(TOY / "model" / "config.json")
+    common.write(tmp_path / "short" / "config.json", config | {"max_position_embeddings": 200})
     line = error_of(launch(tmp_path, "dast.py", *SMOKE, *flags, check=False))
     assert all(word in line for word in words), line
 
 
-def test_an_exception_is_one_line_and_its_traceback_a_file(tmp_path):
+def test_exception_is_one_line_and_its_traceback_a_file(tmp_path):
     """Before there is a run, error.log is in the folder where the script was started."""
     script = "import common\nLEGAL = {}\ndef main():\n    return 1 / 0\ncommon.launch(main, globals())\n"
     (tmp_path / "mine.py").write_text(script)
