@@ -117,7 +117,7 @@ RULES = [
            (np.ones(5), PROBED, np.array([3, 4, 5]), [0, 0, 0])),  # no failure at all
     *cases(sai_dpo.shares_of, (np.array([1.0, 2.5, 0.0]), pytest.approx([2 / 6.5, 3.5 / 6.5, 1 / 6.5])),
            (np.zeros(4), [0.25] * 4), SMOOTHING=1.0),
-    *cases(sai_dpo.shares_of, (np.array([1.0, 4.0, 0.0]), [0.2, 0.8, 0.0]), (np.zeros(4), [0.25] * 4), SMOOTHING=0.0),
+    *cases(sai_dpo.shares_of, (np.array([1.0, 4.0, 0.0]), pytest.approx([0.2, 0.8, 0.0])), (np.zeros(4), [0.25] * 4), SMOOTHING=0.0),
     *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, [0.5, 0.25, 0.25]), DIFFICULTY_BEFORE=False),
     *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, [0.5, 0.25, 0.25]), SELECT="knowledge"),
     *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, None), SELECT="difficulty"),
