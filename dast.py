@@ -166,11 +166,20 @@ def example_pools(solved, level, shots):
     return pools
 
 
-def draw_examples(problem, pool, shots, rng):
-    """L: `shots` worked solutions of other problems in the pool, drawn at random."""
+def draw_examples(problem, pool, shots, rng, fits):
+    """L: `shots` worked solutions of other problems in the pool, drawn at random; the longest gives way to the next
+    shorter one (to none, where there is none) until fits(examples)."""
+    def length(example):
+        return len(example["solution"])
+
     drawn = rng.choice(len(pool), min(shots + 1, len(pool)), replace=False)
-    others = [pool[i] for i in drawn if pool[i]["problem"] != problem["problem"]]
-    return others[:shots]
+    examples = [pool[i] for i in drawn if pool[i]["problem"] != problem["problem"]][:shots]
+    while examples and not fits(examples):
+        longest = max(examples, key=length)
+        examples.remove(longest)
+        shorter = [e for e in pool if length(e) < length(longest) and e not in examples and e["id"] != problem["id"]]
+        examples += sorted(shorter, key=length)[-1:]
+    return examples
 
 
 def sft_loss(logprobs, batch):
@@ -295,9 +304,12 @@ def main():
         budgets = draw_budgets(run, t, problems, level)
 
         def same_level(problem, draw):
+            def prompt(examples):
+                return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM, THINK)
+
             pool = pools[level[problem["id"]]]
-            examples = draw_examples(problem, pool, shots, run.rng(t, "examples", problem["id"], draw))
-            return make_prompt(tokenizer, PROMPT, problem, examples, SYSTEM, THINK)
+            rng = run.rng(t, "examples", problem["id"], draw)
+            return prompt(draw_examples(problem, pool, shots, rng, lambda examples: run.engine.fits(prompt(examples))))
 
         def enough(responses):
             return max(distinct_of(responses)) >= target_and_budget(level[responses[0]["id"]])[0]

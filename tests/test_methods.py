@@ -233,7 +233,7 @@ def examples_drawn(problem, level, shots, seed):
     for name, n in zip("EMHU", (9, 3, 2, 1)):
         solved += [{"id": f"{name}{i}", "problem": f"{name}{i}"} for i in range(n)]
     pools = dast.example_pools(solved, {p["id"]: p["id"][0] for p in solved}, shots)
-    return [e["id"] for e in dast.draw_examples({"problem": problem}, pools[level], shots, rng(seed))]
+    return [e["id"] for e in dast.draw_examples({"problem": problem}, pools[level], shots, rng(seed), bool)]
 
 
 
