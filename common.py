@@ -759,9 +759,9 @@ class Run:
         self.seed = constants["SEED"]
         self.checker = Checker(min(8, threads_per_process()), constants["GRADER"])
         self.engine = VllmEngine(self) if constants["ENGINE"] == "vllm" else TransformersEngine(self)
-        self.metrics = {}
-        if (self.folder / "metrics.jsonl").exists():
-            self.metrics = {(line["round"], line["phase"]): line for line in read(self.folder / "metrics.jsonl")}
+        path = self.folder / "metrics.jsonl"
+        lines = read(path) if path.exists() else []
+        self.metrics = {(line["round"], line["phase"]): line for line in lines}
         if constants["WANDB"] and rank() == 0:
             import wandb
             name = self.folder.name
@@ -2518,23 +2518,18 @@ def evaluate(run, file, model, tests, prompt, **settings):
 
 
 def score(problems, responses):
-    """{accuracy, interval, n, cut, by_level, by_set, correct: {id: 0 or 1}, level: {id: level}} of one answer each."""
+    """{accuracy, interval, n, by_level, by_set, correct: {id: 0 or 1}, level: {id: level}} of one answer each."""
     correct = {r["id"]: int(r["correct"]) for r in responses}
     level = {p["id"]: p["level"] for p in problems if "level" in p}
-    by_level = defaultdict(list)
-    by_set = defaultdict(list)
+    parts = defaultdict(list)
     for i, right in correct.items():
-        by_set[i.rpartition("/")[0]].append(right)
+        parts["by_set", i.rpartition("/")[0]].append(right)
         if i in level:
-            by_level[level[i]].append(right)
-    cut = sum(r["finish"] == "length" for r in responses) / len(responses)
-    return accuracy(correct.values()) | {"by_level": accuracies(by_level), "by_set": accuracies(by_set), "cut": cut,
-                                         "correct": correct, "level": level}
-
-
-def accuracies(parts):
-    """{name: {accuracy, interval, n}} of {name: zeros and ones}, in the order of the names."""
-    return {name: accuracy(parts[name]) for name in sorted(parts)}
+            parts["by_level", level[i]].append(right)
+    found = accuracy(correct.values()) | {"by_level": {}, "by_set": {}}
+    for by, part in sorted(parts):
+        found[by][part] = accuracy(parts[by, part])
+    return found | {"correct": correct, "level": level}
 
 
 def accuracy(correct):
@@ -2579,14 +2574,12 @@ def end_round(run, t, keep=()):
 
 
 def print_table(scores, first):
-    """Print {name: score} as rows: accuracy, interval, share cut; by set and by level, if there are several."""
+    """Print {name: score} as rows: accuracy and interval, and accuracy by set and by level, if there are several."""
     width = max(map(len, [first, *scores])) + 4
     say(f"\n{first:<{width}}problems  accuracy  95 % interval")
     for name, score in scores.items():
         low, high = score["interval"]
         row = f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>5.1%} - {high:>5.1%}"
-        if "cut" in score:
-            row += f"  cut {score['cut']:.1%}"
         for kind in ("set", "level"):
             parts = score.get(f"by_{kind}", {})
             if len(parts) > 1:
