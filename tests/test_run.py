@@ -192,12 +192,12 @@ def test_noise_draws_from_the_distribution(alone, cuts, expected):
     """200,000 draws at temperature 0.5, of probabilities that are squared there; again with the same seed: the same,
     whatever else draws meanwhile."""
     logits = 0.5 * torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(200_000, 1)
-    drawn = alone.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1)
+    drawn = alone.noise_of(7, temperature=0.5, **cuts)(None, logits).argmax(1)
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert (shares - torch.tensor(expected)).abs().max() < 0.005 and shares[torch.tensor(expected) == 0].sum() == 0
     torch.rand(5)
-    assert torch.equal(drawn, alone.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1))
-    assert not torch.equal(drawn, alone.Noise(8, temperature=0.5, **cuts)(None, logits).argmax(1))
+    assert torch.equal(drawn, alone.noise_of(7, temperature=0.5, **cuts)(None, logits).argmax(1))
+    assert not torch.equal(drawn, alone.noise_of(8, temperature=0.5, **cuts)(None, logits).argmax(1))
 
 
 def test_what_a_terminal_must_not_see_is_escaped(alone, monkeypatch):
