@@ -50,7 +50,7 @@ import unicodedata
 import warnings
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from fractions import Fraction
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
@@ -1099,11 +1099,10 @@ def load_problems(names, split, folder, limit=0):
     with file, line and reason; one of a public set, which you cannot edit, is dropped, counted and said."""
     problems = []
     notes = defaultdict(list)  # what is said, and where it is so
-    for name in names.split(","):
-        if name:
-            found = _read_set(name, split, folder, notes)
-            chosen = np.random.default_rng(0).permutation(len(found))[:limit or None]
-            problems += [found[i] for i in sorted(chosen)]
+    for name in filter(None, names.split(",")):
+        found = _read_set(name, split, folder, notes)
+        chosen = np.random.default_rng(0).permutation(len(found))[:limit or None]
+        problems += [found[i] for i in sorted(chosen)]
     if not problems:
         fail(f"no problem set is named ({names!r})")
     for i, same in by_problem(problems).items():
@@ -1357,9 +1356,9 @@ def load_network(kind, folder, **options):
                                               ignore_mismatched_sizes=True, **options)
     except Exception as error:  # files of any content are read here, by a library
         fail(f"{folder}: {' '.join(lines_of(error))[:300]}")
-    lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # which nothing here uses
     for name, found, wanted in about["mismatched_keys"]:
-        lost.append(f"{name} of the shape {tuple(wanted)}, as config.json has it, instead of {tuple(found)}")
+        fail(f"{folder}: {name} has the shape {tuple(found)}, and in config.json {tuple(wanted)}")
+    lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # which nothing here uses
     if lost:
         fail(f"{folder}: {len(lost)} missing tensors, first {lost[0]}")
     return network
@@ -1391,23 +1390,23 @@ def load_tokenizer(model, prompt, system="", think=""):
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
-            fail(f"{model}: there is no tokenizer in it")
+        if not tokenizer.tokenize("1 + 1"):
+            raise ValueError("there is no tokenizer in it")
         size = max(tokenizer.get_vocab().values()) + 1
         room = config.get_text_config().vocab_size
         if size > room:
-            fail(f"{model}: its tokenizer has {size:,} tokens, and the model only {room:,}")
+            raise ValueError(f"its tokenizer has {size:,} tokens, and the model only {room:,}")
         if prompt and not tokenizer.eos_token:
-            fail(f"{model}: its tokenizer has no end token (eos_token in tokenizer_config.json)")
+            raise ValueError("its tokenizer has no end token (eos_token in tokenizer_config.json)")
         if prompt == "chat":
             if not tokenizer.chat_template:
-                fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
+                raise ValueError("it has no chat template; take --prompt few_shot or zero_shot")
             end_token(tokenizer, prompt)
             if think and "enable_thinking" not in str(tokenizer.chat_template):
                 say(f"{model}: its chat template does not know --think, which changes nothing")
             example = {"problem": "2 + 2 = ?", "solution": "4"}
             if "1 + 1 = ?" not in make_prompt(tokenizer, prompt, {"problem": "1 + 1 = ?"}, [example], system, think):
-                fail(f"{model}: its chat template does not show the last turn; take --prompt few_shot or zero_shot")
+                raise ValueError("its chat template does not show the last turn; take --prompt few_shot or zero_shot")
     except Exception as error:  # files of any content are read here, by libraries
         if "custom code" in str(error):
             fail(f"{model}: it brings code of its own, which is never run here")
@@ -1445,18 +1444,14 @@ def make_prompt(tokenizer, prompt, problem, examples=(), system="", think=""):
 def chat_text(tokenizer, turns, think="", **options):
     """Turns of a conversation as the model's chat template has them; ValueError where that cannot.
 
-    think: "on" or "off" for a template that knows enable_thinking, else "". Its clock, if it has one, stands still."""
+    think: "on" or "off" for a template that knows enable_thinking, else ""."""
     if think:
         options["enable_thinking"] = think == "on"
+    today = datetime(2024, 7, 26)  # Llama 3's own without a clock, so that prompts do not depend on the day
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=_date, **options)
+        return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=today.strftime, **options)
     except Exception as error:  # a template is a program, though in a sandbox
         raise ValueError(f"its chat template fails: {lines_of(error)[-1]} (--system '' leaves the system's turn out)")
-
-
-def _date(form):
-    """What a template takes for today, so that prompts do not depend on the day: Llama 3's own date without a clock."""
-    return time.strftime(form, time.strptime("2024-07-26", "%Y-%m-%d"))
 
 
 def end_token(tokenizer, prompt):
@@ -1465,9 +1460,9 @@ def end_token(tokenizer, prompt):
         return tokenizer.eos_token
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
     behind = chat_text(tokenizer, turns).rpartition("!!")[2].strip()
-    for i in tokenizer(behind, add_special_tokens=False)["input_ids"]:
-        if i in tokenizer.added_tokens_decoder:  # special or not
-            return tokenizer.convert_ids_to_tokens(i)
+    for token in tokenizer.tokenize(behind):
+        if token in tokenizer.get_added_vocab():  # special or not
+            return token
     if behind:
         raise ValueError(f"its chat template ends an answer with {behind[:50]!r}, which is no token of its own")
     return tokenizer.eos_token
@@ -1498,6 +1493,7 @@ def make_example(tokenizer, prompt, problem, *answers, system="", think=""):
             "completions": completions, "ids": ids, "end": end_token(tokenizer, prompt)}
 
 
+@functools.lru_cache(256)  # draws share their prompt
 def encode(tokenizer, text):
     """Token ids of a prompt: with the beginning that the tokenizer adds, unless the text (a chat) brings its own, and
     without an end that it adds."""
@@ -1922,9 +1918,9 @@ def compare_weights(folder, model):
     wrong = []
     for name, parameter in model.named_parameters():
         parts = [name]
-        for whole in fused:
+        for whole, pieces in fused.items():
             if whole in name and name not in sent:
-                parts = [name.replace(whole, part) for part in fused[whole]]
+                parts = [name.replace(whole, piece) for piece in pieces]
         if parameter.numel() and all(part in sent for part in parts):
             tensor = torch.cat([sent[part] for part in parts]).to(parameter)
             compared += 1

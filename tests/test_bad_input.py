@@ -150,7 +150,7 @@ MODELS = {  # name: (what is done to the toy's folder, flags, words of the line)
     "another tokenizer": (lambda f: config_of(f, vocab_size=300), [],
                           ["m: its tokenizer has 431 tokens, and the model only 300"]),
     "no chat template": (lambda f: (f / "chat_template.jinja").unlink(), ["--prompt", "chat"],
-                         ["m has no chat template"]),
+                         ["m: it has no chat template"]),
     "chat template that raises": (lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no turns') }}"),
                                   ["--prompt", "chat"], ["m: ", "chat template", "no turns"]),
     "chat template with an error": (lambda f: (f / "chat_template.jinja").write_text("{% for %}"),

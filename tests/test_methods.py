@@ -1205,4 +1205,4 @@ def test_tagger_without_a_chat_template_is_refused(tmp_path, monkeypatch, capsys
     path.write_text(json.dumps(settings))
     set_constants(monkeypatch, sai_dpo, TAG=True, TAGGER=str(tmp_path / "bare"),
                   TRAIN_DATA=str(TOY / "train.jsonl"))
-    assert "bare has no chat template" in refusal_of(capsys, sai_dpo.main)
+    assert "bare: it has no chat template" in refusal_of(capsys, sai_dpo.main)
