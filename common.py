@@ -1137,6 +1137,15 @@ def load_solved(names, folder):
     return solved
 
 
+@contextlib.contextmanager
+def failing_as(what):
+    """Let any exception end the program with one line, `what` and the reason: for libraries that read foreign files."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {lines_of(error)[0]}")
+
+
 def _read_set(name, split, folder, notes):
     path = Path(name)
     hub = name
@@ -1154,11 +1163,9 @@ def _read_set(name, split, folder, notes):
         public = True
         where = hub if "@" in hub else f"{hub}@{split}"
         ids = re.sub("[:@]", "/", where)
-    try:
+    with failing_as(f"{where} cannot be read (what is read are .jsonl, .json and, with the packages pyarrow and "
+                    f"datasets, .parquet and the Hub; sets are in --data {folder!r})"):
         records = _records_of(where)
-    except Exception as error:  # files of any content, the network
-        fail(f"{where} cannot be read: {lines_of(error)[0]} (what is read are .jsonl, .json and, with the packages "
-             f"pyarrow and datasets, .parquet and the Hub; sets are in --data {folder!r})")
     problems = []
     for number, record in enumerate(records, 1):
         if record == "":  # a blank line
@@ -1314,7 +1321,7 @@ def _add_choices(problem, choices):
     labels = ()
     texts = choices
     if isinstance(choices, dict):
-        labels = choices.get("label", choices)  # {"label": [...], "text": [...]} in ARC; or {"A": "a cat", "B": "a dog"}
+        labels = choices.get("label", choices)  # {"label": [...], "text": [...]} in ARC; or {"A": "a cat", ...}
         texts = choices.get("text", choices.values())
     elif isinstance(choices[0], dict):  # CommonsenseQA
         labels, texts = zip(*[option.values() for option in choices])
@@ -1351,11 +1358,9 @@ def _add_choices(problem, choices):
 def load_network(kind, folder, **options):
     """The model in a folder, as transformers has it; ends the program where a tensor is missing or has another shape:
     it would be random, silently."""
-    try:
+    with failing_as(folder):
         network, about = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
                                               ignore_mismatched_sizes=True, **options)
-    except Exception as error:  # files of any content are read here, by a library
-        fail(f"{folder}: {' '.join(lines_of(error))[:300]}")
     for name, found, wanted in about["mismatched_keys"]:
         fail(f"{folder}: {name} has the shape {tuple(found)}, and in config.json {tuple(wanted)}")
     lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # which nothing here uses
@@ -1369,10 +1374,8 @@ def local_folder(model):
     """The folder of a model: itself, or where the files of that name on the Hub lie, downloaded if need be."""
     if Path(model).is_dir():
         return str(model)
-    try:
+    with failing_as(f"{model}: no such folder here, and not to be had from the Hub"):
         return snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])
-    except Exception as error:  # no network, no such name, no leave: the Hub's client raises many kinds
-        fail(f"{model}: no such folder here, and not to be had from the Hub: {lines_of(error)[0]}")
 
 
 def weight_files(model):
@@ -1387,7 +1390,7 @@ def weight_files(model):
 def load_tokenizer(model, prompt, system="", think=""):
     """The model's tokenizer; ends the program where its files are missing, or it cannot make prompts of this form."""
     folder = local_folder(model)
-    try:
+    with failing_as(model):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer.tokenize("1 + 1"):
@@ -1407,10 +1410,6 @@ def load_tokenizer(model, prompt, system="", think=""):
             example = {"problem": "2 + 2 = ?", "solution": "4"}
             if "1 + 1 = ?" not in make_prompt(tokenizer, prompt, {"problem": "1 + 1 = ?"}, [example], system, think):
                 raise ValueError("its chat template does not show the last turn; take --prompt few_shot or zero_shot")
-    except Exception as error:  # files of any content are read here, by libraries
-        if "custom code" in str(error):
-            fail(f"{model}: it brings code of its own, which is never run here")
-        fail(f"{model}: {lines_of(error)[0]}")
     return tokenizer
 
 
@@ -1527,13 +1526,8 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     round, phase = round_and_phase(file)
     engine = run.engine
     loading = engine.use(local_folder(model), style, max_new_tokens, sampling)
-    if isinstance(draws, int):
-        draws = [draws] * len(problems)
-    known = {problem["id"]: Draws(problem, limit, enough) for problem, limit in zip(problems, draws)}
-    name = f"{file.replace('/', '-').removesuffix('.jsonl')}@"
-    take_in(known, torn_lines(run.unfinished, f"{name}*"))
-    barrier()  # everybody has read before anybody writes on
-    run.unfinished.mkdir(parents=True, exist_ok=True)
+    path = run.unfinished / f"{file.replace('/', '-').removesuffix('.jsonl')}@{rank()}.jsonl"
+    known = begin_draws(path, problems, draws, enough)
     own = list(known.values())  # a batch of transformers' is part of the result, so all processes follow all problems
     if engine.streams:
         own = own[rank()::world_size()]
@@ -1560,8 +1554,8 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
                 queue.extend(known[answer["id"]].next_wave())
             shown.update(world_size())  # the others are about as far
 
-    with (open(run.unfinished / f"{name}{rank()}.jsonl", "a") as lines,
-          bar(sum(draws), f"round {round} {phase}") as shown):
+    total = sum(of_problem.limit for of_problem in known.values())
+    with open(path, "a") as lines, bar(total, f"round {round} {phase}") as shown:
         while True:
             for of_problem in own:
                 queue.extend(of_problem.next_wave())
@@ -1570,23 +1564,15 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
             for request, answer in engine.answers(requests):
                 problem = request.problem
                 answer = {"id": problem["id"], "draw": request.draw, **answer, "prompt_tokens": len(request.ids)}
-                if grade:
-                    verdict = given(grade(problem, answer))
-                else:
-                    verdict = run.checker.submit(problem, answer["text"], answer["finish"])
+                verdict = (given(grade(problem, answer)) if grade else
+                           run.checker.submit(problem, answer["text"], answer["finish"]))
                 pending.append((answer, verdict))
                 record_verdicts(wait=False)
             record_verdicts(wait=True)
             if not engine.streams:
                 share(known, mine)
     share(known, mine)
-    counted = []
-    drawn = []
-    for of_problem in known.values():
-        counted += of_problem.counted()
-        drawn += of_problem.answers.values()
-    report_sampling(run, round, phase, counted, drawn, loading, time.time() - began)
-    return counted
+    return end_draws(run, round, phase, known, loading, time.time() - began)
 
 
 class Draws:
@@ -1620,6 +1606,17 @@ class Draws:
         return first
 
 
+def begin_draws(path, problems, draws, enough):
+    """{problem id: its Draws}, with the answers that earlier starts, of any number of processes, left beside `path`."""
+    if isinstance(draws, int):
+        draws = [draws] * len(problems)
+    known = {problem["id"]: Draws(problem, limit, enough) for problem, limit in zip(problems, draws)}
+    take_in(known, torn_lines(path.parent, f"{path.name.rpartition('@')[0]}@*"))
+    barrier()  # everybody has read before anybody writes on
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return known
+
+
 def take_in(known, answers):
     """Put answers where they belong in `known`, {problem id: its Draws}; what is there stays."""
     for answer in answers:
@@ -1633,8 +1630,13 @@ def share(known, mine):
     mine.clear()
 
 
-def report_sampling(run, round, phase, counted, drawn, loading, seconds):
-    """Log and print what a sampling phase gave, and what it spent on all that was drawn."""
+def end_draws(run, round, phase, known, loading, seconds):
+    """The responses that count. What they are, and what was spent on all that were drawn, is logged and printed."""
+    counted = []
+    drawn = []
+    for of_problem in known.values():
+        counted += of_problem.counted()
+        drawn += of_problem.answers.values()
     parameters = run.engine.parameters
     costs = costs_of(counted, parameters)
     spent = costs_of(drawn, parameters)
@@ -1648,6 +1650,7 @@ def report_sampling(run, round, phase, counted, drawn, loading, seconds):
         say("           more than half were cut: raise --max-new-tokens")
     if verdicts["no_answer"] > costs["draws"] / 2:
         say("           more than half state no answer: read some, then try another --prompt, --system or --grader")
+    return counted
 
 
 def costs_of(answers, parameters):
@@ -1887,7 +1890,7 @@ def shape_of(folder):
 def saved_tensors(model):
     """(name, tensor) of everything in a model's safetensors files; a tensor is read from the disk when it is used."""
     for path in weight_files(model):
-        with safe_open(path, "pt") as file:
+        with failing_as(model), safe_open(path, "pt") as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
 

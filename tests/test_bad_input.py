@@ -141,7 +141,7 @@ MODELS = {  # name: (what is done to the toy's folder, flags, words of the line)
     "no configuration": (lambda f: (f / "config.json").unlink(), [], ["m: "]),
     "no JSON": (lambda f: (f / "config.json").write_text("{"), [], ["m: ", "config.json"]),
     "unknown type": (lambda f: config_of(f, model_type="novel"), [], ["m: ", "novel"]),
-    "code": (code, [], ["m: it brings code of its own, which is never run here"]),
+    "code": (code, [], ["m: ", "contains custom code which must be executed"]),
     "a pickle": (pickle, [], ["m: "]),
     "an encoder": (lambda f: config_of(f, model_type="bert"), [], ["m: "]),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], [], ["m: there is no tokenizer in it"]),

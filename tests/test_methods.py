@@ -674,7 +674,7 @@ def without_mark(folder):
     ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None, "missing tensors, first layers.1.mlp.up_proj.weight"),
     ("v_head", {}, without_blank_line, "its tokenizer has no token for the end of a step, '\\n\\n'"),
     ("score", {}, without_mark, "its tokenizer has no token for the end of a step, '<extra_0>'"),
-    ("score", {"model_type": "unheard_of"}, None, "it brings code of its own, which is never run here"),
+    ("score", {"model_type": "unheard_of"}, None, "contains custom code which must be executed"),
     ("v_head", {"drop": ["v_head.summary.weight", "v_head.summary.bias"]}, None, "no process reward model"),
 ])
 def test_broken_reward_model_is_refused_in_one_line(tmp_path, capsys, alone, layout, more, change, words):
