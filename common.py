@@ -1328,8 +1328,8 @@ def _add_choices(problem, choices):
     elif isinstance(choices[0], list):  # TAL-SCQ
         labels, texts = zip(*[option.values() for [option] in choices])
     labels = [str(label).upper() for label in labels]
-    order = "".join(labels) or letters
-    if len(order) < len(texts) or not letters.startswith(order) and not "123456789".startswith(order):
+    order = "".join(labels) or letters[:len(texts)]
+    if len(order) != len(texts) or not letters.startswith(order) and not "123456789".startswith(order):
         raise ValueError("'choices' are not at most 26 texts, without labels or with A, B, ... or 1, 2, ...")
     texts = [_text_of(text) for text in texts]
     bare = [re.sub(rf"^\(?{letter}[.):]\)?\s*", "", text) for letter, text in zip(letters, texts)]  # "A. a cat"
