@@ -175,8 +175,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import adastar, common
 build = common.VllmEngine.build
 
-def build_one_that_fails(self):  # in the last process, at its 12th step of the first iteration
-    build(self)
+def build_one_that_fails(self, folder):  # in the last process, at its 12th step of the first iteration
+    build(self, folder)
     step = self.llm.llm_engine.step
     steps = 0
 
