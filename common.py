@@ -50,7 +50,7 @@ import unicodedata
 import warnings
 from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from fractions import Fraction
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -518,7 +518,7 @@ if not torch.cuda.is_available():  # vllm's wheel brings CUDA builds of these, w
     for package in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(package, None)
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,  # noqa: E402
-                          GenerationConfig, TopKLogitsWarper, TopPLogitsWarper)
+                          GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()
@@ -1038,9 +1038,9 @@ SETS = {  # name/split: its file in the DATA folder, and where the Hub has it: o
     "cladder/train": "cladder/cladder_train.jsonl",
     "cladder/test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default",
 }
-FILES = (".jsonl", ".json", ".parquet")
+ON_THE_HUB = r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?"  # owner/name:configuration@split
 FIELDS = {  # what sets call the parts of a problem, in any case; the first that is there and not null counts
-    "problem": ("problem", "question_concat", "question", "stem", "prompt"),
+    "problem": ("problem", "question", "stem", "prompt"),
     "answer": ("answer", "expected_answer", "final_answer", "ground_truth", "target", "answerkey", "answer_value",
                "label"),
     "solution": ("solution", "reference_solution", "reasoning", "answer_analysis"),
@@ -1067,19 +1067,17 @@ def load_problems(names, split, folder, limit=0):
     with file, line and reason; one of a public set, which you cannot edit, is dropped, counted and said."""
     problems = []
     notes = defaultdict(list)  # what is said, and where it is so
-    for name in names.split(","):
-        if name:
-            found = _read_set(name, split, folder, notes)
-            chosen = np.random.default_rng(0).permutation(len(found))[:limit or None]
-            problems += [found[i] for i in sorted(chosen)]
+    for name in filter(None, names.split(",")):
+        found = _read_set(name, split, folder, notes)
+        chosen = np.random.default_rng(0).permutation(len(found))[:limit or None]
+        problems += [found[i] for i in sorted(chosen)]
     if not problems:
         fail(f"no problem set is named ({names!r})")
-    for i, n in Counter(p["id"] for p in problems).items():
-        if n > 1:
+    for i, same in by_problem(problems).items():
+        if len(same) > 1:
             fail(f"two problems have the id {i!r}; rename one of the files or folders")
     first = {}
     checker = Checker(1)
-    verdicts = []
     for problem in problems:
         earlier = first.setdefault(problem["problem"], problem)
         if earlier is not problem:
@@ -1088,11 +1086,10 @@ def load_problems(names, split, folder, limit=0):
             notes["of these, with another answer than the earlier one"].append(problem["id"])
         box = last_boxed(problem.get("solution", ""))
         if box and box != problem["answer"]:
-            verdicts.append((problem, checker.submit(problem, f"\\boxed{{{box}}}")))
-    for problem, verdict in verdicts:
-        if verdict.result()[1] in ("different", "no_answer"):  # it would be learnt
-            del problem["solution"]
-            notes["solutions left out, whose box is not the answer"].append(problem["id"])
+            _, reason = checker.submit(problem, f"\\boxed{{{box}}}").result()
+            if reason in ("different", "no_answer"):  # it would be learnt
+                del problem["solution"]
+                notes["solutions left out, whose box is not the answer"].append(problem["id"])
     for note, where in notes.items():
         say(f"  {note}: {len(where):,} (the first: {where[0]})")
     return problems
@@ -1108,6 +1105,15 @@ def load_solved(names, folder):
     return solved
 
 
+@contextlib.contextmanager
+def failing_as(what):
+    """Let any exception end the program with one line, `what` and the reason: for libraries that read foreign files."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{what}: {lines_of(error)[0]}")
+
+
 def _read_set(name, split, folder, notes):
     path = Path(name)
     hub = name
@@ -1118,18 +1124,16 @@ def _read_set(name, split, folder, notes):
     where = path
     ids = f"{path.resolve().parent.name}/{path.stem}"
     if not path.is_file():
-        if hub.endswith(FILES) or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?", hub):
+        if hub.endswith((".jsonl", ".json", ".parquet")) or not re.fullmatch(ON_THE_HUB, hub):
             known = [name for name in SETS if name.endswith(split)]
             fail(f"{path}: no such file, nor one of the sets that are known (in --data {folder!r} or on the Hub: "
                  f"{', '.join(known)}) or owner/name:configuration@split on the Hub")
         public = True
         where = hub if "@" in hub else f"{hub}@{split}"
         ids = re.sub("[:@]", "/", where)
-    try:
+    with failing_as(f"{where} cannot be read (what is read are .jsonl, .json and, with the packages pyarrow and "
+                    f"datasets, .parquet and the Hub; sets are in --data {folder!r})"):
         records = _records_of(where)
-    except Exception as error:  # files of any content, the network
-        fail(f"{where} cannot be read: {lines_of(error)[0]} (what is read are .jsonl, .json and, with the packages "
-             f"pyarrow and datasets, .parquet and the Hub; sets are in --data {folder!r})")
     problems = []
     for number, record in enumerate(records, 1):
         if record == "":  # a blank line
@@ -1154,9 +1158,8 @@ def _records_of(where):
     """The records of a .parquet or .json file or of a set of the Hub, or the lines of a .jsonl file."""
     if isinstance(where, str):
         from datasets import load_dataset
-        repository, _, split = where.partition("@")
-        repository, _, configuration = repository.partition(":")
-        return load_dataset(repository, configuration or None, split=split)
+        repository, configuration, split = re.fullmatch(ON_THE_HUB, where).groups()
+        return load_dataset(repository, configuration, split=split)
     if where.suffix == ".parquet":
         from pyarrow import parquet
         return parquet.read_table(where).to_pylist()
@@ -1177,24 +1180,24 @@ def read_problem(record):
     the problem ends in lettered options, and the answer is a letter. `kind` may be given; else the answer tells it."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
-    record = {name.lower(): value for name, value in record.items()}
+    record = {name.lower(): value for name, value in record.items() if value is not None}
     if isinstance(record.get("question"), dict):  # CommonsenseQA
         record |= record.pop("question")
     for name, value in record.items():
         if value and name not in FIELDS["choices"] and re.search(UNREAD, name):
             raise ValueError(f"{name!r} is not read; put a text into 'problem', and options as a list into 'choices'")
-    text, answer, solution, level, tags, choices = [_first(record, names) for names in FIELDS.values()]
-    if len({str(record[name]) for name in FIELDS["answer"] if record.get(name) is not None}) > 1:
+    if len({str(record[name]) for name in FIELDS["answer"] if name in record}) > 1:
         raise ValueError("two fields have different answers")
+    text, answer, solution, level, tags, choices = [_first(record, names) for names in FIELDS.values()]
     kind = record.get("kind")
-    if "body" in record and "question_concat" not in record:  # SVAMP
+    if "body" in record:  # SVAMP
         text = f"{record['body']} {text}"
     elif "premise" in record:  # ANLI
         text = (f"Premise: {record['premise']}\nHypothesis: {record['hypothesis']}\nDoes the premise entail the "
                 "hypothesis? Answer entailment, neutral or contradiction.")
         answer = dict(enumerate(ENTAILMENT)).get(answer, answer)
         kind = "label"
-        choices = list(ENTAILMENT)
+        choices = ENTAILMENT
     damaged = re.search(DAMAGED, json.dumps([text, answer, solution, tags, choices], ensure_ascii=False, default=str))
     if damaged:
         raise ValueError(f"not UTF-8, a control character, or LaTeX with one backslash (JSON has two): {damaged[0]!r}")
@@ -1208,7 +1211,7 @@ def read_problem(record):
 
     if not kind:
         kind = "math"
-        if choices or re.fullmatch(r"\([A-Za-z]\)", answer):
+        if re.fullmatch(r"\([A-Za-z]\)", answer):
             kind = "choice"
         elif re.fullmatch(PLAIN["yesno"], answer):
             kind = "yesno"
@@ -1230,10 +1233,8 @@ def read_problem(record):
 
 
 def _first(record, names):
-    """The first value that is there under one of the names, and not null."""
-    for name in names:
-        if record.get(name) is not None:
-            return record[name]
+    """The value under the first of the names that is there."""
+    return next((record[name] for name in names if name in record), None)
 
 
 def _answer_and_solution(answer, solution):
@@ -1271,64 +1272,66 @@ def _text_of(answer):
     if not isinstance(answer, list):
         raise ValueError(f"{str(answer)[:60]!r} is neither a text, a number nor a list of these")
     parts = [_text_of(part) for part in answer]
-    if len(parts) > 1:
-        values = set()
-        for part in parts:
-            value = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"\1/\2", part)
-            with contextlib.suppress(ValueError):
-                value = Fraction(value)
-            if value in values or not re.fullmatch(ONE_OF_SEVERAL, part):
-                raise ValueError(f"the answers {parts} are not different ones that must all be given")
-            values.add(value)
+    values = set()
+    for part in parts:
+        value = rewritten(part)
+        with contextlib.suppress(ValueError):
+            value = Fraction(value)
+        if len(parts) > 1 and (value in values or not re.fullmatch(ONE_OF_SEVERAL, part)):
+            raise ValueError(f"the answers {parts} are not different ones that must all be given")
+        values.add(value)
     return ", ".join(parts)
 
 
 def _add_choices(problem, choices):
     """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    labels = letters
-    if isinstance(choices, dict):  # {"label": [...], "text": [...]} in ARC; or {"A": "a cat", "B": "a dog"}
-        labels = choices.get("label", choices)
-        choices = choices.get("text", choices.values())
-    elif isinstance(choices[0], list | dict):  # TAL-SCQ, in lists of one; CommonsenseQA
-        options = [option[0] if isinstance(option, list) else option for option in choices]
-        labels, choices = zip(*[option.values() for option in options])
-    order = "".join(map(str, labels)).upper()[:len(choices)]
-    if len(order) < len(choices) or not letters.startswith(order) and not "123456789".startswith(order):
+    labels = ()
+    texts = choices
+    if isinstance(choices, dict):
+        labels = choices.get("label", choices)  # {"label": [...], "text": [...]} in ARC; or {"A": "a cat", ...}
+        texts = choices.get("text", choices.values())
+    elif isinstance(choices[0], dict):  # CommonsenseQA
+        labels, texts = zip(*[option.values() for option in choices])
+    elif isinstance(choices[0], list):  # TAL-SCQ
+        labels, texts = zip(*[option.values() for [option] in choices])
+    labels = [str(label).upper() for label in labels]
+    order = "".join(labels) or letters[:len(texts)]
+    if len(order) != len(texts) or not letters.startswith(order) and not "123456789".startswith(order):
         raise ValueError("'choices' are not at most 26 texts, without labels or with A, B, ... or 1, 2, ...")
-    texts = [_text_of(text) for text in choices]
+    texts = [_text_of(text) for text in texts]
     bare = [re.sub(rf"^\(?{letter}[.):]\)?\s*", "", text) for letter, text in zip(letters, texts)]  # "A. a cat"
-    answer = problem["answer"]
-    named = {i for i, label in enumerate(order) if label == answer.strip("(). ").upper()}
-    if labels is letters or not named:
-        named.update(i for i, both in enumerate(zip(texts, bare)) if answer in both)
-        if answer.isdecimal() and int(answer) <= len(texts):
-            named = {}  # counted from 0, from 1, or a text
-    if len(named) != 1:
-        raise ValueError(f"the answer {answer!r} is none of the choices, or could be several; give its letter")
     if not {*bare} & {*texts}:
         texts = bare
-    [place] = named
+    answer = problem["answer"]
+    label = answer.strip("(). ").upper()
+    if label in labels:
+        letter = letters[labels.index(label)]
+    else:
+        letter = letter_of(answer, texts)
+        same = [letter for letter, text in zip(letters, texts) if text == answer]
+        number = answer.isdecimal() and int(answer) <= len(texts)  # counted from 0, from 1, or a text
+        if not letter or number or same not in ([], [letter]):
+            raise ValueError(f"the answer {answer!r} is none of the choices, or could be several; give its letter")
     problem["choices"] = texts
-    problem["answer"] = texts[place]
-    if problem["kind"] != "label":
-        problem["kind"] = "choice"
-        problem["answer"] = letters[place]
-        for letter, text in zip(letters, texts):
-            problem["problem"] += f"\n({letter}) {text}"
+    if problem["kind"] == "label":
+        problem["answer"] = texts[letters.index(letter)]
+        return
+    problem["kind"] = "choice"
+    problem["answer"] = letter
+    for letter, text in zip(letters, texts):
+        problem["problem"] += f"\n({letter}) {text}"
 
 
 def load_network(kind, folder, **options):
     """The model in a folder, as transformers has it; ends the program where a tensor is missing or has another shape:
     it would be random, silently."""
-    try:
+    with failing_as(folder):
         network, about = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
                                               ignore_mismatched_sizes=True, **options)
-    except Exception as error:  # files of any content are read here, by a library
-        fail(f"{folder}: {' '.join(lines_of(error))[:300]}")
-    lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # which nothing here uses
     for name, found, wanted in about["mismatched_keys"]:
-        lost.append(f"{name} of the shape {tuple(wanted)}, as config.json has it, instead of {tuple(found)}")
+        fail(f"{folder}: {name} has the shape {tuple(found)}, and in config.json {tuple(wanted)}")
+    lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # which nothing here uses
     if lost:
         fail(f"{folder}: {len(lost)} missing tensors, first {lost[0]}")
     return network
@@ -1339,10 +1342,8 @@ def local_folder(model):
     """The folder of a model: itself, or where the files of that name on the Hub lie, downloaded if need be."""
     if Path(model).is_dir():
         return str(model)
-    try:
+    with failing_as(f"{model}: no such folder here, and not to be had from the Hub"):
         return snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])
-    except Exception as error:  # no network, no such name, no leave: the Hub's client raises many kinds
-        fail(f"{model}: no such folder here, and not to be had from the Hub: {lines_of(error)[0]}")
 
 
 def weight_files(model):
@@ -1357,30 +1358,26 @@ def weight_files(model):
 def load_tokenizer(model, prompt, system="", think=""):
     """The model's tokenizer; ends the program where its files are missing, or it cannot make prompts of this form."""
     folder = local_folder(model)
-    try:
+    with failing_as(model):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
-            fail(f"{model}: there is no tokenizer in it")
+        if not tokenizer.tokenize("1 + 1"):
+            raise ValueError("there is no tokenizer in it")
         size = max(tokenizer.get_vocab().values()) + 1
         room = config.get_text_config().vocab_size
         if size > room:
-            fail(f"{model}: its tokenizer has {size:,} tokens, and the model only {room:,}")
+            raise ValueError(f"its tokenizer has {size:,} tokens, and the model only {room:,}")
         if prompt and not tokenizer.eos_token:
-            fail(f"{model}: its tokenizer has no end token (eos_token in tokenizer_config.json)")
+            raise ValueError("its tokenizer has no end token (eos_token in tokenizer_config.json)")
         if prompt == "chat":
             if not tokenizer.chat_template:
-                fail(f"{model} has no chat template; take --prompt few_shot or zero_shot")
+                raise ValueError("it has no chat template; take --prompt few_shot or zero_shot")
             end_token(tokenizer, prompt)
             if think and "enable_thinking" not in str(tokenizer.chat_template):
                 say(f"{model}: its chat template does not know --think, which changes nothing")
             example = {"problem": "2 + 2 = ?", "solution": "4"}
             if "1 + 1 = ?" not in make_prompt(tokenizer, prompt, {"problem": "1 + 1 = ?"}, [example], system, think):
-                fail(f"{model}: its chat template does not show the last turn; take --prompt few_shot or zero_shot")
-    except Exception as error:  # files of any content are read here, by libraries
-        if "custom code" in str(error):
-            fail(f"{model}: it brings code of its own, which is never run here")
-        fail(f"{model}: {lines_of(error)[0]}")
+                raise ValueError("its chat template does not show the last turn; take --prompt few_shot or zero_shot")
     return tokenizer
 
 
@@ -1414,18 +1411,14 @@ def make_prompt(tokenizer, prompt, problem, examples=(), system="", think=""):
 def chat_text(tokenizer, turns, think="", **options):
     """Turns of a conversation as the model's chat template has them; ValueError where that cannot.
 
-    think: "on" or "off" for a template that knows enable_thinking, else "". Its clock, if it has one, stands still."""
+    think: "on" or "off" for a template that knows enable_thinking, else ""."""
     if think:
         options["enable_thinking"] = think == "on"
+    today = datetime(2024, 7, 26)  # Llama 3's own without a clock, so that prompts do not depend on the day
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=_date, **options)
+        return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=today.strftime, **options)
     except Exception as error:  # a template is a program, though in a sandbox
         raise ValueError(f"its chat template fails: {lines_of(error)[-1]} (--system '' leaves the system's turn out)")
-
-
-def _date(form):
-    """What a template takes for today, so that prompts do not depend on the day: Llama 3's own date without a clock."""
-    return time.strftime(form, time.strptime("2024-07-26", "%Y-%m-%d"))
 
 
 def end_token(tokenizer, prompt):
@@ -1434,9 +1427,9 @@ def end_token(tokenizer, prompt):
         return tokenizer.eos_token
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
     behind = chat_text(tokenizer, turns).rpartition("!!")[2].strip()
-    for i in tokenizer(behind, add_special_tokens=False)["input_ids"]:
-        if i in tokenizer.added_tokens_decoder:  # special or not
-            return tokenizer.convert_ids_to_tokens(i)
+    for token in tokenizer.tokenize(behind):
+        if token in tokenizer.get_added_vocab():  # special or not
+            return token
     if behind:
         raise ValueError(f"its chat template ends an answer with {behind[:50]!r}, which is no token of its own")
     return tokenizer.eos_token
@@ -1467,6 +1460,7 @@ def make_example(tokenizer, prompt, problem, *answers, system="", think=""):
             "completions": completions, "ids": ids, "end": end_token(tokenizer, prompt)}
 
 
+@functools.lru_cache(256)  # draws share their prompt
 def encode(tokenizer, text):
     """Token ids of a prompt: with the beginning that the tokenizer adds, unless the text (a chat) brings its own, and
     without an end that it adds."""
@@ -1484,7 +1478,7 @@ def encode(tokenizer, text):
 GROUP = 64  # requests that transformers answers as one batch, whoever does it: part of the result
 IN_FLIGHT = 2048  # requests at a vLLM engine, waiting ones included: enough that it never runs dry
 STOP = "\n\nQuestion:"  # where a base model that was shown examples begins to invent the next one
-Request = namedtuple("Request", "place draw ids seed known")  # known: it was answered before the program was killed
+Request = namedtuple("Request", "problem draw ids seed known")  # known: it was answered before the program was killed
 
 
 @phase
@@ -1500,23 +1494,22 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     round, phase = round_and_phase(file)
     engine = run.engine
     loading = engine.use(local_folder(model), style, max_new_tokens, sampling)
-    known = Draws(problems, draws, enough)
-    name = f"{file.replace('/', '-').removesuffix('.jsonl')}@"
-    known.put(torn_lines(run.unfinished, f"{name}*"))
-    barrier()  # everybody has read before anybody writes on
-    run.unfinished.mkdir(parents=True, exist_ok=True)
-    # A batch of transformers' is part of the result, so all processes follow all problems; vLLM's have some each
-    own = range(rank(), len(problems), world_size()) if engine.streams else range(len(problems))
-    queue = deque()  # draws to ask for: (place of the problem, draw)
-    pending = deque()  # answers whose verdicts are awaited
+    path = run.unfinished / f"{file.replace('/', '-').removesuffix('.jsonl')}@{rank()}.jsonl"
+    known = begin_draws(path, problems, draws, enough)
+    own = list(known.values())  # a batch of transformers' is part of the result, so all processes follow all problems
+    if engine.streams:
+        own = own[rank()::world_size()]
+    queue = deque()  # (problem, draw) to ask for
+    pending = deque()  # (answer, its verdict), where that may not be there yet
     mine = []  # answers that the other processes do not know yet
 
-    def next_request():
-        if not queue:
-            return None
-        i, draw = queue.popleft()
-        seed = seed_of(run.seed, round, phase, problems[i]["id"], draw)
-        return Request(i, draw, engine.encode(problems[i], prompt(problems[i], draw)), seed, draw in known.answers[i])
+    def requests():
+        while queue:
+            problem, draw = queue.popleft()
+            ids = encode(engine.tokenizer, prompt(problem, draw))
+            check_length(problem, ids, max_new_tokens, engine.room)
+            seed = seed_of(run.seed, round, phase, problem["id"], draw)
+            yield Request(problem, draw, ids, seed, draw in known[problem["id"]].answers)
 
     def record_verdicts(wait):
         while pending and (wait or pending[0][1].done()):
@@ -1524,115 +1517,108 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
             answer["correct"], answer["reason"] = verdict.result()
             write_line(lines, answer)
             mine.append(answer)
-            known.put([answer])
+            take_in(known, [answer])
             if engine.streams:
-                queue.extend(known.next_wave(known.place[answer["id"]]))
+                queue.extend(known[answer["id"]].next_wave())
             shown.update(world_size())  # the others are about as far
 
-    with (open(run.unfinished / f"{name}{rank()}.jsonl", "a") as lines,
-          bar(sum(known.limits), f"round {round} {phase}") as shown):
+    total = sum(of_problem.limit for of_problem in known.values())
+    with open(path, "a") as lines, bar(total, f"round {round} {phase}") as shown:
         while True:
-            for i in own:
-                queue.extend(known.next_wave(i))
+            for of_problem in own:
+                queue.extend(of_problem.next_wave())
             if not queue:
                 break
-            for request, answer in engine.answers(next_request):
-                problem = problems[request.place]
+            for request, answer in engine.answers(requests):
+                problem = request.problem
                 answer = {"id": problem["id"], "draw": request.draw, **answer, "prompt_tokens": len(request.ids)}
-                pending.append((answer, verdict_of(run, problem, answer, grade)))
+                verdict = (given(grade(problem, answer)) if grade else
+                           run.checker.submit(problem, answer["text"], answer["finish"]))
+                pending.append((answer, verdict))
                 record_verdicts(wait=False)
             record_verdicts(wait=True)
             if not engine.streams:
                 share(known, mine)
     share(known, mine)
-    report_sampling(run, round, phase, known, loading, began)
-    return known.counted()
-
-
-def verdict_of(run, problem, answer, grade):
-    """Future of (correct, reason) of an answer: by `grade`, or by the run's checker."""
-    if grade:
-        return given(grade(problem, answer))
-    return run.checker.submit(problem, answer["text"], answer["finish"])
+    return end_draws(run, round, phase, known, loading, time.time() - began)
 
 
 class Draws:
-    """The draws of a phase: what to ask for next, what was answered, and what counts."""
+    """The draws of one problem in a phase: how many were asked for, what was answered, and what counts."""
 
-    def __init__(self, problems, draws, enough):
-        self.place = {problem["id"]: i for i, problem in enumerate(problems)}
-        self.limits = [draws] * len(problems) if isinstance(draws, int) else draws
+    def __init__(self, problem, limit, enough):
+        self.problem = problem
+        self.limit = limit
         self.enough = enough
-        self.asked = [0] * len(problems)  # how many draws of each problem were asked for
-        self.answers = [{} for _ in problems]  # of each problem {draw: answer}
+        self.asked = 0
+        self.answers = {}  # {draw: answer}
 
-    def put(self, answers):
-        """Take in checked answers."""
-        for answer in answers:
-            self.answers[self.place[answer["id"]]].setdefault(answer["draw"], answer)
-
-    def is_enough(self, responses):
-        """Whether a problem's first responses make later ones needless."""
-        return bool(self.enough and responses and self.enough(responses))
-
-    def next_wave(self, i):
-        """The draws [(i, draw)] to ask for next; none if the last ones are not all there, or were enough."""
-        start = self.asked[i]
-        first = [self.answers[i].get(draw) for draw in range(start)]
-        if None in first or self.is_enough(first):
+    def next_wave(self):
+        """[(problem, draw)] to ask for next; none if the last ones are not all there, or were enough."""
+        start = self.asked
+        first = [self.answers.get(draw) for draw in range(start)]
+        if None in first or self.enough and first and self.enough(first):
             return []
-        self.asked[i] = self.limits[i]
+        self.asked = self.limit
         if self.enough:
-            self.asked[i] = min(self.limits[i], max(1, 2 * start))
-        return [(i, draw) for draw in range(start, self.asked[i])]
+            self.asked = min(self.limit, max(1, 2 * start))
+        return [(self.problem, draw) for draw in range(start, self.asked)]
 
     def counted(self):
-        """The responses that count: of each problem up to those that are enough."""
-        responses = []
-        for limit, answers in zip(self.limits, self.answers):
-            first = []
-            while len(first) < limit and not self.is_enough(first):
-                first.append(answers[len(first)])
-            responses += first
-        return responses
+        """The responses that count: up to the first that are enough."""
+        first = []
+        for draw in range(self.limit):
+            first.append(self.answers[draw])
+            if self.enough and self.enough(first):
+                break
+        return first
 
-    def drawn(self):
-        """All responses, those behind the ones that count too."""
-        responses = []
-        for answers in self.answers:
-            responses += answers.values()
-        return responses
+
+def begin_draws(path, problems, draws, enough):
+    """{problem id: its Draws}, with the answers that earlier starts, of any number of processes, left beside `path`."""
+    if isinstance(draws, int):
+        draws = [draws] * len(problems)
+    known = {problem["id"]: Draws(problem, limit, enough) for problem, limit in zip(problems, draws)}
+    take_in(known, torn_lines(path.parent, f"{path.name.rpartition('@')[0]}@*"))
+    barrier()  # everybody has read before anybody writes on
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return known
+
+
+def take_in(known, answers):
+    """Put answers where they belong in `known`, {problem id: its Draws}; what is there stays."""
+    for answer in answers:
+        known[answer["id"]].answers.setdefault(answer["draw"], answer)
 
 
 def share(known, mine):
     """Have every process know every process' answers; empties `mine`."""
     for answers in gather(mine):
-        known.put(answers)
+        take_in(known, answers)
     mine.clear()
 
 
-def report_sampling(run, round, phase, known, loading, began):
-    """Log and print what a sampling phase gave, and what it spent on all that was drawn."""
-    seconds = time.time() - began
+def end_draws(run, round, phase, known, loading, seconds):
+    """The responses that count. What they are, and what was spent on all that were drawn, is logged and printed."""
+    counted = []
+    drawn = []
+    for of_problem in known.values():
+        counted += of_problem.counted()
+        drawn += of_problem.answers.values()
     parameters = run.engine.parameters
-    costs = costs_of(known.counted(), parameters)
-    spent = costs_of(known.drawn(), parameters)
+    costs = costs_of(counted, parameters)
+    spent = costs_of(drawn, parameters)
     for name in ("draws", "tokens", "prompt_tokens", "flops"):
         costs[f"spent_{name}"] = spent[name]
     run.log(round, phase, **costs, **loading, parameters=parameters, seconds=seconds)
-    answers = max(1, costs["draws"])
-    cut = costs["cut"] / answers
-    silent = costs["verdicts"]["no_answer"] / answers
-    say(f"  round {round}  {phase:<10}{costs['draws']:>7,} answers of {spent['draws']:,} drawn, "
-        f"{costs['correct'] / answers:.1%} correct, {cut:.0%} cut, {silent:.0%} state no answer, "
-        f"{spent['tokens'] / seconds:,.0f} tok/s, {seconds:.1f} s")
-    if cut > 0.5:
+    verdicts = costs["verdicts"]
+    say(f"  round {round}  {phase:<10}{costs['draws']:>7,} answers of {spent['draws']:,} drawn, {costs['correct']:,} "
+        f"correct ({text_of(verdicts)}), {spent['tokens'] / seconds:,.0f} tok/s, {seconds:.1f} s")
+    if verdicts["cut"] > costs["draws"] / 2:
         say("           more than half were cut: raise --max-new-tokens")
-    if silent > 0.5:
+    if verdicts["no_answer"] > costs["draws"] / 2:
         say("           more than half state no answer: read some, then try another --prompt, --system or --grader")
-    for reason in NO_VERDICT:
-        if costs["verdicts"][reason] and reason != "cut":
-            say(f"           {costs['verdicts'][reason]:,} were wrong without a comparison: {reason}")
+    return counted
 
 
 def costs_of(answers, parameters):
@@ -1652,62 +1638,49 @@ class TransformersEngine:
     the same row in another batch differs by 1e-6 in the logits, which may flip a token. One thread a batch on CPU."""
 
     streams = False  # whether requests can be added while others are answered
+    folder = None  # of the model that is loaded
 
     def __init__(self, run):
         self.run = run
-        self.eager = run.constants["EAGER"]
-        self.seeded = run.constants["SEEDED"]
-        self.gpu_memory = run.constants["GPU_MEMORY"]
-        self.folder = None  # of the model that is to answer
-        self.loaded = None  # of the model that is loaded
 
     def use(self, folder, style, max_new_tokens, sampling):
         """Answer with this model and these settings from now on; the seconds it took, for the metrics."""
-        self.stops = [] if style == "chat" else [STOP]
+        self.stop = None if style == "chat" else STOP
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
-        if folder != self.folder:
-            self.folder = folder
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-            self.ends = end_ids(self.tokenizer, folder)
-            self.room = context_of(folder)
-            self.ids = functools.lru_cache(256)(functools.partial(encode, self.tokenizer))  # draws share their prompt
-        if folder == self.loaded:
+        if folder == self.folder:
             return {}
         began = time.time()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.ends = end_ids(self.tokenizer, folder)
+        self.room = context_of(folder)
+        self.parameters = count_parameters(folder)
         give_memory_back()  # what training had
-        costs = self.load()
-        self.loaded = folder
+        costs = self.load(folder)
+        self.folder = folder
         return costs | {"load_seconds": time.time() - began}
 
-    def encode(self, problem, text):
-        """Token ids of a prompt; ends the program if they and an answer do not fit into the context."""
-        ids = self.ids(text)
-        check_length(problem, ids, self.max_new_tokens, self.room)
-        return ids
-
-    def load(self):
-        """Load the model; numbers for the metrics."""
-        self.model = load_network(AutoModelForCausalLM, self.folder, dtype=compute_dtype()).to(device()).eval()
+    def load(self, folder):
+        """Load a model; numbers for the metrics."""
+        self.model = load_network(AutoModelForCausalLM, folder, dtype=compute_dtype()).to(device()).eval()
         for name, tensor in self.model.named_parameters():
             if not tensor.isfinite().all():  # or every answer would be wrong, silently
-                fail(f"{self.folder}: {name} is not finite")
+                fail(f"{folder}: {name} is not finite")
         self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
-        self.parameters = self.model.num_parameters()
         return {}
 
     def sleep(self):
         """Give the model's memory back, to make room for training; numbers for the metrics."""
+        self.folder = None
         self.model = None
-        self.loaded = None
         give_memory_back()
         return {}
 
-    def answers(self, next_request):
-        """Yield (request, {text, tokens, finish}). On a CPU each core answers a batch of its own."""
-        requests = sorted(iter(next_request, None), key=lambda r: (len(r.ids), r.place, r.draw))  # little padding
-        groups = [requests[at:at + GROUP] for at in range(0, len(requests), GROUP)]
+    def answers(self, requests):
+        """Yield (request, {text, ids, tokens, finish}) of requests(). On a CPU each core answers a batch of its own."""
+        ordered = sorted(requests(), key=lambda request: len(request.ids))  # little padding
+        groups = [ordered[at:at + GROUP] for at in range(0, len(ordered), GROUP)]
         own = []
         for group in groups[::-1][rank()::world_size()]:  # the longest first
             if not all(request.known for request in group):
@@ -1718,37 +1691,32 @@ class TransformersEngine:
                 yield from zip(group, answers)
 
     def generate(self, group):
-        """[{text, tokens, finish}] of a group of requests, seeded by its first one."""
+        """The answers to a group of requests, seeded by its first one."""
         batch = self.tokenizer.pad({"input_ids": [r.ids for r in group]}, return_tensors="pt").to(device())
-        stops = {"stop_strings": self.stops, "tokenizer": self.tokenizer} if self.stops else {}
         noise = []
         if self.sampling["temperature"] > 0:
-            noise = [Noise(group[0].seed, **self.sampling)]
-        with torch.inference_mode():
-            out = self.model.generate(**batch, **stops, max_new_tokens=self.max_new_tokens, eos_token_id=self.ends,
-                                      pad_token_id=self.tokenizer.pad_token_id, logits_processor=noise)
-        ends = {*self.ends, self.tokenizer.pad_token_id}
-        answers = []
-        for row in out[:, batch["input_ids"].shape[1]:].tolist():
-            ids = list(itertools.takewhile(lambda token: token not in ends, row))
-            text, stop, _ = self.decode(ids).partition(STOP)
-            tokens = len(ids)
-            finish = "stop"
-            if not stop and tokens < len(row):
-                tokens += 1  # the end token; behind a stop string there is only padding
-            elif not stop:
-                finish = "length"
-            answers.append(self.answer(text, ids, tokens, finish, bool(stop)))
-        return answers
+            noise = [noise_of(group[0].seed, **self.sampling)]
+        out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, stop_strings=self.stop,
+                                  tokenizer=self.tokenizer, eos_token_id=self.ends, logits_processor=noise,
+                                  pad_token_id=self.tokenizer.pad_token_id)
+        return [self.answer(row) for row in out[:, batch["input_ids"].shape[1]:].tolist()]
 
-    def answer(self, text, ids, tokens, finish, stopped):
-        """An answer as it is recorded. The ids of a stop string go; where no token ends before it, there are none."""
-        if stopped:
+    def answer(self, row):
+        """An answer as it is recorded, from its tokens and what may stand behind its end. The ids of a stop string go;
+        where no token ends before it, there are none."""
+        ids = list(itertools.takewhile(lambda token: token not in self.ends, row))
+        tokens = len(ids)
+        text = self.decode(ids)
+        finish = "stop"
+        if self.stop and self.stop in text:
+            text = text.partition(self.stop)[0]
             while len(self.decode(ids)) > len(text):
-                ids = ids[:-1]
-        known = None
-        if not stopped or self.decode(ids) == text:
-            known = " ".join(map(str, ids))
+                ids.pop()
+        elif tokens < len(row):
+            tokens += 1  # the end token
+        else:
+            finish = "length"
+        known = " ".join(map(str, ids)) if self.decode(ids) == text else None
         return {"text": text.strip(), "ids": known, "tokens": tokens, "finish": finish}
 
     def decode(self, ids):
@@ -1756,25 +1724,23 @@ class TransformersEngine:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-class Noise:
-    """Makes of logits (rows, V) numbers of which the largest is a draw: probabilities at a temperature, cut by top_k
-    (0: not) and top_p, each divided by a number from the exponential distribution, as torch.multinomial does. With its
-    own generator, so that groups can be generated side by side."""
+def noise_of(seed, temperature, top_k=0, top_p=1.0):
+    """A processor of logits (rows, V) that makes numbers of them of which the largest is a draw: probabilities at a
+    temperature, cut by top_k (0: not) and top_p, each divided by a number from the exponential distribution, as
+    torch.multinomial does. With its own generator, so that groups can be generated side by side."""
+    generator = torch.Generator(device()).manual_seed(seed)
+    steps = [TemperatureLogitsWarper(temperature)]
+    if top_k:
+        steps.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        steps.append(TopPLogitsWarper(top_p))
 
-    def __init__(self, seed, temperature, top_k=0, top_p=1.0):
-        self.temperature = temperature
-        self.generator = torch.Generator(device()).manual_seed(seed)
-        self.cuts = []
-        if top_k:
-            self.cuts.append(TopKLogitsWarper(top_k))
-        if top_p < 1:
-            self.cuts.append(TopPLogitsWarper(top_p))
+    def add_noise(ids, logits):
+        for step in steps:
+            logits = step(ids, logits)
+        return logits.softmax(1) / torch.empty_like(logits).exponential_(generator=generator)
 
-    def __call__(self, ids, logits):
-        logits = logits / self.temperature
-        for cut in self.cuts:
-            logits = cut(ids, logits)
-        return logits.softmax(1) / torch.empty_like(logits).exponential_(generator=self.generator)
+    return add_noise
 
 
 class VllmEngine(TransformersEngine):
@@ -1784,159 +1750,132 @@ class VllmEngine(TransformersEngine):
     streams = True
     llm = None
 
-    def load(self):
+    def load(self, folder):
         if self.llm is None:
-            self.build()
+            self.build(folder)
         else:
-            self.send_weights()
+            self.send_weights(folder)
         self.room = self.llm.llm_engine.model_config.max_model_len
-        return self.self_test()
+        return self.self_test(folder)
 
-    def build(self):
-        """Build the engine, in the dtype that the model's config.json names: vLLM casts as it loads."""
+    def build(self, folder):
+        """Build the engine. vLLM casts as it loads."""
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         warnings.simplefilter("ignore", FutureWarning)  # of its own use of torch
-        threads = torch.get_num_threads()
         set_num_threads = torch.set_num_threads  # vLLM makes it do nothing, and the trainer needs it
         from vllm import LLM
         from vllm.platforms import current_platform
-        config = AutoConfig.from_pretrained(self.folder)
-        dtype = config.dtype or torch.float32
         if device().type == "cuda":
-            if dtype == torch.float32:
-                dtype = torch.bfloat16
-            machine = dict(enforce_eager=self.eager, enable_sleep_mode=True, max_model_len=-1,
+            machine = dict(enforce_eager=self.run.constants["EAGER"], enable_sleep_mode=True, max_model_len=-1,
                            max_num_seqs=512,  # as many as its CUDA graphs cover
-                           gpu_memory_utilization=self.gpu_memory)
+                           gpu_memory_utilization=self.run.constants["GPU_MEMORY"])
         elif current_platform.is_cpu():  # a prompt in two pieces and a seed of its own would break the CPU's engine
+            torch.compiler.set_stance("force_eager")  # saves the self-test 5-20 s
             tokens = min(self.room, 8192)
             machine = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=tokens,
                            max_model_len=tokens, kv_cache_memory_bytes=2**30)
         else:
             fail("--engine vllm: there is no GPU, and the vLLM that is installed is not its CPU build")
         # In this process, and after the process group exists: external_launcher, which takes the GPU of LOCAL_RANK
-        self.llm = LLM(self.folder, dtype=dtype, distributed_executor_backend="external_launcher",
+        self.llm = LLM(folder, dtype=compute_dtype(), distributed_executor_backend="external_launcher",
                        generation_config="vllm", use_tqdm_on_load=False, **machine)
-        self.shape = shape_of(config)
-        self.parameters = count_parameters(self.folder)
+        self.shape = shape_of(folder)
         torch.set_num_threads = set_num_threads
-        torch.set_num_threads(threads)
 
-    def send_weights(self):
+    def send_weights(self, folder):
         """Give the engine the weights of another folder; after a sleep its own are gone."""
-        if shape_of(AutoConfig.from_pretrained(self.folder)) != self.shape:
-            fail(f"{self.folder}: vLLM's engine was built for a model of another shape; score them one by one")
-        asleep = self.loaded is None and device().type == "cuda"
-        if asleep:
-            self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": read_weights(self.folder)})
-        if asleep:
-            self.llm.wake_up(tags=["kv_cache"])
+        if shape_of(folder) != self.shape:
+            fail(f"{folder}: vLLM's engine was built for a model of another shape; score them one by one")
+        self.llm.wake_up(tags=["weights"])  # if it sleeps
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": read_weights(folder)})
+        self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
-    def self_test(self):
+    def self_test(self, folder):
         """End the program unless the engine has the weights of its folder: bit for bit where it keeps them as they are,
         and by log-probabilities of a row of tokens that the trainer left, as far as rounding allows."""
-        compared, wrong = self.llm.apply_model(functools.partial(compare_weights, self.folder))[0]
+        from vllm import SamplingParams
+        compared, wrong = self.llm.apply_model(functools.partial(compare_weights, folder))[0]
         if wrong or not compared:
-            fail(f"vLLM does not have the weights of {self.folder}: {len(wrong)} of {compared} tensors differ, "
-                 f"{wrong[:1]}")
-        path = Path(self.folder) / ROW
+            fail(f"vLLM does not have the weights of {folder}: {len(wrong)} of {compared} tensors differ, {wrong[:1]}")
+        path = Path(folder) / ROW
         if not path.exists():
             return {"tensors_equal": compared}
         row = read(path)
-        with torch.compiler.set_stance("force_eager" if device().type == "cpu" else "default"):  # saves 5-20 s
-            [output] = self.llm.generate({"prompt_token_ids": row["tokens"]},
-                                         self.settings(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+        [output] = self.llm.generate({"prompt_token_ids": row["tokens"]},
+                                     SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
         found = zip(row["tokens"][1:], output.prompt_logprobs[1:])
         engines = [logprobs[token].logprob for token, logprobs in found]
         error = float(np.median(np.abs(np.subtract(engines, row["logprobs"]))))
-        limit = 0.2  # in bfloat16 single tokens differ by 5, their median by 0.07 (measured); other weights by more
-        if self.llm.llm_engine.model_config.dtype == compute_dtype() == torch.float32:
-            limit = 0.001  # 0.00001 (measured)
+        # In bfloat16 single tokens differ by 5, their median by 0.07; in float32 that by 0.00001; other weights by more
+        limit = 0.001 if compute_dtype() == torch.float32 else 0.2
         if not error <= limit:
-            fail(f"vLLM's log-probabilities of {self.folder} are {error:.2g} off the trainer's (median)")
+            fail(f"vLLM's log-probabilities of {folder} are {error:.2g} off the trainer's (median)")
         return {"tensors_equal": compared, "logprob_error": error}
 
-    def settings(self, **values):
-        """vLLM's SamplingParams; an answer comes once, when it is whole."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-        return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **values)
-
     def sleep(self):
-        if self.loaded is None or device().type != "cuda":
+        if self.folder is None or device().type != "cuda":
             return {}
-        self.loaded = None
+        self.folder = None
         self.llm.sleep(2)  # frees the weights too: the next load sends new ones
         free, total = torch.cuda.mem_get_info()
         return {"asleep_gib": (total - free) / 2**30}
 
-    def answers(self, next_request):
-        """Yield (request, {text, tokens, finish}) as they end; next_request is asked again as soon as there is room, so
-        a problem's next wave need not wait for the slowest."""
+    def answers(self, requests):
+        """Yield (request, {text, ids, tokens, finish}) as they end; requests() is asked again as soon as there is room,
+        so a problem's next wave need not wait for the slowest."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
         torch.set_num_threads(threads_per_process())
         engine = self.llm.llm_engine
         flying = {}
-        number = 0
         while True:
-            while len(flying) < IN_FLIGHT:
-                request = next_request()
-                if request is None:
-                    break
-                if request.known:
-                    continue
-                seed = None
-                if self.seeded and self.sampling["temperature"] > 0:
-                    seed = request.seed
-                settings = self.settings(max_tokens=self.max_new_tokens, seed=seed, stop=self.stops,
-                                         stop_token_ids=self.ends, **self.sampling)
-                engine.add_request(str(number), {"prompt_token_ids": request.ids}, settings)
-                flying[str(number)] = request
-                number += 1
+            missing = (request for request in requests() if not request.known)
+            for request in itertools.islice(missing, IN_FLIGHT - len(flying)):
+                settings = SamplingParams(max_tokens=self.max_new_tokens, stop=self.stop, stop_token_ids=self.ends,
+                                          seed=request.seed if self.run.constants["SEEDED"] else None,
+                                          output_kind=RequestOutputKind.FINAL_ONLY, **self.sampling)
+                name = str(request.seed)  # no other has it
+                engine.add_request(name, {"prompt_token_ids": request.ids}, settings)
+                flying[name] = request
             if not flying:
                 return
             for output in engine.step():
                 if output.finished:
-                    request = flying.pop(output.request_id)
-                    answer = output.outputs[0]
-                    ids = [token for token in answer.token_ids if token not in self.ends]
-                    yield request, self.answer(answer.text, ids, len(answer.token_ids), answer.finish_reason,
-                                               isinstance(answer.stop_reason, str))
+                    yield flying.pop(output.request_id), self.answer(output.outputs[0].token_ids)
 
 
-def shape_of(config):
+def shape_of(folder):
     """What an engine is built for: it can be given other weights, but nothing else."""
+    config = AutoConfig.from_pretrained(folder)
     text = config.get_text_config()
     return config.model_type, text.hidden_size, text.num_hidden_layers, text.vocab_size
 
 
+def saved_tensors(model):
+    """(name, tensor) of everything in a model's safetensors files; a tensor is read from the disk when it is used."""
+    for path in weight_files(model):
+        with failing_as(model), safe_open(path, "pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
 def count_parameters(model):
     """How many numbers a model's safetensors files hold (a tied head counts once)."""
-    total = 0
-    for path in weight_files(model):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                total += math.prod(file.get_slice(name).get_shape())
-    return total
+    return sum(tensor.numel() for _, tensor in saved_tensors(model))
 
 
 def read_weights(folder):
-    """(name, tensor) of everything in a folder's safetensors files, and of a tied head, which is in none of them:
-    without it vLLM's CPU build keeps the old one, silently."""
-    embedding = None
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                tensor = file.get_tensor(name)
-                if name.endswith("embed_tokens.weight"):
-                    embedding = tensor
-                yield name, tensor
-    if AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings:
-        yield "lm_head.weight", embedding
+    """The tensors of a model for vLLM: with a tied head, which is in no file, its CPU build keeps the old one without
+    it, silently."""
+    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    for name, tensor in saved_tensors(folder):
+        yield name, tensor
+        if tied and name.endswith("embed_tokens.weight"):
+            yield "lm_head.weight", tensor
 
 
 def compare_weights(folder, model):
@@ -1950,9 +1889,9 @@ def compare_weights(folder, model):
     wrong = []
     for name, parameter in model.named_parameters():
         parts = [name]
-        for whole in fused:
+        for whole, pieces in fused.items():
             if whole in name and name not in sent:
-                parts = [name.replace(whole, part) for part in fused[whole]]
+                parts = [name.replace(whole, piece) for piece in pieces]
         if parameter.numel() and all(part in sent for part in parts):
             tensor = torch.cat([sent[part] for part in parts]).to(parameter)
             compared += 1

@@ -578,7 +578,7 @@ def without_mark(folder):
     ("v_head", {"drop": ["model.layers.1.mlp.up_proj.weight"]}, None,
      "missing tensors, first layers.1.mlp.up_proj.weight"),
     ("score", {}, without_mark, "its tokenizer has no token for the end of a step, '<extra_0>'"),
-    ("score", {"model_type": "unheard_of"}, None, "it brings code of its own, which is never run here"),
+    ("score", {"model_type": "unheard_of"}, None, "contains custom code which must be executed"),
     ("v_head", {"drop": ["v_head.summary.weight", "v_head.summary.bias"]}, None, "no process reward model"),
 ])
 def test_broken_reward_model_is_refused_in_one_line(write_prm, capsys, layout, more, change, words):
@@ -992,4 +992,4 @@ def test_tagger_without_a_chat_template_is_refused(tmp_path, monkeypatch, capsys
     path.write_text(json.dumps(settings))
     set_constants(monkeypatch, sai_dpo, TAG=True, TAGGER=str(tmp_path / "bare"),
                   TRAIN_DATA=str(TOY / "train.jsonl"))
-    assert "bare has no chat template" in refusal_of(capsys, sai_dpo.main)
+    assert "bare: it has no chat template" in refusal_of(capsys, sai_dpo.main)

@@ -171,12 +171,12 @@ def test_generator_depends_on_seed_and_key_only(run):
 def test_noise_draws_from_the_distribution(alone, cuts, expected):
     """200,000 draws at temperature 0.5, of probabilities that are squared there; by the seed alone."""
     logits = 0.5 * torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(200_000, 1)
-    drawn = common.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1)
+    drawn = common.noise_of(7, temperature=0.5, **cuts)(None, logits).argmax(1)
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert (shares - torch.tensor(expected)).abs().max() < 0.005 and shares[torch.tensor(expected) == 0].sum() == 0
     torch.rand(5)
-    assert torch.equal(drawn, common.Noise(7, temperature=0.5, **cuts)(None, logits).argmax(1))
-    assert not torch.equal(drawn, common.Noise(8, temperature=0.5, **cuts)(None, logits).argmax(1))
+    assert torch.equal(drawn, common.noise_of(7, temperature=0.5, **cuts)(None, logits).argmax(1))
+    assert not torch.equal(drawn, common.noise_of(8, temperature=0.5, **cuts)(None, logits).argmax(1))
 
 
 def test_what_a_terminal_must_not_see_is_escaped(alone):

@@ -47,7 +47,7 @@ def test_new_weights_are_taken_over_and_forgotten_ones_caught(tmp_path, models, 
     assert "vLLM's log-probabilities of runs/updates/round_0/large are " in done.stderr
     metrics = {m["phase"]: m for m in lines(tmp_path / "runs" / "updates" / "metrics.jsonl")}
     assert metrics["before"]["tensors_equal"] > 10 and metrics["after"]["load_seconds"] > 0
-    assert metrics["after"]["logprob_error"] <= (0.2 if model == "half" else 1e-4)
+    assert metrics["after"]["logprob_error"] <= 1e-4
 
 
 def test_whole_loop_under_vllm_is_killed_and_resumed(tmp_path):

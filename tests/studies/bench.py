@@ -238,7 +238,7 @@ class Drawing:
     def ours(self, turn, seeded=True):
         import common
         self.forget()
-        self.run.engine.seeded = seeded
+        self.run.constants["SEEDED"] = seeded
         began = time.time()
         with quiet():
             answers = common.sample(self.run, f"round_{turn}/seeded_{seeded}.jsonl", self.model,
