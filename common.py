@@ -30,7 +30,6 @@ import fcntl
 import functools
 import gc
 import hashlib
-import inspect
 import itertools
 import json
 import math
@@ -493,7 +492,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed import get_rank as rank, get_world_size as world_size
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -2014,17 +2013,19 @@ def token_logprobs(hidden, weight, targets):
     return torch.cat(parts)
 
 
-def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **other):
+def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
+                     sliding_window=None, **_):
     """Causal attention inside each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D).
 
     Without cu_seq_lens_q each row is one sequence, padded at its end."""
     longest = max_length_q or query.shape[2]
-    if other.get("softcap") or longest > (other.get("sliding_window") or longest):
-        fail("this model's attention (soft-capped, or a sliding window shorter than an example) cannot be trained here")
+    if sliding_window and longest > sliding_window:
+        fail("this model's attention has a window shorter than an example: it cannot be trained here")
     if query.is_cuda and max_length_q:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest, scale=scaling, window_size=(-1, 0),
+        starts = cu_seq_lens_q.int()
+        out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0),
                           enable_gqa=True)
         return out[None], None
     lengths = longest
@@ -2077,12 +2078,11 @@ def can_pack(policy):
 
     Linear attention, state spaces and convolutions (Qwen3-Next, Falcon-H1, LFM2) run on into the next sequence. Both
     batches have one shape, so that rounding is the same: what differs has leaked."""
-    second = [([], list(range(69, 101)))]
-    behind = []
-    for tokens in range(5, 37), range(37, 69):
-        first = [([], list(tokens))]
-        behind.append(policy(pack([first, second]))[len(tokens) - 1:])
-    return bool((behind[0] - behind[1]).abs().max() < 0.01)
+    first = list(range(5, 37))
+    second = list(range(37, 69))
+    one = policy(pack([[([], first), ([], second)]]))
+    other = policy(pack([[([], first[::-1]), ([], second)]]))
+    return bool((one - other)[len(first) - 1:].abs().max() < 0.01)
 
 
 # 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
@@ -2121,8 +2121,6 @@ def tokenize_all(tokenizer, examples, context):
             fitting.append({"id": example["id"], "sequences": sequences, "tokens": sum(lengths), "reference": []})
     if len(fitting) < len(examples):
         say(f"  {len(examples) - len(fitting):,} training examples are longer than the model's context, and left out")
-    if not fitting:
-        fail(f"no training example fits into the model's context of {context:,} tokens")
     return fitting
 
 
@@ -2146,7 +2144,7 @@ def pack(examples):
         tokens, positions, starts = [0], [0], [0, 1]
     batch = {"tokens": tokens, "positions": positions, "starts": starts, "predict": predict}
     for name, values in batch.items():
-        batch[name] = torch.tensor(values, dtype=torch.int32 if name == "starts" else torch.long, device=device())
+        batch[name] = torch.tensor(values, dtype=torch.long, device=device())
     targets = batch["tokens"][batch["predict"] + 1]
     return batch | {"targets": targets, "counts": counts, "longest": max(positions) + 1}
 
@@ -2162,24 +2160,21 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
         order = rng.permutation(len(lengths)).tolist()
         for at in range(0, len(order), batch_size):
             step = sorted(order[at:at + batch_size], key=lambda e: -lengths[e])
-            count = 0
-            fits = False
-            while not fits:
-                count += processes
+            for count in range(processes, len(step) + processes, processes):  # enough for each to be alone
                 micro_batches = [[] for _ in range(count)]
                 loads = [0] * count
                 for e in step:
                     emptiest = loads.index(min(loads))
                     micro_batches[emptiest].append(e)
                     loads[emptiest] += lengths[e]
-                fits = all(load <= max_tokens or len(m) == 1 for m, load in zip(micro_batches, loads))
+                if all(load <= max_tokens or len(m) == 1 for m, load in zip(micro_batches, loads)):
+                    break
             steps.append(micro_batches)
     return steps
 
 
 # 8. Training ----------------------------------------------------------------------------------------------------------
 
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # what a save of a training holds
 ROW = "logprobs.json"  # in a model's folder: the trainer's log-probabilities of a row of tokens, to test the engine by
 ADAPTERS = "adapters/adapters.safetensors"  # in a model's folder: those that were merged into it
 
@@ -2246,10 +2241,7 @@ def optimizer_step(policy, optimizer, loss, examples, micro_batches, clip):
     mine = Counter()
     for micro_batch in micro_batches:
         batch = pack([examples[e]["sequences"] for e in micro_batch])
-        reference = []
-        for e in micro_batch:
-            reference += examples[e]["reference"]
-        batch["reference"] = torch.tensor(reference, device=device())
+        batch["reference"] = torch.tensor([examples[e]["reference"] for e in micro_batch], device=device()).flatten()
         total, weight, metrics = loss(policy(batch), batch)
         total.backward()
         mine.update({"loss": total.detach(), "weight": weight, **metrics})
@@ -2320,30 +2312,6 @@ def compute_dtype():
     return torch.bfloat16 if device().type == "cuda" else torch.float32
 
 
-def bytes_of_training(constants):
-    """(bytes of a model's weights, gradients and moments over all processes, bytes of a token's activations).
-
-    A number in float32 has 16 bytes with its gradient and AdamW's moments; frozen ones those of the weight. What layers
-    keep of a token: 16 H + 6 I numbers on a CPU (SmolLM2-135M: 1.9 MB measured, 2.2 so), 11 H + 4 I on a GPU (by
-    reading, not measured; H hidden, I intermediate size); recomputed, H, and all of it for one layer at a time."""
-    model = local_folder(constants["MODEL"])
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    hidden = config.hidden_size
-    inner = config.intermediate_size
-    layers = config.num_hidden_layers
-    size = compute_dtype().itemsize
-    states = 16 * count_parameters(model)
-    if constants["LORA_RANK"]:  # at most: keys and values may be narrower
-        adapters = constants["LORA_RANK"] * layers * (11 * hidden + 3 * inner)
-        states = size * count_parameters(model) + 16 * adapters
-    a_layer = size * (16 * hidden + 6 * inner)
-    if device().type == "cuda":
-        a_layer = size * (11 * hidden + 4 * inner)
-    if constants["RECOMPUTE"]:
-        return states, a_layer + layers * size * hidden
-    return states, layers * a_layer
-
-
 def memory_of_process():
     """Bytes that a process may fill as it trains: its GPU's, or its part of half of the machine's (or container's)."""
     if device().type == "cuda":
@@ -2357,20 +2325,33 @@ def memory_of_process():
 def tokens_that_fit(run):
     """Tokens of a micro-batch: MAX_TOKENS; on a CPU at most what fits. Says what training will fill, by arithmetic.
 
-    Not by what is free at the moment: a rerun gets the same."""
-    wanted = run.constants["MAX_TOKENS"]
-    states, a_token = bytes_of_training(run.constants)
-    fixed = states / world_size() + 16 * LOGITS  # and the loss
+    Not by what is free at the moment: a rerun gets the same. What layers keep of a token: 16 H + 6 I numbers on a CPU
+    (SmolLM2-135M: 1.9 MB measured, 2.2 so), 11 H + 4 I on a GPU (by reading, not measured; H hidden, I intermediate
+    size); recomputed, H, and all of it for one layer at a time."""
+    model = local_folder(run.constants["MODEL"])
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    hidden = config.hidden_size
+    inner = config.intermediate_size
+    layers = config.num_hidden_layers
+    size = compute_dtype().itemsize
+    tokens = run.constants["MAX_TOKENS"]
     memory = memory_of_process()
-    tokens = wanted
-    if device().type != "cuda":
-        tokens = min(wanted, max(256, int((memory - fixed) / a_token)))
-    filled = f"{(fixed + tokens * a_token) / 2**30:.2g} of {memory / 2**30:.3g} GiB a process"
-    say(f"  memory   training fills about {filled}, {tokens * a_token / 2**30:.2g} of it by --max-tokens {tokens:,}")
-    if tokens < wanted:
-        say(f"           which was {wanted:,}: cut to what fits into half of this machine's memory")
-    if fixed + tokens * a_token > memory:
-        say("           that is more than there is: try --recompute, --max-tokens, --lora-rank or more processes")
+    states = 16 * count_parameters(model)  # float32, with gradient and AdamW's moments
+    if run.constants["LORA_RANK"]:  # frozen; adapters of a usual rank add a tenth
+        states = size * count_parameters(model)
+    fixed = states / world_size() + 16 * LOGITS  # and the loss
+    numbers = 16 * hidden + 6 * inner
+    if device().type == "cuda":
+        numbers = 11 * hidden + 4 * inner
+    a_token = size * layers * numbers
+    if run.constants["RECOMPUTE"]:
+        a_token = size * (layers * hidden + numbers)
+    if device().type == "cpu" and fixed + tokens * a_token > memory:
+        tokens = max(256, int((memory - fixed) / a_token))
+        say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits into half of this machine's")
+    filled = (fixed + tokens * a_token) / 2**30
+    say(f"  memory   training fills about {filled:.2g} of {memory / 2**30:.3g} GiB a process, "
+        f"{tokens * a_token / 2**30:.2g} of it by --max-tokens {tokens:,}")
     return tokens
 
 
@@ -2381,7 +2362,7 @@ def learning_rate_factor(step, steps, warmup, decay):
         return (step + 1) / ramp
     if not decay:
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, steps - ramp)))
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 
 @torch.no_grad()
@@ -2390,20 +2371,20 @@ def add_references(policy, examples, steps):
 
     By the micro-batches of the first epoch: where policy and reference are equal, they are so exactly."""
     found = {}
+    completions = len(examples[0]["sequences"])
     for step in steps:
         for micro_batch in step[rank()::world_size()]:
             batch = pack([examples[e]["sequences"] for e in micro_batch])
-            sums = iter(sequence_logprobs(policy(batch), batch).tolist())
-            for e in micro_batch:
-                found[e] = [next(sums) for _ in examples[e]["sequences"]]
+            sums = sequence_logprobs(policy(batch), batch)
+            found.update(zip(micro_batch, sums.view(-1, completions).tolist()))
     for part in gather(found):
         for e, reference in part.items():
             examples[e]["reference"] = reference
 
 
 def training_state(policy, optimizer):
-    """{weights, moments}: what is trained, and AdamW's state, in this process' shards."""
-    weights, moments = get_state_dict(policy, optimizer, options=TRAINED)
+    """{weights, moments}: what is trained, and AdamW's state, in this process' shards, not copied."""
+    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
     if not policy.head.weight.requires_grad:
         weights.pop("head.weight", None)  # torch leaves it in if it is tied
     return {"weights": weights, "moments": moments}
@@ -2419,7 +2400,6 @@ def save_progress(run, round, policy, optimizer, history):
         publish(half)
         for path in older:
             shutil.rmtree(path)
-    barrier()
 
 
 def load_progress(run, round, policy, optimizer):
@@ -2427,10 +2407,7 @@ def load_progress(run, round, policy, optimizer):
     saves = gather(sorted(run.unfinished.glob(f"round_{round}-step_???????")))[0]
     if not saves:
         return []
-    state = training_state(policy, optimizer)
-    dcp.load(state, checkpoint_id=saves[-1])
-    set_state_dict(policy, optimizer, model_state_dict=state["weights"], optim_state_dict=state["moments"],
-                   options=TRAINED)
+    dcp.load(training_state(policy, optimizer), checkpoint_id=saves[-1])  # into the shards themselves
     history = read(saves[-1] / "history.json")
     say(f"  training resumes after step {len(history):,}")
     return history
@@ -2478,7 +2455,7 @@ def merge_adapters(network, weights, path):
 
 
 def report_training(run, round, history, lengths, epochs, reference, network, figures):
-    """Log and print what training did. Losses are those of the first and the last step; tokens count prompts too.
+    """Log and print what training did: the figures of its last step among others. Tokens count prompts too.
 
     FLOPs: 6 N per token trained on (2 forward, 2 for the gradients of what flows, 2 for those of the weights, if these
     are trained; Kaplan et al. 2020), 2 N per token of a reference pass. Padded: all as long as the longest."""
@@ -2487,15 +2464,12 @@ def report_training(run, round, history, lengths, epochs, reference, network, fi
     flops = network.num_parameters() * (4 * tokens + 2 * reference_tokens)
     flops += network.num_parameters(only_trainable=True) * 2 * tokens
     padded = max(lengths) * len(lengths) / sum(lengths)
-    first, last = history[0], history[-1]
-    for name in ("loss", "margin", "preferred"):
-        if name in last:
-            figures[name] = last[name]
-    if device().type == "cuda":
-        figures["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    run.log(round, "train", steps=len(history), first_loss=first["loss"], tokens=tokens,
-            reference_tokens=reference_tokens, flops=flops, spent_flops=flops, padded_flops=flops * padded, **figures)
-    say(f"  round {round}  train     {len(history):>7,} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}, "
+    first_loss = history[0]["loss"]
+    figures = history[-1] | figures
+    run.log(round, "train", first_loss=first_loss, tokens=tokens, reference_tokens=reference_tokens,
+            flops=flops, spent_flops=flops, padded_flops=flops * padded,
+            peak_gib=torch.cuda.max_memory_allocated() / 2**30, **figures)
+    say(f"  round {round}  train     {len(history):>7,} steps, loss {first_loss:.3f} -> {figures['loss']:.3f}, "
         f"{tokens / figures['seconds']:,.0f} tok/s, {figures['seconds']:.1f} s")
 
 

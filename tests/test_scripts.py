@@ -164,7 +164,7 @@ def test_steps_have_loss_norm_rate_and_seconds(whole, script):
     if script in ("hs_star.py", "sai_dpo.py"):
         names |= {"margin", "preferred"}
         assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-7)  # policy and reference are the same
-    assert [s["step"] for s in steps] == list(range(1, train["steps"] + 1))
+    assert [s["step"] for s in steps] == list(range(1, train["step"] + 1))
     assert all(s.keys() == names and s["norm"] > 0 and s["seconds"] > 0 for s in steps)
     assert (steps[0]["loss"], steps[-1]["loss"]) == (train["first_loss"], train["loss"])
 
