@@ -2006,7 +2006,7 @@ def token_logprobs(hidden, weight, targets):
         logits = (h @ weight.T).float()
         return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
 
-    size = max(1, LOGITS // weight.shape[0])
+    size = LOGITS // weight.shape[0]
     parts = []
     for h, t in zip(hidden.split(size), targets.split(size)):
         parts.append(checkpoint(chunk, h, t, use_reentrant=False))
@@ -2050,7 +2050,8 @@ class Policy(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.body, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.body = model.get_decoder()
+        self.head = model.get_output_embeddings()
 
     def forward(self, batch):
         hidden = hidden_states(self.body, batch) if self.packs else padded_states(self.body, batch)
@@ -2218,7 +2219,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
             values = optimizer_step(policy, optimizer, loss, examples, plan[step][rank()::world_size()], clip)
             history.append({"step": step + 1, **values})
             if not math.isfinite(values["loss"] + values["norm"]):
-                ids = [examples[e]["id"] for micro_batch in plan[step] for e in micro_batch]
+                ids = [examples[e]["id"] for e in sum(plan[step], [])]
                 fail(f"round {round}, training step {step + 1} of {len(plan)}: loss {values['loss']}, gradient norm "
                      f"{values['norm']}; the last good model stays. The step's examples: {', '.join(ids)}")
             if gather(time.time() - saved >= 60 * run.constants["SAVE_MINUTES"])[0]:
