@@ -22,11 +22,12 @@ def adapters_of(folder):
 
 def test_a_layer_is_w_plus_alpha_over_r_b_a(start):  # noqa: F811
     rng = start().rng("test")
-    plain = torch.nn.Linear(6, 5).double()
-    layer = common.LoraLinear(plain, 3, 12.0, rng).double()
+    layer = torch.nn.Linear(6, 5)
+    common.add_adapters(torch.nn.ModuleList([layer]), 3, 12.0, rng)
+    layer.double()
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(7, 6, dtype=torch.float64)
-    expected = x @ (plain.weight + 12.0 / 3 * layer.lora_B @ layer.lora_A).T + plain.bias
+    expected = x @ (layer.weight + 12.0 / 3 * layer.lora_B @ layer.lora_A).T + layer.bias
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -66,7 +67,6 @@ def test_next_round_continues_the_adapters_of_the_last(start, examples):  # noqa
     train(run, "round_1/model", examples, model=first, lr=0.0, weight_decay=0.0, **LORA)
     for name, tensor in adapters_of(first).items():
         assert torch.equal(tensor, adapters_of(run.folder / "round_1/model")[name])
-    assert json.loads((run.folder / "round_1/model/adapters/base.json").read_text()) == str(TOY / "model")
     other = start("other")
     train(other, "round_0/model", examples[:2], model=first, lr=0.0, epochs=1, **LORA)
     assert not any(tensor.any() for name, tensor in adapters_of(other.folder / "round_0/model").items()
@@ -143,7 +143,7 @@ def test_adapters_take_few_bytes(start, examples):  # noqa: F811
         network, policy = common.load_for_training(run, str(TOY / "model"), *settings)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         kept[name] = sum(16 * p.numel() if p.requires_grad else 4 * p.numel() for p in network.parameters())
-        shapes = [(m.in_features + m.out_features) * 4 for m in policy.modules() if isinstance(m, common.LoraLinear)]
+        shapes = [(m.in_features + m.out_features) * 4 for m in policy.modules() if hasattr(m, "lora_A")]
         if shapes:
             assert sum(p.numel() for p in trained) == sum(shapes)
     assert kept["lora"] < 0.4 * kept["full"]

@@ -249,6 +249,22 @@ def test_examples_of_dast_are_others_of_the_level_or_of_all_where_it_has_too_few
     assert seen == set(levels)
 
 
+def test_examples_of_dast_that_overflow_the_context_give_way_to_the_next_shorter():
+    pool = [{"id": str(n), "problem": str(n), "solution": "x" * n} for n in (10, 20, 30, 40, 50)]
+
+    def drawn_with(room, problem="?", shots=2):
+        examples = dast.draw_examples({"id": problem, "problem": problem}, pool, shots, rng(),
+                                      lambda examples: sum(len(e["solution"]) for e in examples) <= room)
+        return sorted(len(e["solution"]) for e in examples)
+
+    first, second = drawn_with(10**6)
+    assert drawn_with(first + second) == [first, second]
+    shorter = [n for n in (10, 20, 30, 40) if n < second and n != first]
+    assert drawn_with(first + second - 1) == sorted([first, shorter[-1]])
+    assert drawn_with(30) == [10, 20] and drawn_with(10) == [10] and drawn_with(9) == []
+    assert drawn_with(30, problem="20") == [10]  # never the problem itself
+
+
 # AdaSTaR --------------------------------------------------------------------------------------------------------------
 
 def iterate(numbers, betas, outcomes):

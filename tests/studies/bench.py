@@ -94,7 +94,8 @@ def ours(what, rows, run, model, turn):
     examples = []
     for i, (prompt, right, wrong) in enumerate(rows):
         completions = [right, wrong] if what == "dpo" else [right]
-        examples.append({"id": str(i), "prompt": prompt, "completions": completions, "end": "<|endoftext|>"})
+        examples.append({"id": str(i), "prompt": prompt, "completions": completions, "ids": [None] * len(completions),
+                         "end": "<|endoftext|>"})
     with quiet():
         common.train(run, f"round_{turn}/model", str(model), examples, vars(dast)[f"{what}_loss"], lr=1e-5,
                      warmup=0, epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, decay=False,

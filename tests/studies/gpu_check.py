@@ -282,7 +282,7 @@ def train_shape(shape, cases):
             sizes = rng.integers(200, 1000, 2 if loss == "dpo" else 1)
             completions = ["".join(rng.choice(letters, size)) for size in sizes]
             examples.append({"id": str(i), "prompt": "Question: ", "end": "<|endoftext|>",
-                             "completions": completions})
+                             "completions": completions, "ids": [None] * len(completions)})
         run.constants |= {"MAX_TOKENS": max_tokens, "RECOMPUTE": recompute}
         (run.folder / "max_tokens_1.json").unlink(missing_ok=True)
         if on_gpu():

@@ -161,7 +161,7 @@ def document(tokenizer, seen, rng):
         return {**make_example(tokenizer, "chat", turns[-1], turns[-1]["solution"]),
                 "prompt": make_prompt(tokenizer, "chat", turns[-1], turns[:-1], system)}
     text = make_prompt(tokenizer, "few_shot", turns[-1], turns[:-1]) + turns[-1]["solution"]
-    return {"id": "", "prompt": "", "completions": [text], "end": tokenizer.eos_token}
+    return {"id": "", "prompt": "", "completions": [text], "ids": [None], "end": tokenizer.eos_token}
 
 
 def make_tokenizer(folder, texts):
