@@ -1610,13 +1610,19 @@ def end_draws(run, round, phase, known, loading, seconds):
     for name in ("draws", "tokens", "prompt_tokens", "flops"):
         costs[f"spent_{name}"] = spent[name]
     run.log(round, phase, **costs, **loading, parameters=parameters, seconds=seconds)
-    verdicts = costs["verdicts"]
-    say(f"  round {round}  {phase:<10}{costs['draws']:>7,} answers of {spent['draws']:,} drawn, {costs['correct']:,} "
-        f"correct ({text_of(verdicts)}), {spent['tokens'] / seconds:,.0f} tok/s, {seconds:.1f} s")
-    if verdicts["cut"] > costs["draws"] / 2:
+    answers = max(1, costs["draws"])
+    cut = costs["verdicts"]["cut"] / answers
+    silent = costs["verdicts"]["no_answer"] / answers
+    say(f"  round {round}  {phase:<10}{costs['draws']:>7,} answers of {spent['draws']:,} drawn, "
+        f"{costs['correct'] / answers:.1%} correct, {cut:.0%} cut, {silent:.0%} state no answer, "
+        f"{spent['tokens'] / seconds:,.0f} tok/s, {seconds:.1f} s")
+    if cut > 0.5:
         say("           more than half were cut: raise --max-new-tokens")
-    if verdicts["no_answer"] > costs["draws"] / 2:
+    if silent > 0.5:
         say("           more than half state no answer: read some, then try another --prompt, --system or --grader")
+    failed = {reason: n for reason, n in costs["verdicts"].items() if reason in NO_VERDICT and reason != "cut"}
+    if failed:
+        say(f"           wrong without a comparison: {text_of(failed)}")
     return counted
 
 
@@ -2456,10 +2462,11 @@ def show_answers(problems, responses):
     """Print a right and a wrong response in full, so that a person sees what the numbers are made of."""
     by_id = {p["id"]: p for p in problems}
     examples = {r["correct"]: r for r in responses}  # the last ones
-    for response in examples.values():
+    for correct, response in examples.items():
         problem = by_id[response["id"]]
         text = response["text"].replace("\n", "\n    ")
-        say(f"  {response['reason']}: {problem['problem']}\n    {text}\n    (the answer is {problem['answer']})")
+        say(f"  {'right' if correct else 'wrong'}: {problem['problem']}\n    {text}\n"
+            f"    ({response['reason']}; the answer is {problem['answer']})")
 
 
 def end_round(run, t, keep=()):
