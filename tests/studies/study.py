@@ -323,25 +323,27 @@ def spent_at(pasts, what, amount):
     return np.mean(spent)
 
 
-def head_to_head(seeds):
-    """All arms at the most generated tokens that all have reached with all seeds; and pictures of the main
-    ones."""
+def head_to_head(seeds, words):
+    """Arms whose names have one of the words (without words all) at the most generated tokens that all have reached
+    with all seeds, against the first; and pictures of the main ones."""
     without_solutions()
     arms = {}
     for arm in HEAD_TO_HEAD:
-        arms[arm] = []
+        if not words or any(word in arm for word in words):
+            arms[arm] = []
+    first = next(iter(arms))
     for seed in seeds:
-        for arm, command in HEAD_TO_HEAD.items():
-            script, *flags = command.replace("SEED", str(seed)).split()
+        for arm in arms:
+            script, *flags = HEAD_TO_HEAD[arm].replace("SEED", str(seed)).split()
             arms[arm].append(evaluation.Past(run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed",
                                                  seed)))
     amount = min(past.rounds[-1]["generated"] for of_arm in arms.values() for past in of_arm)
-    reached = {"base": [past.rounds[0]["right"] for past in arms["HS-STaR"]]}
+    reached = {"base": [past.rounds[0]["right"] for past in arms[first]]}
     for arm, of_arm in arms.items():
         reached[arm] = [past.at("generated", amount) for past in of_arm]
     title = f"at {amount:,} generated tokens"
     print(f"\n{title:<33}{'accuracy by seed':<39}{'mean':<20}{'trained on':<12}{'FLOPs':<9}"
-          "against rejection sampling")
+          f"against {first}")
     for arm, scores in reached.items():
         table = evaluation.table_of(scores, scores[0])
         by_seed = " ".join(f"{accuracy:.1%}" for accuracy in table.mean(1))
@@ -352,11 +354,13 @@ def head_to_head(seeds):
             trained = spent_at(arms[arm], "trained", amount)
             flops = spent_at(arms[arm], "flops", amount)
             spent = f"{trained:<12,.0f}{flops:<9.2g}"
-        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[MAIN[0]])}")
+        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[first])}")
     print("\ndifferences there")
     for arm, control in AGAINST:
+        if arm not in arms or control not in arms:
+            continue
         print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control])}")
-    main = {arm: arms[arm] for arm in MAIN}
+    main = {arm: arms[arm] for arm in MAIN if arm in arms}
     print("\ntimes trained on, at the ends: problems with below 25 %, to 50 %, to 75 %, more right")
     bins, counts = evaluation.effort(main)
     for arm, of_arm in counts.items():
@@ -365,19 +369,21 @@ def head_to_head(seeds):
 
 
 def main():
-    studies = {"dast": dast, "adastar": adastar, "hs_star": hs_star, "sai_dpo": sai_dpo,
-               "head_to_head": head_to_head}
+    studies = {"dast": dast, "adastar": adastar, "hs_star": hs_star, "sai_dpo": sai_dpo}
     others = {"kills": withstand.kills, "fuzz": withstand.fuzz, "soak": withstand.soak,
               "disk": withstand.disk, "exact": withstand.exact}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*studies, "dast-dpo", *others])
+    parser.add_argument("name", choices=[*studies, "dast-dpo", "head_to_head", *others])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated, of the first five [0,1,2]")
+    parser.add_argument("--arms", default="", help="of head_to_head: words in their names, comma-separated [all]")
     arguments = parser.parse_args()
     (ROOT / "runs").mkdir(exist_ok=True)
     seeds = list(map(int, arguments.seeds.split(",")))
     if arguments.name in others:
         others[arguments.name]()
+    elif arguments.name == "head_to_head":
+        head_to_head(seeds, [word for word in arguments.arms.split(",") if word])
     elif arguments.name.startswith("dast"):
         dast(seeds, "dpo" if arguments.name == "dast-dpo" else "sft")
     else:
