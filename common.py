@@ -629,6 +629,9 @@ def prepare(g, *more_problems, models=()):
 
     Returns (run, tokenizer, problems to train on, tests): {"test": problems, "held_out": problems}, without what is
     empty. more_problems and models are other inputs that the results depend on. Bad input ends the program here."""
+    for name in MACHINE:  # a fork that lacks one must not fail on a GPU only
+        if name not in g:
+            fail(f"the constant {name} is missing; dast.py has it under # Machine")
     tokenizer = load_tokenizer(g["MODEL"], g["PROMPT"], g["SYSTEM"], g["THINK"])
     problems = load_problems(g["TRAIN_DATA"], "train", g["DATA"], g["N_TRAIN"])
     problems, held_out = hold_out(problems, g["HELD_OUT"], g["SEED"])
@@ -2498,10 +2501,10 @@ def print_table(scores, first):
                 rows[f"  {name}, {part}"] = of_part
     levels = sorted(levels, key=int)
     width = max(map(len, [first, *rows])) + 4
-    say(f"\n{first:<{width}}problems  accuracy  95 % interval   " + "".join(f"  level {level}" for level in levels))
+    say(f"\n{first:<{width}}problems  accuracy  95 % interval  " + "".join(f"  level {level}" for level in levels))
     for name, score in rows.items():
         low, high = score["interval"]
-        row = f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>6.1%} - {high:>6.1%}"
+        row = f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>5.1%} - {high:>5.1%}"
         for level in levels:
             of_level = score.get("by_level", {}).get(level)
             row += f"{of_level['accuracy']:>9.1%}" if of_level else " " * 9

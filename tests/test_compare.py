@@ -75,7 +75,7 @@ def test_effort_is_binned_by_the_right_answers_of_all_runs(two_runs):
 
 def test_compare_prints_accuracies_gains_and_costs(two_runs, tmp_path):
     said = launch(tmp_path, "eval.py", "--compare", "runs/a-0", "runs/b-0").stdout
-    for words in ("4    100.0%  51.0% - 100.0%  level 1 100.0%  level 2 100.0%", "b: +50.0 [+1.0, +99.0] points against a",
+    for words in ("4    100.0%  51.0% - 100.0%   100.0%   100.0%", "b: +50.0 [+1.0, +99.0] points against a",
                   "at 300 tokens", "4     75.0%", "b: +25.0 [", "b: rounds [2], generated 400, trained 21, flops 320"):
         assert words in said
 

@@ -58,3 +58,19 @@ def test_edit_of_a_set_works(project):
     code = "import common; print([p['id'] for p in common.load_problems('riddles', 'test', 'data')])"
     found = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "['riddles/test/1', 'riddles/test/2', 'riddles/test/3']"
+
+
+def test_the_fifth_method_runs_as_printed(tmp_path):
+    """It resumes, and --compare reads it."""
+    [script] = re.findall(r"```python\n(\"\"\"Vanilla rejection.*?)```", README, re.S)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(ROOT / "common.py", folder)
+    (folder / "rejection.py").write_text(script)
+    flags = ["--n-train", "20", "--n-test", "6", "--rounds"]
+    for rounds in 1, 2:
+        launch(tmp_path, folder / "rejection.py", *flags, rounds)
+    phases = [(m["round"], m["phase"]) for m in lines(tmp_path / "runs/rejection-0/metrics.jsonl")]
+    assert {(1, "responses"), (1, "train"), (2, "eval"), (2, "round")} <= set(phases)
+    done = launch(tmp_path, "eval.py", "--compare", "runs/rejection-0")
+    assert re.search(r"(?m)^rejection +6 ", done.stdout)

@@ -35,7 +35,7 @@ TRAINED = {"dast.py": lambda s: [[draw] for draw in s["chosen"]],
            "sai_dpo.py": lambda s: [s["pair"]] if s["pair"] else []}  # draws of a problem that are trained on
 PARAMETERS = sum(tensor.numel() for tensor in load_file(TOY / "model" / "model.safetensors").values())
 README = (ROOT / "README.md").read_text()
-EXPLAINED = README.partition("## What a run leaves")[2].partition("\n## ")[0]
+EXPLAINED = (TOY.parent / "studies/details.md").read_text().partition("## What a run leaves")[2].partition("\n## ")[0]
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -485,7 +485,7 @@ def test_script_without_a_machine_constant_fails_in_one_line(tmp_path):
     script = edited(tmp_path, "sai_dpo.py", "EAGER = False", "# EAGER = False")
     script.write_text(script.read_text().replace("EAGER=True, ", ""))  # of TOY
     line = error_of(resumed(tmp_path, script, check=False))
-    assert "EAGER" in line and "error.log" in line
+    assert "the constant EAGER is missing" in line
 
 
 def test_folder_of_another_script_or_in_use_is_refused(whole, tmp_path):
@@ -523,10 +523,10 @@ def test_failed_start_is_no_run(tmp_path):
     shutil.copytree(TOY / "model", tmp_path / "m")
     config = common.read(TOY / "model" / "config.json")
     common.write(tmp_path / "m" / "config.json", config | {"max_position_embeddings": 150})
-    flags = [*SMALL["adastar.py"], "--rounds", "0", "--model"]
-    line = error_of(launch(tmp_path, "adastar.py", *flags, "m", check=False))
+    flags = [*SMALL["dast.py"], "--rounds", "0", "--model"]
+    line = error_of(launch(tmp_path, "dast.py", *flags, "m", check=False))
     assert "exceeds the context of 150" in line
-    assert "adastar.py starts in" in launch(tmp_path, "adastar.py", *flags, TOY / "model").stdout
+    assert "dast.py starts in" in launch(tmp_path, "dast.py", *flags, TOY / "model").stdout
 
 
 # Models on disk -------------------------------------------------------------------------------------------------------
