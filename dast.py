@@ -19,7 +19,7 @@ names mean in detail. T and B give H and U at least twice the answers that they 
 (tests/studies/proportions.py). L shows E and M examples of their own level too.
 Where it differs from the paper we cannot know, as we have not read the rest.
 
-  python dast.py --toy                                                   2 CPU cores: 3 min, from 47 to 56 % (measured)
+  python dast.py --toy                                                   2 CPU cores: 2 min, from 47 to 56 % (measured)
   python dast.py --model Qwen/Qwen2.5-1.5B                               one GPU: not measured yet
   torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
 """

@@ -22,7 +22,7 @@ of K"); the model's "frontier", not too easy or difficult, is p = 1/2, in draw a
 hardest --no-difficulty-before). Also ours: no probe problem is trained on, so that probes compare; all arms probe, so
 that they cost the same; cut answers count as wrong and are in no pair; no label smoothing (proxies: 0.1).
 
-  python sai_dpo.py --toy                                     2 CPU cores: 1.3 min, 62 % (measured)
+  python sai_dpo.py --toy                                     2 CPU cores: 1.6 min, 62 % (measured)
   python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
   torchrun --nproc-per-node 8 sai_dpo.py                      eight GPUs: not measured yet
 """
