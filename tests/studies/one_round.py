@@ -5,6 +5,7 @@
 Two problems of each run: the first that was decided on and trained on, and the first that was not.
 """
 import json
+import re
 import subprocess
 import sys
 
@@ -13,14 +14,15 @@ from pieces import ROOT, lines
 PAGE = ROOT / "tests" / "studies" / "one_round.md"
 HEAD = """# One round, told with real records
 
-Made by `python tests/studies/one_round.py` from round 1 of each script's `--toy`, seed 0. Of each run two problems: the first
-that is trained on, and the first that is not. In a table of draws `/` stands for a new line. What the keys of a decision
+Made by `python tests/studies/one_round.py` from round 1 of each script's `--toy`, seed 0. Two problems of each run: the
+first that is trained on, and the first that is not. In a table of draws `/` is a new line. What the keys of a decision
 mean: [details](details.md).
 """
 DRAWN = {  # script: what is drawn for a decision, and what happens there
     "dast.py": (["round_0/probe", "round_1/responses"],
                 "The base answers each problem five times (probe), which gives its level; then more and more distinct "
-                "answers are asked of harder problems. The first of each distinct correct text is trained on."),
+                "answers are asked of harder problems. The first of each distinct correct text is trained on, and the problem's "
+                "own solution (the last below)."),
     "adastar.py": (["round_1/responses_0"],
                    "Problems are visited in the order of (`last`, `w`); in the first round all are equal. A problem gets a "
                    "second draw if the first is wrong. The walk stops when there are enough correct answers, and the "
@@ -47,10 +49,8 @@ def told(run, script, problem, decision, trained):
             if response["id"] == problem["id"]:
                 phase = name.partition("/")[2]
                 text.append(f"| {phase} {response['draw']} | {one_line(response['text'])} | {response['reason']} |")
-    shown = {}
-    for key, value in decision.items():
-        shown[key] = round(value, 3) if isinstance(value, float) else value
-    text += ["\nThe decision (`selection.jsonl`):\n", "```json", json.dumps(shown), "```\n"]
+    shown = re.sub(r"(\d\.\d{3})\d+", r"\1", json.dumps(decision))  # fewer digits
+    text += ["\nThe decision (`selection.jsonl`):\n", "```json", shown, "```\n"]
     if not trained:
         text.append("No answer to it is trained on.\n")
         return text
