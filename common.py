@@ -2040,6 +2040,8 @@ def tokenize_all(tokenizer, examples, context):
         lengths = [len(prompt) + len(completion) for prompt, completion in sequences]
         if max(lengths) <= context:
             fitting.append({"id": example["id"], "sequences": sequences, "tokens": sum(lengths), "reference": []})
+    if not fitting:
+        fail(f"all {len(examples):,} training examples are longer than the model's context of {context:,} tokens")
     if len(fitting) < len(examples):
         say(f"  {len(examples) - len(fitting):,} training examples are longer than the model's context, and left out")
     return fitting

@@ -154,6 +154,9 @@ def test_examples_longer_than_the_context_are_left_out(start, examples, tmp_path
     assert "1 training examples are longer than the model's context" in capsys.readouterr().out
     same = train(start("same"), "round_0/model", examples, **settings)
     assert all(torch.equal(more[name], tensor) for name, tensor in same.items())
+    with pytest.raises(SystemExit):
+        train(start("none"), "round_0/model", [long], **settings)
+    assert "all 1 training examples are longer than the model's context of 300" in capsys.readouterr().err
 
 
 def test_sampled_tokens_are_trained_on_as_they_were():
