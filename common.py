@@ -101,7 +101,8 @@ SAME_LIST (?is)(?!.{0,200}\b(?:no|wait|actually|correct\w*|instead|final|answer|
 # Around a box (\0): what may stand before it and behind it, for all else changes what is in it; words that revoke it;
 # units, which belong to it.
 BEFORE (?:(?:\A|\n)(?:[ \t>]|[-*#]+ |\w\d?[.)])*|(?<![<>])=|[:：&~]|\*\*|<[^<> ]*>|
-  (?<![-+/^_$\\])(?<![^*]\*)(?:\\?\$)+|\\[(\[\\]|(?<![\\A-Za-z])[^\W\d_]{2,}|(?:[^\W\d_]|[$)\]}])[.,;]|\\(?:<STYLE>|begin|end)\{[^{}]*\}|
+  (?<![-+/^_$\\])(?<![^*]\*)(?:\\?\$)+|\\[(\[\\]|(?<![\\A-Za-z])[^\W\d_]{2,}|(?:[^\W\d_]|[$)\]}])[.,;]|
+  \\(?:<STYLE>|begin|end)\{[^{}]*\}|
   \\(?:n|in|implies|iff|therefore|to|equiv|approx|q?quad|[a-z]*rightarrow)(?![a-z]))
 DENIED \S[ \t]*-[\s$]*|\b(?:not|\w+n't|never|cannot|neither|wrong|incorrect|mistake|(?:minus|negative)(?=[ $}]*\0)|
   twice|half|double|rules? out|(?:more|less|greater|fewer|larger) than|suppose|assume|if|maybe|perhaps|possibly)
@@ -2271,7 +2272,7 @@ def tokens_that_fit(run):
         a_token = size * (layers * hidden + numbers)
     if device().type == "cpu" and fixed + tokens * a_token > memory:
         tokens = max(256, int((memory - fixed) / a_token))
-        say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits into half of this machine's")
+        say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits into half of the machine's")
     filled = (fixed + tokens * a_token) / 2**30
     say(f"  memory   training fills about {filled:.2g} of {memory / 2**30:.3g} GiB a process, "
         f"{tokens * a_token / 2**30:.2g} of it by --max-tokens {tokens:,}")
@@ -2338,7 +2339,7 @@ def load_progress(run, round, policy, optimizer):
 
 @torch.no_grad()
 def row_logprobs(policy, examples):
-    """{tokens, logprobs}: up to 256 tokens of the longest sequence, and log p of each but the first under the policy."""
+    """{tokens, logprobs}: up to 256 tokens of the longest sequence, and log p of all but the first under the policy."""
     rows = [prompt + completion for example in examples for prompt, completion in example["sequences"]]
     tokens = max(rows, key=len)[:256]
     return {"tokens": tokens, "logprobs": policy(pack([[([], tokens)]])).tolist()}

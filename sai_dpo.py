@@ -483,24 +483,22 @@ def main():
     end_round(run, 0)
 
     model = MODEL
-    used = []
+    unused = pool
     for t in range(1, ROUNDS + 1):
         # 1. Probe: where does the policy fail?
         answers = sample(run, f"round_{t}/probe.jsonl", model, probed, K_SAMPLES, ask, **drawn)
         rates = np.array([row["p"] for row in measure(answers)])
         if t == 1 or SELECT != "static":
             seen = rates  # with "static" those of the first probe
-        unused = np.setdiff1d(pool, used)
         if len(unused) < n:  # all over again
             unused = pool
-            used = []
         masses = error_masses(seen, clusters[probe], np.bincount(clusters[unused], minlength=k))
         shares = shares_of(masses)
 
         # 2. Draw problems to match
         weights = weights_of(shares, seen, clusters[probe])
         chosen = draw(unused, clusters, weights, n, run.rng(t, "draw"))
-        used += chosen.tolist()
+        unused = np.setdiff1d(unused, chosen)
         own = [problems[i] for i in chosen]
 
         # 3. Roll out, filter, order

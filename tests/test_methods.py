@@ -117,7 +117,8 @@ RULES = [
            (np.ones(5), PROBED, np.array([3, 4, 5]), [0, 0, 0])),  # no failure at all
     *cases(sai_dpo.shares_of, (np.array([1.0, 2.5, 0.0]), pytest.approx([2 / 6.5, 3.5 / 6.5, 1 / 6.5])),
            (np.zeros(4), [0.25] * 4), SMOOTHING=1.0),
-    *cases(sai_dpo.shares_of, (np.array([1.0, 4.0, 0.0]), pytest.approx([0.2, 0.8, 0.0])), (np.zeros(4), [0.25] * 4), SMOOTHING=0.0),
+    *cases(sai_dpo.shares_of, (np.array([1.0, 4.0, 0.0]), pytest.approx([0.2, 0.8, 0.0])),
+           (np.zeros(4), [0.25] * 4), SMOOTHING=0.0),
     *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, [0.5, 0.25, 0.25]), DIFFICULTY_BEFORE=False),
     *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, [0.5, 0.25, 0.25]), SELECT="knowledge"),
     *cases(sai_dpo.weights_of, (QUARTERS, BELOW, PROBED, None), SELECT="difficulty"),
@@ -203,7 +204,8 @@ def test_rule_by_chance_gives_all_that_it_may_and_nothing_else(monkeypatch, rule
     (hs_star, {"PRE_SAMPLES": 9}, "--pre-samples 9 are more than --budget 8"),
     (hs_star, {"PRM": ""}, "without --prm there are no rewards"),
     (hs_star, {"PRM": "", "DIFFICULTY": "accuracy", "PAIRING": "random", "REPORT_ONLY": True}, "nothing to report"),
-    (hs_star, {"MODEL": "other"}, "--tau-low 0.0 and --tau-high 0.0 of Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B with other"),
+    (hs_star, {"MODEL": "other"},
+     "--tau-low 0.0 and --tau-high 0.0 of Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B with other"),
     (hs_star, {"TAU_LOW": 0.9}, "--tau-low 0.9 and --tau-high 0.65"),
     (sai_dpo, {"SELECT": "knowledge", "PREFER": "hardest"}, "--prefer hardest is for"),
 ])
@@ -741,7 +743,8 @@ def test_apportion_gives_each_its_part_of_what_others_left():
         assert ((0 <= found) & (found <= room)).all()
         free = found < room
         if free.any() and found.any():
-            assert (shares[free] / (found[free] + 0.5)).max() <= (shares[found > 0] / (found[found > 0] - 0.5)).min() + 1e-9
+            least = (shares[found > 0] / (found[found > 0] - 0.5)).min()
+            assert (shares[free] / (found[free] + 0.5)).max() <= least + 1e-9
 
 
 @pytest.mark.parametrize("share, sizes, expected", [

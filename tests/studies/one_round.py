@@ -21,15 +21,15 @@ mean: [details](details.md).
 DRAWN = {  # script: what is drawn for a decision, and what happens there
     "dast.py": (["round_0/probe", "round_1/responses"],
                 "The base answers each problem five times (probe), which gives its level; then more and more distinct "
-                "answers are asked of harder problems. The first of each distinct correct text is trained on, and the problem's "
-                "own solution (the last below)."),
+                "answers are asked of harder problems. The first of each distinct correct text is trained on, and "
+                "the problem's own solution (the last below)."),
     "adastar.py": (["round_1/responses_0"],
-                   "Problems are visited in the order of (`last`, `w`); in the first round all are equal. A problem gets a "
-                   "second draw if the first is wrong. The walk stops when there are enough correct answers, and the "
+                   "Problems are visited in the order of (`last`, `w`); in the first round all are equal. A problem gets "
+                   "a second draw if the first is wrong. The walk stops when there are enough correct answers, and the "
                    "first floor(m alpha^2) problems are marked as seen."),
     "hs_star.py": (["round_1/presamples", "round_1/resamples"],
-                   "A few answers to each problem give `phi_a`, the share correct, and `phi_r`, the mean reward; the rest "
-                   "of the budget goes to boundary problems. The best-looking right and wrong answers make pairs."),
+                   "A few answers to each problem give `phi_a`, the share correct, and `phi_r`, the mean reward; the "
+                   "rest of the budget goes to boundary problems. The best-looking right and wrong answers make pairs."),
     "sai_dpo.py": (["round_1/responses"],
                    "Clusters in which the probe failed more are drawn from more. Of problems answered both right and "
                    "wrong those nearest to one half are trained on, as a random pair of a right and a wrong answer."),
@@ -81,8 +81,8 @@ def page():
         for path in (f"round_0/{before}", "round_1/eval.json"):
             accuracy.append(json.loads((run / path).read_text())["accuracy"])
         text += [f"## {script}\n", what + "\n",
-                 f"This round: {len(selection)} problems decided on, {len(chosen)} of them trained on; greedy accuracy on "
-                 f"300 test problems from {accuracy[0]:.1%} to {accuracy[1]:.1%}.\n"]
+                 f"This round: {len(selection)} problems decided on, {len(chosen)} of them trained on; greedy accuracy "
+                 f"on 300 test problems from {accuracy[0]:.1%} to {accuracy[1]:.1%}.\n"]
         for i in (chosen[0], others[0]):
             [decision] = [s for s in selection if s["id"] == i]
             trained = examples.get(i, []) if i == chosen[0] else []
