@@ -79,6 +79,7 @@ UNITS (?:square |cubic |sq\.? |cu\.? )?(?:dollar|USD|cent|euro|pound|inche?|feet
 ONE_UNIT (?:<UNITS>|\\(?:<STYLE>)\{ *[a-z] *\})
 UNIT (?i)(.*(?:\d|[^\s\w\\,./]|\\[a-z]+|(?<![A-Za-z\\])[A-Za-z])) *(<ONE_UNIT>(?: ?(?:/|per) ?(?:<ONE_UNIT>|[a-z]))?
   (?: ?\^\{?[23]\}?)?)
+SIGN %|\^\\circ
 SCALES hundred|thousand|million|billion|trillion|dozen|lakh|crore|percent|per cent|pct|squared|cubed|factorial|plus|
   minus|
   times|divided|mod|or|out|half|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|
@@ -137,7 +138,7 @@ REVOKED (?i)\b(?:wait|however|actually|but|no|not|\w+n't|wrong|incorrect|mistake
 SHORT_LINE (?!.*\\f?box)(.{1,200})()
 EXPLAINED (?i)\b(?:because|since|as (?:required|desired|claimed|wanted|expected)|exactly|(?:in (?:total|all)|
   altogether|total)\W*$|
-  it (?:is|does|did|has|can)(?: not|n't)?$)
+  (?<!no, )it (?:is|does|did|has|can)$|(?<!yes, )it (?:is|does|did|has|can)(?: not|n't)$)
 # A letter, perhaps with its option's text; a value with a name (f(x) = 2).
 LETTER (?:(?:the |correct )*(?:option|choice|answer)(?: is)?:? )?\(? ?([a-z]) ?\)?(?: ?[-.,:)]+)?(?:(?:(?<=\)) ?|
    )(.+))?
@@ -150,10 +151,10 @@ NO_DIFFERENCE (?m)^(?:the|an?) |[^\S\n]
 NUMBER [-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*)
 VARIABLE (?<![\\A-Za-z])[A-DF-HJ-Za-df-hj-z](?![A-Za-z])
 # Not for math-verify, which reads them wrongly: words (products of letters), ratios and times, several equations,
-# bases, "7 8", huge factorials, primes, tiny numbers, a tuple as a set; nor a number against what has a
+# bases, "7 8", huge factorials, parts of one, primes, tiny numbers, a tuple as a set; nor a number against what has a
 # variable or a comma: they differ.
 ONLY_AS_TEXT (?m)(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)(?!sqrt|frac|pi\b|sin|cos|tan|log|exp|mod\b)[A-Za-z]{3,}|
-  ^[A-Za-z]{2,}$|:|=[^=\n]*,[^=\n]*=|\d_|(?<!frac )(?<!binom )\b\d+ \d|\d{3}!|'|
+  ^[A-Za-z]{2,}$|:|=[^=\n]*,[^=\n]*=|\d_|(?<!frac )(?<!binom )\b\d+ \d|\d{3}!|\d\}?[/{]\{?\d\d!|'|
   \^T|10\^\{?-\d\d|\A\\\{[^(\n]*\n\(|\A\([^(\n]*\n\\\{[^(]*\Z|
   \A(?:<NUMBER>)\n(?!.*=).*(?:,|<VARIABLE>)|\A(?!.*=).*(?:,|<VARIABLE>).*\n(?:<NUMBER>)\Z
 """
@@ -302,12 +303,13 @@ def undecided(gold, answer):
 
 
 def canonical(answer):
-    """(answer, unit) as two mathematical answers are compared."""
+    """(answer, unit) as two mathematical answers are compared. A sign, as %, stays in the answer too."""
     answer = rewritten(answer)
     unit = RULES["UNIT"].fullmatch(answer)
-    if not unit:
-        return answer, ""
-    return unit[1], unit[2].casefold().rstrip("s")
+    if unit:
+        return unit[1], unit[2].casefold().rstrip("s")
+    signs = RULES["SIGN"].findall(answer)
+    return answer, "".join(signs[:1])
 
 
 def same_value(gold, answer, equal):
@@ -2274,7 +2276,7 @@ def tokens_that_fit(run):
         tokens = max(256, int((memory - fixed) / a_token))
         say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits into half of the machine's")
     filled = (fixed + tokens * a_token) / 2**30
-    say(f"  memory   training fills about {filled:.2g} of {memory / 2**30:.3g} GiB a process, "
+    say(f"  memory   training fills up to {filled:.3g} of {memory / 2**30:.3g} GiB a process, "
         f"{tokens * a_token / 2**30:.2g} of it by --max-tokens {tokens:,}")
     return tokens
 

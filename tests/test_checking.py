@@ -79,7 +79,8 @@ DIFFERENT = [
     ("10.5", "2½"), ("(E)", "\\text{(E)}+1"), ("C", "C, 7"), ("f(x)=2x", "\\text{not }f(x)=2x"), ("2", "2 sin x"),
     ("7", "8"), ("7", "it is 7"), ("(1,2)", "(2,1)"), ("7", "\x00\ud800"), ("0", "1\\,000"), ("56", "7 8"),
     ("7", "5=7"), ("7", "1=2=3=7"), ("81", "(x+y)^2=81"), ("14", "2x=14"), ("7", "3+5=7"), ("204_5", "204_6"),
-    ("204", "204_5"), ("\\frac{1}{2004!}", "\\frac{1}{2006!}"), ("10^{-9}", "10^{-8}"), ("0", "10^{-9}"), ("no", "on"),
+    ("204", "204_5"), ("\\frac{1}{2004!}", "\\frac{1}{2006!}"), ("1/20!", "1/21!"), ("\\frac{1}{20!}", "\\frac{1}{21!}"),
+    ("3\\%", "3^\\circ"), ("3\\%", "\\$3"), ("3^\\circ", "3 m"), ("10^{-9}", "10^{-8}"), ("0", "10^{-9}"), ("no", "on"),
     ("listen", "silent"), ("3 million", "3"), ("7", "\\text{not }7"), ("7", "7 or more"), ("7", "7 \\text{ or } 8"),
     ("7", "\\neg 7"), ("E", "D"), ("E", "\\mathrm{E}*2"), ("3", "minus 3"), ("3", "—3"), ("0.33", "1/3"), ("35", "3,5"),
     ("2", "x=2, y=3"), ("(2,3)", "x=3, y=2"), ("x=3, y=2", "x=2, y=3"), ("p=2", "q=2"), ("1:2:3", "1:3:2"),
@@ -130,6 +131,7 @@ def test_labels(answer, labels, label):
     ("choice", "A", ["$$50$$", "7"], "\\boxed{50}", (True, "equal")),
     ("choice", "(c)", (), "\\boxed{C}", (True, "equal")),
     ("yesno", "no", (), "Hm.\nThe answer is No, it is not.", (True, "equal")),
+    ("yesno", "yes", (), "Hm.\nThe answer is yes, it is not.", (False, "no_answer")),
     ("label", "neutral", list(common.ENTAILMENT), "neutral", (True, "equal")),
     ("math", " ", (), "\\boxed{}", (False, "bad_gold"))])
 def test_verdicts_told_by_the_text(kind, gold, choices, text, verdict):
