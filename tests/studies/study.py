@@ -9,6 +9,7 @@
   hs_star        HS-STaR, uniform DPO and the ablations at the same budget
   sai_dpo        SAI-DPO, its arms, random and static, at the same answers and pairs
   head_to_head   base, controls, the four methods and their ablations at the same tokens
+  real           the same on SmolLM2-135M, after tests/studies/real_model.py runs/real
   kills          SIGKILL in each phase of small runs of the four scripts, on 1 and 2 processes
   fuzz           texts made at random through all of checking
   soak           hundreds of short iterations: memory, open files, threads, temporary files
@@ -18,6 +19,7 @@
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -28,12 +30,13 @@ import withstand
 from pieces import ROOT, lines
 
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
 import eval as evaluation  # noqa: E402
 
 
 def run(script, name, *flags):
     """One real run, as a user starts it, if the same command has not been to its end yet. The run folder."""
-    command = [sys.executable, script, "--toy", "--name", name, *map(str, flags)]
+    command = [sys.executable, script, "--name", name, *map(str, flags)]
     folder = ROOT / "runs" / name
     ended = folder / "study.txt"  # the command that ended well
     if not ended.exists() or ended.read_text() != " ".join(command[1:]):
@@ -73,7 +76,7 @@ def dast(seeds, loss):
     arms = {arm: [] for arm in ("base", "base, examples in prompt", "round 0", "DAST", "vanilla, same draws",
                                 "vanilla, same draws and size")}
     for seed in seeds:
-        flags = ["--seed", seed, "--loss", loss]
+        flags = ["--toy", "--seed", seed, "--loss", loss]
         one = run("dast.py", f"{study}-dast-{seed}", *flags)
         flags += ["--variant", "", "--draws-like", f"runs/{one.name}"]
         vanilla = run("dast.py", f"{study}-vanilla-{seed}", *flags)
@@ -110,7 +113,7 @@ ADASTAR = {  # arm: (iterations, flags); of each as many as spend about as much
 def adastar_arm(arm, seed):
     """One arm with one seed: its run folder."""
     rounds, flags = ADASTAR[arm]
-    return run("adastar.py", f"study-adastar-{name_of(arm)}-{seed}", "--seed", seed, "--rounds", rounds,
+    return run("adastar.py", f"study-adastar-{name_of(arm)}-{seed}", "--toy", "--seed", seed, "--rounds", rounds,
                *flags)
 
 
@@ -189,7 +192,7 @@ def runs_of(script, arms, seeds):
     folders = {}
     for arm, flags in arms.items():
         name = f"study-{script.removesuffix('.py')}-{name_of(arm)}"
-        folders[arm] = [run(script, f"{name}-{seed}", "--seed", seed, *flags) for seed in seeds]
+        folders[arm] = [run(script, f"{name}-{seed}", "--toy", "--seed", seed, *flags) for seed in seeds]
     return folders
 
 
@@ -257,7 +260,7 @@ def sai_dpo(seeds):
 
 # All from the same model, on the same 300 training problems, without examples in the prompt (but for L, which
 # is about these), scored on all 600 test problems; in so many rounds that each makes 140,000 tokens or more
-EQUAL = "--n-train 300 --n-test 0 --prompt zero_shot"
+EQUAL = "--toy --n-train 300 --n-test 0 --prompt zero_shot"
 DAST = f"dast.py {EQUAL} --rounds 3"
 VANILLA = f"{DAST} --variant= --k-probe 1 --k-samples 6"
 ADASTAR_EQUAL = f"adastar.py {EQUAL} --held-out 0 --rounds 16"
@@ -323,21 +326,29 @@ def spent_at(pasts, what, amount):
     return np.mean(spent)
 
 
+def of_words(arms, words):
+    """The arms whose names have one of the words; all, if there is no word."""
+    return [arm for arm in arms if not words or any(word in arm for word in words)]
+
+
 def head_to_head(seeds, words):
-    """Arms whose names have one of the words (without words all) at the most generated tokens that all have reached
-    with all seeds, against the first; and pictures of the main ones."""
+    """Arms on the toy whose names have one of the words (without words all)."""
     without_solutions()
-    arms = {}
-    for arm in HEAD_TO_HEAD:
-        if not words or any(word in arm for word in words):
-            arms[arm] = []
-    first = next(iter(arms))
+    arms = {arm: [] for arm in of_words(HEAD_TO_HEAD, words)}
     for seed in seeds:
         for arm in arms:
             script, *flags = HEAD_TO_HEAD[arm].replace("SEED", str(seed)).split()
-            arms[arm].append(evaluation.Past(run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed",
-                                                 seed)))
-    amount = min(past.rounds[-1]["generated"] for of_arm in arms.values() for past in of_arm)
+            folder = run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed", seed)
+            arms[arm].append(evaluation.Past(folder))
+    compare(arms, AGAINST, ROOT / "runs" / "head_to_head")
+
+
+def compare(arms, against, folder):
+    """Arms, a Past per seed each, at the most generated tokens that all have reached with all seeds, against the first;
+    (method, control) pairs, each at the most that both have reached; and pictures of the main arms in a folder."""
+    first = next(iter(arms))
+    everyone = sum(arms.values(), [])
+    amount = most_tokens(everyone)
     reached = {"base": [past.rounds[0]["right"] for past in arms[first]]}
     for arm, of_arm in arms.items():
         reached[arm] = [past.at("generated", amount) for past in of_arm]
@@ -355,17 +366,103 @@ def head_to_head(seeds, words):
             flops = spent_at(arms[arm], "flops", amount)
             spent = f"{trained:<12,.0f}{flops:<9.2g}"
         print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[first])}")
-    print("\ndifferences there")
-    for arm, control in AGAINST:
+    print("\ndifferences at the tokens that both have reached")
+    for arm, control in against:
         if arm not in arms or control not in arms:
             continue
-        print(f"{arm:<33}{f'against {control}':<39}{difference(reached[arm], reached[control])}")
+        amount = most_tokens(arms[arm] + arms[control])
+        gain = difference(*[[past.at("generated", amount) for past in arms[name]] for name in (arm, control)])
+        print(f"{arm:<33}{f'against {control}':<39}{gain:<20} at {amount:,}")
     main = {arm: arms[arm] for arm in MAIN if arm in arms}
     print("\ntimes trained on, at the ends: problems with below 25 %, to 50 %, to 75 %, more right")
     bins, counts = evaluation.effort(main)
     for arm, of_arm in counts.items():
         print(f"{arm:<33}" + "  ".join(f"{of_arm[bins == b, 2].mean():.1f}" for b in range(4)))
-    evaluation.draw(main, list(reached["base"][0]), ROOT / "runs" / "head_to_head")
+    evaluation.draw(main, list(reached["base"][0]), folder)
+
+
+def most_tokens(pasts):
+    """The most generated tokens that all of some runs have reached."""
+    return min(past.rounds[-1]["generated"] for past in pasts)
+
+
+# The same with SmolLM2-135M, on problems with answers only and no examples in the prompt; about a quarter of an hour a
+# run on two cores. The rates are the better of two each, tried with seed 100: 1e-5 and 3e-5, 2e-6 and 1e-5.
+REAL = ("--model runs/real/float32 --train-data runs/real/train.jsonl --test-data runs/real/test.jsonl --prompt chat "
+        "--system 'Answer in one short sentence that ends with the number.' --max-new-tokens 80 --temperature 0.7 "
+        "--top-p 1 --top-k 0 --batch-size 16 --warmup 0.05 --clip 1 --engine vllm --eager "
+        "--grader tests/studies/last_number.py:last_number --keep-models 1")
+REAL_DAST = f"dast.py {REAL} --lr 3e-5 --shots 0"
+REAL_ADASTAR = f"adastar.py {REAL} --lr 3e-5 --shots 0 --held-out 0 --steps 5 --rounds 9"
+REAL_HS_STAR = f"hs_star.py {REAL} --lr-dpo 1e-5 --prm= --difficulty accuracy --pairing random --slice 108 --rounds 4"
+REAL_SAI_DPO = (f"sai_dpo.py {REAL} --lr-dpo 1e-5 --embedder tfidf --n-clusters 9 --k-samples 6 "
+                "--samples-per-round 90 --rounds 5")
+REAL_ARMS = {
+    "vanilla rejection sampling": f"{REAL_DAST} --variant= --k-probe 1 --k-samples 3 --rounds 3",
+    "DAST": f"{REAL_DAST} --variant P --k-probe 4 --targets 1 2 3 4 --budgets 1 2 4 4 --rounds 2",
+    "DAST, draws spread evenly": f"{REAL_DAST} --variant= --k-probe 4 --draws-like runs/real-dast-SEED --rounds 2",
+    "AdaSTaR": REAL_ADASTAR,
+    "AdaSTaR, random order": f"{REAL_ADASTAR} --order random",
+    "vanilla iterative DPO": f"{REAL_HS_STAR} --pre-samples 8",
+    "HS-STaR": REAL_HS_STAR,
+    "SAI-DPO": REAL_SAI_DPO,
+    "SAI-DPO, random problems": f"{REAL_SAI_DPO} --select random",
+}
+REAL_AGAINST = [("DAST", "DAST, draws spread evenly"), ("AdaSTaR", "AdaSTaR, random order"),
+                ("HS-STaR", "vanilla iterative DPO"), ("SAI-DPO", "SAI-DPO, random problems")]
+RESULTS = ROOT / "tests/studies/real_model.jsonl"  # a line for each run; one that is taken out is made again
+
+
+def real(seeds, words):
+    """Arms on the real model whose names have one of the words (without words all). Runs whose line is in RESULTS are
+    not made again, unless their flags are others now."""
+    arms = {arm: [] for arm in of_words(REAL_ARMS, words)}
+    ids = {}
+    for kind in "train", "test":
+        ids[kind] = [p["id"] for p in common.load_problems(f"runs/real/{kind}.jsonl", kind, "data", 0)]
+    for seed in seeds:
+        for arm in arms:
+            command = f"{REAL_ARMS[arm].replace('SEED', str(seed))} --seed {seed}"
+            results = lines(RESULTS) if RESULTS.exists() else []
+            if command not in [line["command"] for line in results]:
+                script, *flags = shlex.split(command)
+                past = evaluation.Past(run(script, f"real-{name_of(arm)}-{seed}", *flags))
+                results = [line for line in results if (line["arm"], line["seed"]) != (arm, seed)]
+                results.append({"arm": arm, "seed": seed, "command": command} | packed(past, ids))
+                common.write(RESULTS, results)
+            [line] = [line for line in results if line["command"] == command]
+            arms[arm].append(Stored(line, ids))
+    compare(arms, REAL_AGAINST, ROOT / "runs" / "real_model")
+
+
+def packed(past, ids):
+    """A run in few letters: the commit whose code made it, and what a Past has."""
+    commit = output_of("git", "log", "-1", "--format=%h", "--", "*.py")
+    if output_of("git", "status", "--porcelain", "--", "*.py"):
+        commit += ", changed"
+    rounds = []
+    for r in past.rounds:
+        right = "".join(str(r["right"][i]) for i in ids["test"])
+        rounds.append(r | {"seconds": round(r["seconds"]), "flops": float(f"{r['flops']:.4g}"), "right": right})
+    counts = np.array([past.problems[i] for i in ids["train"]], dtype=int).T.tolist()
+    return {"commit": commit, "rounds": rounds, **dict(zip(("sampled", "correct", "trained"), counts))}
+
+
+def output_of(*command):
+    """What a command prints."""
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+class Stored(evaluation.Past):
+    """A run's line in RESULTS, unpacked."""
+
+    def __init__(self, line, ids):
+        self.rounds = []
+        for r in line["rounds"]:
+            self.rounds.append(r | {"right": dict(zip(ids["test"], map(int, r["right"])))})
+        self.end = self.rounds[-1]
+        counts = np.array([line["sampled"], line["correct"], line["trained"]]).T
+        self.problems = dict(zip(ids["train"], counts))
 
 
 def main():
@@ -374,16 +471,17 @@ def main():
               "disk": withstand.disk, "exact": withstand.exact}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=[*studies, "dast-dpo", "head_to_head", *others])
+    parser.add_argument("name", choices=[*studies, "dast-dpo", "head_to_head", "real", *others])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated, of the first five [0,1,2]")
-    parser.add_argument("--arms", default="", help="of head_to_head: words in their names, comma-separated [all]")
+    parser.add_argument("--arms", default="", help="of the last two: words in their names, comma-separated [all]")
     arguments = parser.parse_args()
     (ROOT / "runs").mkdir(exist_ok=True)
     seeds = list(map(int, arguments.seeds.split(",")))
     if arguments.name in others:
         others[arguments.name]()
-    elif arguments.name == "head_to_head":
-        head_to_head(seeds, [word for word in arguments.arms.split(",") if word])
+    elif arguments.name in ("head_to_head", "real"):
+        words = [word for word in arguments.arms.split(",") if word]
+        {"head_to_head": head_to_head, "real": real}[arguments.name](seeds, words)
     elif arguments.name.startswith("dast"):
         dast(seeds, "dpo" if arguments.name == "dast-dpo" else "sft")
     else:
