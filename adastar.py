@@ -315,7 +315,7 @@ def main():
             metrics.update(costs_of(counted, metrics["parameters"]))
         selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
         report_selection(run, t, selection, beta)
-        show_answers(problems, responses)
+        show_answers(run, t, problems, responses)
 
         # 2. Train(pi_t, D+) (line 14): with a fresh optimizer
         d_plus = make_examples(tokenizer, selection, by_id, responses)

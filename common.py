@@ -580,8 +580,16 @@ def lines_of(error):
 
 
 def comments_of(script):
-    """{name: the comment behind it} of the capital constants at the top level of a script."""
-    return dict(re.findall(r"(?m)^([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", Path(script).read_text()))
+    """{name: (the heading above it, the comment behind it)} of the capital constants at the top level of a script."""
+    comments = {}
+    heading = ""
+    for line in Path(script).read_text().splitlines():
+        constant = re.match(r"([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", line)
+        if constant:
+            comments[constant[1]] = heading, constant[2]
+        elif line.startswith("# "):
+            heading = line.strip("#- ")
+    return comments
 
 
 def constants_of(g):
@@ -593,7 +601,7 @@ def constants_of(g):
 def override_from_cli(g):
     """Make a flag of each constant of a script and let the command line change it; `g` is its globals().
 
-    The default gives the type, the comment the help. --toy applies TOY first. LEGAL has the legal values of a
+    The default gives the type, the comments the help and its groups. --toy applies TOY first. LEGAL has the legal values of a
     constant, or the least one; other numbers are at least 0. A wrong flag ends the program with status 2."""
     parser = argparse.ArgumentParser(description=g["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)  # what is not given stays
@@ -603,6 +611,7 @@ def override_from_cli(g):
         if "--toy" in sys.argv:
             g.update(g["TOY"])
     comments = comments_of(g["__file__"])
+    groups = {}
     for name, default in constants_of(g).items():
         options = {"type": type(default)}
         if isinstance(default, bool):
@@ -611,8 +620,12 @@ def override_from_cli(g):
             options = {"nargs": "+"}
         elif isinstance(default, list):
             options = {"nargs": len(default), "type": type(default[0])}
-        explained = f"{comments[name]} [{default}]".replace("%", "%%")
-        parser.add_argument(flag_of(name), dest=name, help=explained, **options)
+        heading, comment = comments[name]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        toy = f"; toy {g['TOY'][name]}" if name in g.get("TOY", ()) else ""
+        explained = f"{comment} [{default}{toy}]".replace("%", "%%")
+        groups[heading].add_argument(flag_of(name), dest=name, help=explained, **options)
     g.update(vars(parser.parse_args()))
     for name, value in constants_of(g).items():
         legal = g["LEGAL"].get(name, 0)
@@ -832,25 +845,36 @@ class Run:
 
 
 def report(run, round, phase, **values):
-    """Log the metrics of a phase and print them, each in a line of its own if they are of several things."""
+    """Log the metrics of a phase and print them: numbers in a line, those of several things as rows of a table."""
     run.log(round, phase, **values)
-    say(f"  round {round}  {phase:<9} {text_of(values)}")
-    for name, value in values.items():
-        if isinstance(value, dict):
-            say(f"           {name:<9} {text_of(value)}")
+    rows = {name: value for name, value in values.items() if isinstance(value, dict)}
+    others = {name: value for name, value in values.items() if name not in rows}
+    say(f"  round {round}  {phase:<9} {text_of(others)}")
+    print_rows(rows)
+
+
+def print_rows(rows):
+    """Print {name: {column: number or text}}, all with the same columns, as a table."""
+    width = max(map(len, rows), default=0)
+    for columns in list(rows.values())[:1]:
+        rows = {"": {column: column for column in columns}} | rows
+    for name, row in rows.items():
+        cells = [f"  {written(value):>{max(8, len(column))}}" for column, value in row.items()]
+        say(f"           {name:<{width}}" + "".join(cells))
 
 
 def text_of(values):
     """Numbers and texts with their names, in a line: draws 1,200, correct 0.45."""
-    parts = []
-    for name, value in values.items():
-        if isinstance(value, float):
-            value = f"{value:.3g}"
-        elif isinstance(value, int):
-            value = f"{value:,}"
-        if isinstance(value, str):
-            parts.append(f"{name} {value}")
-    return ", ".join(parts)
+    return ", ".join(f"{name} {written(value)}" for name, value in values.items())
+
+
+def written(value):
+    """A number or text as it is printed."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value
 
 
 def phase(make):
@@ -2466,10 +2490,11 @@ def wilson_interval(right, n):
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def show_answers(problems, responses):
-    """Print a right and a wrong response in full, so that a person sees what the numbers are made of."""
+def show_answers(run, t, problems, responses):
+    """Print a right and a wrong response of round t in full, so that a person sees what the numbers are made of."""
     by_id = {p["id"]: p for p in problems}
-    examples = {r["correct"]: r for r in responses}  # the last ones
+    order = run.rng(t, "shown").permutation(len(responses))
+    examples = {responses[i]["correct"]: responses[i] for i in order}  # the last ones
     for correct, response in examples.items():
         problem = by_id[response["id"]]
         text = response["text"].replace("\n", "\n    ")
@@ -2485,7 +2510,10 @@ def end_round(run, t, keep=()):
         if round <= t and not phase.startswith(("eval", "round")):
             for name in costs:
                 costs[name] += values.get(name.removeprefix("total_"), 0)
-    report(run, t, "round", **costs)
+    run.log(t, "round", **costs)
+    counted, padded, drawn = costs.values()
+    say(f"  round {t}  FLOPs     {counted:.3g} so far, without scoring; {padded:.3g} with padded prompts, {drawn:.3g} "
+        "with draws that did not count")
     if rank() == 0 and run.constants["KEEP_MODELS"]:
         for older in range(t - run.constants["KEEP_MODELS"] + 1):
             model = run.folder / f"round_{older}/model"

@@ -324,7 +324,7 @@ def main():
         if SIZE_LIKE and d_a:
             d_a = resized(d_a, run, t)
         report_selection(run, t, selection, level, responses, len(d_a))
-        show_answers(problems, responses)
+        show_answers(run, t, problems, responses)
         if not d_a:
             say(f"  round {t}  {len(responses):,} answers and D_a is empty, the model stays as it is")
         elif LOSS == "sft":

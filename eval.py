@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from common import (MAY_DIFFER, Checker, accuracy, bar, canonical, constants_of, fail, final_answer, hold_out, launch,
-                    load_problems, load_solved, load_tokenizer, make_prompt, print_table, rank, read, read_problem,
-                    sample, say, seed_of, setup, start_run, text_of, threads_per_process, wilson_interval,
-                    worked_examples, write)
+                    load_problems, load_solved, load_tokenizer, make_prompt, print_rows, print_table, rank, read,
+                    read_problem, sample, say, seed_of, setup, start_run, text_of, threads_per_process,
+                    wilson_interval, worked_examples, write)
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
@@ -365,12 +365,14 @@ def compare(folders):
     print_accuracy(arms, ids, "at the end")
     print_accuracy(arms, ids, f"at {most:,} tokens", most)
     say(f"\n{len(ids):,} problems were scored in all runs; {most:,} is the most tokens that all have generated.\n"
-        "The rounds at the end of each run, and mean costs up to there, without scoring:")
+        "The round of each run's end, and mean costs up to there, without scoring:")
+    costs = {}
     for name, arm in arms.items():
-        costs = {"rounds": str([past.end["round"] for past in arm])}
-        for what in COSTS:
-            costs[what] = sum(past.end[what] for past in arm) // len(arm)
-        say(f"{name}: {text_of(costs)}")
+        ends = [past.end for past in arm]
+        costs[name] = {"round": ", ".join(str(end["round"]) for end in ends)}
+        for what, column in zip(COSTS, ("tokens generated", "tokens trained on", "FLOPs", "seconds")):
+            costs[name][column] = sum(end[what] for end in ends) // len(ends)
+    print_rows(costs)
     draw(arms, ids, Path("runs") / (NAME or f"compare-{slug('-'.join(arms))[:100]}"))
 
 

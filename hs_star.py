@@ -465,7 +465,7 @@ def main():
         # 3. Pairs of the boundary's answers; M_t = DPO of M_{t-1}
         selection = run.once(f"round_{t}/selection.jsonl", select, own, difficulties, counts, responses, run, t)
         report_selection(run, t, selection)
-        show_answers(own, responses)
+        show_answers(run, t, own, responses)
         answers_to = by_problem(responses)
         pairs = []
         for problem, s in zip(own, selection):

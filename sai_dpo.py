@@ -286,7 +286,7 @@ def tag_problems(problems):
 
     outputs = sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat",
                      temperature=0.6, top_p=0.95, max_new_tokens=TAG_TOKENS)
-    show_answers(untagged, outputs)
+    show_answers(run, 0, untagged, outputs)
     say(f"correct are outputs with tags; runs on these problems use them: {run.folder}/round_0/outputs.jsonl")
 
 
@@ -506,7 +506,7 @@ def main():
         selection = run.once(f"round_{t}/selection.jsonl", select, clusters[chosen], masses, shares, weights,
                              responses, run, t)
         report_clusters(run, t, groups, mean_by(clusters[probe], 1 - rates), selection)
-        show_answers(own, responses)
+        show_answers(run, t, own, responses)
 
         # 4. pi_t = DPO of pi_{t-1} on the pairs
         answers_to = by_problem(responses)

@@ -19,7 +19,7 @@ OF_THE_METHOD = {"MODEL", "START", "HELD_OUT", "ROUNDS", "K_SAMPLES", "PROMPT", 
 def constants(script):
     """{name: its comment without the origin of the value at the end, in brackets}."""
     found = common.comments_of(ROOT / script)
-    return {name: re.sub(r" \([^()]*\)$", "", comment) for name, comment in found.items() if comment}
+    return {name: re.sub(r" \([^()]*\)$", "", comment) for name, (_, comment) in found.items() if comment}
 
 
 def test_the_top_level_is_what_was_agreed():
