@@ -344,28 +344,12 @@ def head_to_head(seeds, words):
 
 
 def compare(arms, against, folder):
-    """Arms, a Past per seed each, at the most generated tokens that all have reached with all seeds, against the first;
-    (method, control) pairs, each at the most that both have reached; and pictures of the main arms in a folder."""
-    first = next(iter(arms))
+    """Print arms, a Past per seed each, at the most generated tokens that all runs have reached, and each at its own
+    end; (method, control) pairs at the most that both have reached. Draw the main arms."""
     everyone = sum(arms.values(), [])
-    amount = most_tokens(everyone)
-    reached = {"base": [past.rounds[0]["right"] for past in arms[first]]}
-    for arm, of_arm in arms.items():
-        reached[arm] = [past.at("generated", amount) for past in of_arm]
-    title = f"at {amount:,} generated tokens"
-    print(f"\n{title:<33}{'accuracy by seed':<39}{'mean':<20}{'trained on':<12}{'FLOPs':<9}"
-          f"against {first}")
-    for arm, scores in reached.items():
-        table = evaluation.table_of(scores, scores[0])
-        by_seed = " ".join(f"{accuracy:.1%}" for accuracy in table.mean(1))
-        score = evaluation.mean_of(table)
-        mean = "{:.1%} [{:.1%}, {:.1%}]".format(score["accuracy"], *score["interval"])
-        spent = f"{'':<21}"
-        if arm in arms:
-            trained = spent_at(arms[arm], "trained", amount)
-            flops = spent_at(arms[arm], "flops", amount)
-            spent = f"{trained:<12,.0f}{flops:<9.2g}"
-        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[first])}")
+    most = most_tokens(everyone)
+    print_at(f"at {most:,} generated tokens", arms, dict.fromkeys(arms, most))
+    print_at("at the end of each", arms, {arm: most_tokens(of_arm) for arm, of_arm in arms.items()})
     print("\ndifferences at the tokens that both have reached")
     for arm, control in against:
         if arm not in arms or control not in arms:
@@ -378,7 +362,29 @@ def compare(arms, against, folder):
     bins, counts = evaluation.effort(main)
     for arm, of_arm in counts.items():
         print(f"{arm:<33}" + "  ".join(f"{of_arm[bins == b, 2].mean():.1f}" for b in range(4)))
-    evaluation.draw(main, list(reached["base"][0]), folder)
+    evaluation.draw(main, list(everyone[0].end["right"]), folder)
+
+
+def print_at(title, arms, amounts):
+    """A table of arms, each where it had generated {arm: tokens}, against the first."""
+    first = next(iter(arms))
+    reached = {"base": [past.rounds[0]["right"] for past in arms[first]]}
+    for arm, of_arm in arms.items():
+        reached[arm] = [past.at("generated", amounts[arm]) for past in of_arm]
+    print(f"\n{title:<33}{'accuracy by seed':<39}{'mean':<20}{'generated':<12}{'trained on':<12}{'FLOPs':<9}"
+          f"{'minutes':<9}against {first}")
+    for arm, scores in reached.items():
+        table = evaluation.table_of(scores, scores[0])
+        by_seed = " ".join(f"{accuracy:.1%}" for accuracy in table.mean(1))
+        score = evaluation.mean_of(table)
+        mean = "{:.1%} [{:.1%}, {:.1%}]".format(score["accuracy"], *score["interval"])
+        spent = f"{'':<42}"
+        if arm in arms:
+            trained = spent_at(arms[arm], "trained", amounts[arm])
+            flops = spent_at(arms[arm], "flops", amounts[arm])
+            minutes = spent_at(arms[arm], "seconds", amounts[arm]) / 60
+            spent = f"{amounts[arm]:<12,}{trained:<12,.0f}{flops:<9.2g}{minutes:<9.1f}"
+        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[first])}")
 
 
 def most_tokens(pasts):
@@ -388,19 +394,20 @@ def most_tokens(pasts):
 
 # The same with SmolLM2-135M, on problems with answers only and no examples in the prompt; about a quarter of an hour a
 # run on two cores. The rates are the better of two each, tried with seed 100: 1e-5 and 3e-5, 2e-6 and 1e-5.
+REAL_TRAIN = 216  # problems
 REAL = ("--model runs/real/float32 --train-data runs/real/train.jsonl --test-data runs/real/test.jsonl --prompt chat "
-        "--system 'Answer in one short sentence that ends with the number.' --max-new-tokens 80 --temperature 0.7 "
-        "--top-p 1 --top-k 0 --batch-size 16 --warmup 0.05 --clip 1 --engine vllm --eager "
-        "--grader tests/studies/last_number.py:last_number --keep-models 1")
+        f"--n-train {REAL_TRAIN} --system 'Answer in one short sentence that ends with the number.' "
+        "--max-new-tokens 80 --temperature 0.7 --top-p 1 --top-k 0 --batch-size 16 --warmup 0.05 --clip 1 "
+        "--grader tests/studies/last_number.py:last_number --engine vllm --eager --keep-models 1")
 REAL_DAST = f"dast.py {REAL} --lr 3e-5 --shots 0"
-REAL_ADASTAR = f"adastar.py {REAL} --lr 3e-5 --shots 0 --held-out 0 --steps 5 --rounds 9"
-REAL_HS_STAR = f"hs_star.py {REAL} --lr-dpo 1e-5 --prm= --difficulty accuracy --pairing random --slice 108 --rounds 4"
+REAL_ADASTAR = f"adastar.py {REAL} --lr 3e-5 --shots 0 --held-out 0 --steps 4 --rounds 7"
+REAL_HS_STAR = f"hs_star.py {REAL} --lr-dpo 1e-5 --prm= --difficulty accuracy --pairing random --slice 72 --rounds 3"
 REAL_SAI_DPO = (f"sai_dpo.py {REAL} --lr-dpo 1e-5 --embedder tfidf --n-clusters 9 --k-samples 6 "
                 "--samples-per-round 90 --rounds 5")
 REAL_ARMS = {
     "vanilla rejection sampling": f"{REAL_DAST} --variant= --k-probe 1 --k-samples 3 --rounds 3",
-    "DAST": f"{REAL_DAST} --variant P --k-probe 4 --targets 1 2 3 4 --budgets 1 2 4 4 --rounds 2",
-    "DAST, draws spread evenly": f"{REAL_DAST} --variant= --k-probe 4 --draws-like runs/real-dast-SEED --rounds 2",
+    "DAST": f"{REAL_DAST} --variant P --k-probe 3 --targets 1 2 3 3 --budgets 1 2 4 4 --rounds 2",
+    "DAST, draws spread evenly": f"{REAL_DAST} --variant= --k-probe 3 --draws-like runs/real-dast-SEED --rounds 2",
     "AdaSTaR": REAL_ADASTAR,
     "AdaSTaR, random order": f"{REAL_ADASTAR} --order random",
     "vanilla iterative DPO": f"{REAL_HS_STAR} --pre-samples 8",
@@ -418,8 +425,8 @@ def real(seeds, words):
     not made again, unless their flags are others now."""
     arms = {arm: [] for arm in of_words(REAL_ARMS, words)}
     ids = {}
-    for kind in "train", "test":
-        ids[kind] = [p["id"] for p in common.load_problems(f"runs/real/{kind}.jsonl", kind, "data", 0)]
+    for kind, number in ("train", REAL_TRAIN), ("test", 0):
+        ids[kind] = [p["id"] for p in common.load_problems(f"runs/real/{kind}.jsonl", kind, "data", number)]
     for seed in seeds:
         for arm in arms:
             command = f"{REAL_ARMS[arm].replace('SEED', str(seed))} --seed {seed}"
