@@ -520,7 +520,8 @@ if not torch.cuda.is_available():  # vllm's wheel brings CUDA builds of these, w
     for package in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(package, None)
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,  # noqa: E402
-                          GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+                          DynamicCache, GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+from transformers.cache_utils import DynamicLayer  # noqa: E402
 from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 disable_progress_bar()
@@ -1731,14 +1732,37 @@ class TransformersEngine:
 
     def generate(self, group):
         """The answers to a group of requests, seeded by its first one."""
-        batch = self.tokenizer.pad({"input_ids": [r.ids for r in group]}, return_tensors="pt").to(device())
+        shared, cache = self.read_prefix([request.ids for request in group])
+        prompts = [request.ids[len(shared):] for request in group]
+        batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(device())
+        before = torch.tensor([shared] * len(group), dtype=torch.long, device=device())
+        batch["input_ids"] = torch.cat([before, batch["input_ids"]], 1)
+        batch["attention_mask"] = torch.cat([torch.ones_like(before), batch["attention_mask"]], 1)
         noise = []
         if self.sampling["temperature"] > 0:
             noise = [noise_of(group[0].seed, **self.sampling)]
-        out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, stop_strings=self.stop,
-                                  tokenizer=self.tokenizer, eos_token_id=self.ends, logits_processor=noise,
-                                  pad_token_id=self.tokenizer.pad_token_id)
+        out = self.model.generate(**batch, past_key_values=cache, max_new_tokens=self.max_new_tokens,
+                                  stop_strings=self.stop, tokenizer=self.tokenizer, eos_token_id=self.ends,
+                                  logits_processor=noise, pad_token_id=self.tokenizer.pad_token_id)
         return [self.answer(row) for row in out[:, batch["input_ids"].shape[1]:].tolist()]
+
+    @torch.no_grad()
+    def read_prefix(self, prompts):
+        """Read what all prompts begin with (worked examples) once: (its ids, a cache that holds them for each prompt).
+
+        Padding stands behind it, which only plain attention leaves out; for models with other layers: ([], None)."""
+        cache = DynamicCache(config=self.model.config)
+        if any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return [], None
+        shared = []
+        for column in zip(min(prompts, key=len)[:-1], *prompts):  # a token is left to predict from
+            if len(set(column)) > 1:
+                break
+            shared.append(column[0])
+        if shared:
+            self.model.get_decoder()(torch.tensor([shared], device=device()), past_key_values=cache)
+            cache.batch_repeat_interleave(len(prompts))
+        return shared, cache
 
     def answer(self, row):
         """An answer as it is recorded, from its tokens and what may stand behind its end. The ids of a stop string go;

@@ -78,7 +78,7 @@ def test_help_has_every_constant(constants, capsys):
         constants("--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for words in ["What it does.", "100 % of them (paper) [10]", "--no-seeded", "--toy", "--folders"]:
+    for words in ["What it does.", "The method:", "100 % of them (paper) [10; toy 2]", "--no-seeded", "--toy", "--folders"]:
         assert words in text, text
 
 
@@ -177,6 +177,26 @@ def test_noise_draws_from_the_distribution(alone, cuts, expected):
     torch.rand(5)
     assert torch.equal(drawn, common.noise_of(7, temperature=0.5, **cuts)(None, logits).argmax(1))
     assert not torch.equal(drawn, common.noise_of(8, temperature=0.5, **cuts)(None, logits).argmax(1))
+
+
+def test_greedy_answers_are_those_of_each_prompt_alone(alone):
+    """Although transformers reads the examples that prompts share once for all."""
+    engine = common.TransformersEngine(None)
+    engine.use(str(TOY / "model"), "few_shot", 24, {"temperature": 0.0})
+    solved = lines(TOY / "train.jsonl")[:3]
+    requests = []
+    for draw, problem in enumerate(lines(TOY / "test.jsonl")[:9]):
+        ids = common.encode(engine.tokenizer, common.make_prompt(engine.tokenizer, "few_shot", problem, solved))
+        requests.append(common.Request(problem, draw, ids, 0, False))
+    assert len(engine.read_prefix([request.ids for request in requests])[0]) > 50
+    answers = {request.draw: answer["text"] for request, answer in engine.answers(lambda: requests)}
+    for request in requests:
+        [[_, alone]] = engine.answers(lambda: [request])
+        ids = torch.tensor([request.ids])
+        row = engine.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24,
+                                    eos_token_id=engine.ends, pad_token_id=engine.tokenizer.pad_token_id)
+        text = engine.decode(row[0, ids.shape[1]:]).partition(common.STOP)[0].strip()
+        assert answers[request.draw] == alone["text"] == text
 
 
 def test_what_a_terminal_must_not_see_is_escaped(alone):
