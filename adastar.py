@@ -1,27 +1,26 @@
 """AdaSTaR: adaptive data sampling for self-taught reasoners (Koh et al. 2025, https://arxiv.org/abs/2505.16322).
 
-A model answers training problems and trains on its correct answers, over and over (STaR). AdaSTaR takes the problems
-that have waited longest and were hardest first, stops drawing when it has enough, and while the model is weak forgets
-most of what it has just measured, so that easier problems, already met, come again.
+A model repeatedly answers training problems and trains on its correct answers (STaR). AdaSTaR takes first the problems
+that have waited longest and were hardest, and stops drawing when it has enough. While the model is weak, it discards
+most of what it has just measured, so that easier problems, seen before, come up again.
 
   State of each problem i: t~_i, the last iteration whose statistics were kept, and w_i, its share of correct draws.
   In iteration t = 1, 2, ... with the model pi_t:
-  1. AdaD. Walk the problems in order of (t~_i, w_i), both ascending, without removing any. To each draw an answer, and
-     a second one where the first is wrong (shown the right answer, if HINT); stop at beta_t correct answers D+.
-  2. Train pi_t on D+: pi_{t+1}.
+  1. AdaD. Walk the problems in order of (t~_i, w_i), both ascending, without removing any. Draw an answer to each, and
+     a second one if the first is wrong (shown the right answer, if HINT); stop at beta_t correct answers D+.
+  2. Train pi_t on D+ to get pi_{t+1}.
   3. AdaC. alpha = problems solved / problems visited m. Only the first floor(m alpha^2) visited get t~_i = t and their
      new w_i; the others keep their place at the head of the line.
 
-Differs from the paper in: alpha is measured while sampling, since the paper leaves it open (code); beta_t comes in
-whole optimizer steps (code); one answer to a problem is trained on, and where the problems do not give beta_t of them
-these are repeated to as many steps (code); AdamW on float32 weights; prompts of our own, and answers in a box; the
-iteration to report is chosen on training problems that are held out for it, never on the test set as in the paper.
+Differences from the paper: alpha is measured while sampling, because the paper leaves it open (code); beta_t is a whole
+number of optimizer steps (code); one answer per problem is trained on, and if the problems give fewer than beta_t,
+these are repeated to fill the steps (code); AdamW on float32 weights; our own prompts, and answers in a box; the
+iteration to report is chosen on held-out training problems, never on the test set as in the paper.
 
   python adastar.py --toy                                     2 CPU cores: 1 min, from 47 to 61 % (measured)
   python adastar.py --model Qwen/Qwen2.5-3B                   one GPU: not measured yet
   torchrun --nproc-per-node 8 adastar.py --model meta-llama/Llama-3.2-3B --train-data adastar_arc \\
-      --test-data arc_challenge --hint                        eight GPUs: not measured yet
-"""
+      --test-data arc_challenge --hint                        eight GPUs: not measured yet"""
 import numpy as np
 
 from common import (GROUP, by_problem, costs_of, end_round, evaluate, fail, final_table, last_boxed, launch,
@@ -30,64 +29,65 @@ from common import (GROUP, by_problem, costs_of, end_round, evaluate, fail, fina
 
 # What to run
 MODEL = "Qwen/Qwen2.5-3B"  # the base: a Hub name or a folder (paper: for gsm8k; Llama-3.2-3B for the others)
-START = "previous"  # "base" | "previous": what each round trains from; "base" is STaR's and ReST-EM's way (paper)
-TRAIN_DATA = "gsm8k"  # sets by name, file or owner/name on the Hub, comma-separated (paper)
+START = "previous"  # "base" | "previous": what each round trains from; STaR and ReST-EM use "base" (paper)
+TRAIN_DATA = "gsm8k"  # names of sets, files or owner/name on the Hub, comma-separated (paper)
 TEST_DATA = "gsm8k"  # scored each round (paper)
-N_TRAIN = 0  # problems of each training set; 0 is all (paper)
-N_TEST = 0  # problems of each test set; 0 is all (paper)
-HELD_OUT = 200  # training problems put aside, which choose the iteration to report; 0 reports the last (ours)
+N_TRAIN = 0  # problems from each training set; 0 is all (paper)
+N_TEST = 0  # problems from each test set; 0 is all (paper)
+HELD_OUT = 200  # training problems set aside to choose the iteration to report; 0 reports the last (ours)
 ROUNDS = 20  # iterations (ours; the paper reports the best of its own, between 2 and 23)
-SEED = 0  # of everything random (ours)
+SEED = 0  # for everything random (ours)
 
-# The method: tests/studies/results.md has the values that make STaR, STaR-Acc-Full-K, ReST-EM, AdaD and the other arms
-ORDER = "adaptive"  # "adaptive" | "stale" | "hardest" | "random": by (t~, w), t~ alone, (w, t~), chance (paper)
+# The method: tests/studies/results.md lists the values for STaR, STaR-Acc-Full-K, ReST-EM, AdaD and the other arms
+ORDER = "adaptive"  # "adaptive" | "stale" | "hardest" | "random": by (t~, w), t~ alone, (w, t~), at random (paper)
 STEPS = 40  # sigma_1: optimizer steps of the first iteration; beta_t is BATCH_SIZE times sigma_t (paper)
 GROWTH = 1.2  # of the steps, per iteration (paper)
-STOP_AT_BETA = True  # stop at beta_t correct answers; off: visit all, in no order that matters, take beta_t (paper)
-TRAIN_ON_ALL = False  # all correct answers rather than beta_t of them: STaR-Full; needs STOP_AT_BETA off (paper)
-K_SAMPLES = 2  # draws per problem at most (paper)
-RETRY = True  # draw again only after a wrong draw; off: all K_SAMPLES, as STaR-Full-K does (paper)
+STOP_AT_BETA = True  # stop at beta_t correct answers; off: visit all (the order does not matter), take beta_t (paper)
+TRAIN_ON_ALL = False  # train on all correct answers, not only beta_t: STaR-Full; needs STOP_AT_BETA off (paper)
+K_SAMPLES = 2  # most draws per problem (paper)
+RETRY = True  # draw again only after a wrong draw; off: make all K_SAMPLES draws, like STaR-Full-K (paper)
 HINT = False  # show the answer in draws after the first: on for choices, labels, yes/no; off for mathematics (paper)
-TRACES = 1  # correct answers to a problem that are trained on; 0 is all; other than 1 it needs RETRY off (code)
+TRACES = 1  # correct answers per problem to train on; 0 is all; other values than 1 need RETRY off (code)
 CURRICULUM_POWER = 2  # f(alpha) = alpha^2; 0 keeps all statistics: AdaD without AdaC (paper)
-FILL_STEPS = True  # where the problems give fewer than beta_t, repeat them to as many; off: train once on each (code)
+FILL_STEPS = True  # if the problems give fewer than beta_t, repeat these to fill up; off: train once on each (code)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws; training and scores have no examples (paper)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": for the draws; training and scoring use no examples (paper)
 SHOTS = 8  # worked examples before a problem; 0 is none (code; 6 for ARC, 7 for CommonsenseQA; ours are 6 for these)
 EXAMPLES_FROM = ""  # a set whose solutions are shown instead; empty is our own (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
-THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
-TEMPERATURE = 1.0  # of all draws (paper)
+THINK = ""  # "" | "on" | "off": with "chat", whether to think before the answer; for templates that know it (ours)
+TEMPERATURE = 1.0  # for all draws (paper)
 TOP_P = 1.0  # 1: off (paper; 0.9 in the code)
 TOP_K = 0  # 0: off (paper; 50 in the code, a default of its library)
-MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (ours)
-GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
+MAX_NEW_TOKENS = 512  # longer answers are cut off and not trained on (ours)
+GRADER = ""  # file.py:function, (problem, text) -> (correct, reason); empty is math-verify (ours)
 
 # Training
 LR = 1e-5  # constant after the warm-up (paper; constant: code)
-WARMUP = 100.0  # share of the steps, or from 1 on their number; 0 is none (paper; code: none for gsm8k)
+WARMUP = 100.0  # share of the steps if below 1, else their number; 0 is none (paper; code: none for gsm8k)
 BATCH_SIZE = 8  # answers per optimizer step, over all GPUs (paper)
-WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (paper; not applied in the code)
+WEIGHT_DECAY = 0.01  # for AdamW; 0 is none (paper; not applied in the code)
 CLIP = 1.0  # largest gradient norm (ours)
-LORA_RANK = 0  # of the adapters that are trained in place of all weights; 0 is full fine-tuning (ours)
-LORA_ALPHA = 32.0  # adapters count LORA_ALPHA / LORA_RANK times (ours)
+LORA_RANK = 0  # of the adapters trained instead of all weights; 0 is full fine-tuning (ours)
+LORA_ALPHA = 32.0  # adapters are scaled by LORA_ALPHA / LORA_RANK (ours)
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is script name and seed (ours)
-DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
-ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
+DATA = "data"  # folder of the known problem sets, such as data/gsm8k/train.jsonl (ours)
+ENGINE = ""  # "" | "vllm" | "transformers": sampling engine; empty is vLLM on a GPU, else transformers (ours)
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
-SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time (ours)
-GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
-MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result; on a CPU fewer if need be (ours)
-RECOMPUTE = False  # make activations again in the backward pass: less memory, a third more time (ours)
-SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
-KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still needed; 0 is all (ours)
-KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
-WANDB = False  # log to Weights & Biases too (ours)
+SEEDED = True  # give each vLLM answer a seed; without one, answers may come faster but differ each time (ours)
+GPU_MEMORY = 0.85  # share of a GPU that vLLM may use while sampling; it is freed while vLLM sleeps (ours)
+MAX_TOKENS = 16384  # per micro-batch on one GPU: affects memory, never the result; on a CPU fewer if needed (ours)
+RECOMPUTE = False  # recompute activations in the backward pass: less memory, a third more time (ours)
+COMPILE = False  # torch.compile the blocks for training: a minute at the start; no gain on a CPU (ours)
+SAVE_MINUTES = 30.0  # between saves during training, 12 bytes per parameter each; 0 is after each step (ours)
+KEEP_MODELS = 0  # how many rounds' models to keep on disk, in addition to those still needed; 0 is all (ours)
+KEEP = False  # resume a folder made with different code; finished phases stay as they are (ours)
+WANDB = False  # also log to Weights & Biases (ours)
 
-# What is legal: the values, or the least one (of other numbers 0)
+# What is legal: the values, or the minimum (0 for other numbers)
 LEGAL = dict(START=("base", "previous"), ORDER=("adaptive", "stale", "hardest", "random"), STEPS=1, GROWTH=1.0,
              K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1,
              BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
@@ -100,40 +100,38 @@ TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DAT
 # The method -----------------------------------------------------------------------------------------------------------
 
 def walk_order(last, w, rng):
-    """The places of the problems in the order of the walk, from t~ (n,) and w (n,); ties in the order of the file (in
-    the code by ids as text: 0, 1, 10, 100, ...).
+    """Return the places of the problems in the order of the walk, from t~ (n,) and w (n,); ties in file order (in the
+    code by ids as text: 0, 1, 10, 100, ...).
 
-    The paper keeps a heap and peeks through it; since a walk removes nothing, to sort once gives the same order.
-    """
+    The paper keeps a heap and peeks through it; since a walk removes nothing, sorting once gives the same order."""
     if ORDER == "random":
         return rng.permutation(len(last))
     keys = {"adaptive": (last, w), "stale": (last,), "hardest": (w, last)}[ORDER]
-    return np.lexsort(keys[::-1])  # its last key comes first
+    return np.lexsort(keys[::-1])  # sorts by its last key first
 
 
 def beta_of(t):
-    """beta_t: how many correct answers iteration t asks for."""
+    """Return beta_t: how many correct answers iteration t asks for."""
     return BATCH_SIZE * int(STEPS * GROWTH ** (t - 1))
 
 
 def outcomes_of(responses):
-    """One problem's draws as numbers: 1 is correct, 0 wrong (or cut by the length limit)."""
+    """Return one problem's draws as numbers: 1 is correct, 0 wrong (or cut off at the length limit)."""
     return [int(r["correct"] and r["finish"] == "stop") for r in responses]
 
 
 def choose(outcomes):
-    """The draws that enter D+: the correct ones, the first TRACES of them."""
+    """Return the draws that enter D+: the first TRACES correct ones."""
     correct = [draw for draw, outcome in enumerate(outcomes) if outcome == 1]
     return correct[:TRACES or None]
 
 
 def walk(order, beta, rate, draw):
-    """AdaD (Algorithm 1, lines 5-12): visit problems in `order` until beta_t correct answers are there.
+    """AdaD (Algorithm 1, lines 5-12): visit problems in `order` until there are beta_t correct answers.
 
-    draw(block) -> {problem: responses}, for a block of problems at once, which keeps the sampler busy. What a block has
-    behind the end is dropped: the result does not depend on the size of the blocks. rate: answers to train on that a
-    problem gives, as the last iteration saw it. Returns {problem: responses} of the visited, in order.
-    """
+    draw(block) -> {problem: responses} draws for a block of problems at once, which keeps the sampler busy. Draws past
+    the end are dropped, so the result does not depend on the size of the blocks. rate: answers to train on per problem
+    in the last iteration. Return {problem: responses} of the visited problems, in order."""
     visited = {}
     collected = 0  # |D+|
     while len(visited) < len(order):
@@ -149,7 +147,7 @@ def walk(order, beta, rate, draw):
 
 
 def block_size(missing, rate):
-    """How many problems to draw at once: what should give the missing answers, and a tenth; in whole batches."""
+    """Return how many problems to draw at once: enough for the missing answers, plus a tenth, in whole batches."""
     if not STOP_AT_BETA:
         return 10**9  # all
     expected = 1.1 * missing / max(rate, 0.1)
@@ -157,7 +155,7 @@ def block_size(missing, rate):
 
 
 def spread(total, beta, rng):
-    """How often each of `total` correct answers is trained on, in the order of the walk, for beta_t of them in all."""
+    """Return how often to train on each of `total` correct answers, in the order of the walk, for beta_t in all."""
     if total < beta and FILL_STEPS and not TRAIN_ON_ALL:
         return [beta // total + (place < beta % total) for place in range(total)]
     if STOP_AT_BETA or TRAIN_ON_ALL or total <= beta:
@@ -169,12 +167,12 @@ def spread(total, beta, rng):
 
 
 def to_commit(visited, solved):
-    """AdaC: floor(m alpha^p) of m visited problems, alpha = solved / m; whole numbers, in which it is exact."""
+    """AdaC: return floor(m alpha^p) of m visited problems, alpha = solved / m; exact, because it uses whole numbers."""
     return visited * solved ** CURRICULUM_POWER // visited ** CURRICULUM_POWER
 
 
 def select(problems, visited, last, w, beta, rng):
-    """selection.jsonl: for each visited problem, in the order of the walk, all that was decided, and from what.
+    """Make selection.jsonl: for each visited problem, in the order of the walk, everything that was decided and why.
 
     visited: {place of a problem: its responses}; last and w: t~ (n,) and w (n,) before. `chosen` are the draws that
     enter D+, `copies` says how often each is trained on, `committed` whether (t, win_rate) replaces (last, w)."""
@@ -194,21 +192,21 @@ def select(problems, visited, last, w, beta, rng):
 
 
 def hinted(problem):
-    """Rationalization (Zelikman et al. 2022): the problem, or a worked example, with its answer behind the question."""
+    """Rationalization (Zelikman et al. 2022): put the answer after the question of a problem or a worked example."""
     answer = problem.get("answer") or last_boxed(problem["solution"])
     apart = "\n" if "\n" in problem["problem"] else " "
     return {**problem, "problem": f"{problem['problem']}{apart}(Answer: {answer})"}
 
 
 def sft_loss(logprobs, batch):
-    """L = - sum_t log pi(y_t | x, y_<t), a mean over the answer tokens y of the step; the prompts x are not learnt."""
+    """L = - sum_t log pi(y_t | x, y_<t), averaged over the step's answer tokens y; the prompts x are not learned."""
     return -logprobs.sum(), len(logprobs), {}
 
 
 # The loop -------------------------------------------------------------------------------------------------------------
 
 def make_examples(tokenizer, selection, by_id, responses):
-    """D+: the chosen answers as training examples, in the order of the walk."""
+    """Return D+: the chosen answers as training examples, in the order of the walk."""
     by_draw = {(r["id"], r["draw"]): r for r in responses}
     examples = []
     for s in selection:
@@ -219,7 +217,7 @@ def make_examples(tokenizer, selection, by_id, responses):
 
 
 def report_selection(run, t, selection, beta):
-    """How far the walk went and what it gave; where all problems gave less than beta_t, what becomes of that."""
+    """Report how far the walk went and what it gave; if all gave less than beta_t, say what becomes of that."""
     answers = sum(len(s["chosen"]) for s in selection)
     trained = sum(sum(s["copies"]) for s in selection)
     report(run, t, "select", visited=len(selection), solved=sum(any(s["outcomes"]) for s in selection),
@@ -231,7 +229,7 @@ def report_selection(run, t, selection, beta):
 
 
 def best_round(scores):
-    """The iteration to report: the best on the held-out problems (the first of equals); without them the last."""
+    """Return the iteration to report: the best on the held-out problems (the first of ties); without them the last."""
     rounds = [name for name in scores if name.startswith("round")]
     if "held_out" not in scores["base"]:
         return rounds[-1]
@@ -250,13 +248,13 @@ def report_iteration(run, scores):
 
 
 def check_constants():
-    """End the program where constants do not go together."""
+    """End the program if constants contradict each other."""
     if TRAIN_ON_ALL and STOP_AT_BETA:
-        fail("--train-on-all needs --no-stop-at-beta: a walk that stops has no more than beta_t")
+        fail("--train-on-all needs --no-stop-at-beta: a walk that stops gives no more than beta_t")
     if (TRACES != 1 and RETRY) or TRACES > K_SAMPLES:
-        fail(f"--traces {TRACES} needs --no-retry and as many --k-samples: else a problem has fewer correct answers")
+        fail(f"--traces {TRACES} needs --no-retry and as many --k-samples; else a problem has fewer correct answers")
     if HINT and K_SAMPLES == 1:
-        fail("--hint needs --k-samples above 1: it is for draws after the first")
+        fail("--hint needs --k-samples above 1, because it is for draws after the first")
 
 
 def main():
@@ -271,7 +269,7 @@ def main():
                     lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA, decay=False)
     shots = 0 if PROMPT == "zero_shot" else SHOTS
     order = run.rng("examples").permutation(len(examples))
-    fixed = [examples[i] for i in order[:shots + 1]]  # one more than needed, so that none meets itself
+    fixed = [examples[i] for i in order[:shots + 1]]  # one more than needed, so that no problem is shown itself
 
     def few_shot(problem, draw):
         pool = fixed or worked_examples(problem)
@@ -294,10 +292,10 @@ def main():
     end_round(run, 0)
     last = np.zeros(len(problems), int)  # t~: the last iteration whose statistics were kept
     w = np.zeros(len(problems))  # share of correct draws then
-    alpha = 0.5  # problems solved / visited; at first a guess
+    alpha = 0.5  # problems solved / visited; a guess at first
     models = {}
     for t in range(1, ROUNDS + 1):
-        # 1. AdaD (Alg. 1, lines 5-12): walk from the stalest and hardest until beta_t correct answers are there
+        # 1. AdaD (Alg. 1, lines 5-12): walk from the stalest and hardest until there are beta_t correct answers
         blocks = []
 
         def draw(block):
@@ -309,9 +307,9 @@ def main():
         beta = beta_of(t)
         visited = walk(walk_order(last, w, run.rng(t, "order")), beta, alpha, draw)
         responses = [r for block in blocks for r in block if place[r["id"]] in visited]
-        counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # what lies behind the end is only spent
+        counted = [r for r in blocks[-1] if place[r["id"]] in visited]  # draws past the end are only spent
         metrics = run.metrics.get((t, f"responses_{len(blocks) - 1}"))
-        if metrics:  # a file from elsewhere has none
+        if metrics:  # a file copied from elsewhere has none
             metrics.update(costs_of(counted, metrics["parameters"]))
         selection = run.once(f"round_{t}/selection.jsonl", select, problems, visited, last, w, beta, run.rng(t, "cut"))
         report_selection(run, t, selection, beta)
@@ -326,7 +324,7 @@ def main():
         else:
             say(f"  round {t}  {len(responses):,} answers and none is correct: D+ is empty, the model stays as it is")
 
-        # 3. AdaC (lines 15-19): the first floor(m alpha^2) visited have now been seen; the others stay where they are
+        # 3. AdaC (lines 15-19): the first floor(m alpha^2) visited now count as seen; the others stay where they are
         alpha = selection[0]["alpha"]
         for s in selection:
             if s["committed"]:

@@ -1,28 +1,27 @@
-"""What the method scripts share: mechanics, and nothing about a method.
+"""Shared code of the method scripts: mechanics, and nothing specific to one method.
 
-Sections, each readable alone: 1 checking, 2 run, 3 processes, 4 problems and prompts, 5 sampling, 6 log-probabilities,
-7 packing, 8 training, 9 rounds (scores, costs, tables); worked examples at the foot.
+The sections can be read independently: 1 checking, 2 run, 3 processes, 4 problems and prompts, 5 sampling,
+6 log-probabilities, 7 packing, 8 training, 9 rounds (scores, costs, tables); worked examples at the end.
 
 Records are JSON lines:
   problem    {id, problem, answer, kind} and, where the data has them, solution, level, tags, choices. id is
-             set/split/line of the source file, so that a dropped record shifts nobody's seed; kind is how to grade:
-             "math", "choice" (answer is a letter), "label" (answer is one of choices), "yesno".
+             set/split/line of the source file, so a dropped record does not shift other problems' seeds; kind says
+             how to grade: "math", "choice" (answer is a letter), "label" (answer is one of choices), "yesno".
   response   {id, draw, text, ids, tokens, finish, prompt_tokens, correct, reason}: draw counts from 0 per problem and
              round, ids are the sampled tokens without the end token ("12 7 99"), tokens is the number generated, finish
-             is "stop" (ended by itself) or "length" (cut), reason is why it counts as correct or not.
-  selection  {id, ...}: every number the method decided from; each script says which.
-  example    {id, prompt, completions, ids, end}: what is trained on. One completion for SFT, [chosen, rejected] for
-             DPO; ids are the tokens of each as they were sampled (null: its text is tokenized). The loss is on the
-             completions and on the end token after each, never on the prompt.
+             is "stop" (ended on its own) or "length" (cut off), reason says why it is graded correct or not.
+  selection  {id, ...}: every number behind the method's decision; each script lists its own.
+  example    {id, prompt, completions, ids, end}: a training example. One completion for SFT, [chosen, rejected] for
+             DPO; ids are the sampled tokens of each (null: tokenize its text). The loss covers the completions and
+             the end token after each, never the prompt.
 
 A run folder:
   runs/<name>/constants.json, metrics.jsonl, the source files; error.log, if something went wrong
-  runs/<name>/round_<t>/*.jsonl    what was drawn and decided; eval.jsonl and eval.json: answers to test problems, score
-  runs/<name>/round_<t>/model/     and steps.jsonl beside it: loss, norm, learning rate, seconds of each step
-  runs/<name>/unfinished/          what the phase at work has so far; gone when it ends
+  runs/<name>/round_<t>/*.jsonl    draws and decisions; eval.jsonl and eval.json: answers to test problems, score
+  runs/<name>/round_<t>/model/     and steps.jsonl next to it: loss, norm, learning rate, seconds of each step
+  runs/<name>/unfinished/          partial results of the current phase; deleted when it ends
 
-Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden size, V vocabulary.
-"""
+Shapes: T tokens of a packed batch, P of them predicted, S sequences, H hidden size, V vocabulary."""
 import argparse
 import ast
 import contextlib
@@ -56,19 +55,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # 1. Checking: model output is untrusted text, so it is compared in processes that can be killed -----------------------
-# This stands first, and imports nothing big, because run as a program this file is such a process.
+# This section comes first and imports nothing large because, run as a program, this file is such a process.
 
-CHECK_SECONDS = 2  # processor time after which a checking worker is killed; after half of it, it is asked to stop
+CHECK_SECONDS = 2  # CPU time after which a checking worker is killed; after half of that it is asked to stop
 CHECK_BYTES = 2 << 30  # address space of a worker
 NO_VERDICT = ("bad_gold", "cut", "timeout", "memory", "crash", "forbidden")  # reasons for "wrong" without a comparison
 YES_NO = ("yes", "no")
-LONG = 2000  # characters, plus twice the gold's, beyond which an answer is not compared: it is not this one
-DECIMALS = 10  # to which math-verify compares decimal numbers
+LONG = 2000  # an answer longer than this plus twice the gold's length (characters) is wrong without a comparison
+DECIMALS = 10  # decimal places to which math-verify compares numbers
 
-# The policy. A wrong answer called right becomes training data, so whatever is doubtful is wrong. Each line is a name
-# and a regular expression; <NAME> stands for the last expression of that name, indented lines continue.
+# The policy. A wrong answer graded as right becomes training data, so anything doubtful is wrong. Each line is a name
+# and a regular expression; <NAME> inserts the last expression of that name; indented lines continue the one before.
 POLICY = r"""
-# Words: styles of LaTeX; the closed list of units; what is part of a number and no unit.
+# Words: LaTeX styles; the closed list of units; words that are part of a number and not a unit.
 STYLE text|textbf|textit|textrm|mbox|mathrm|mathbf|boldsymbol|bm|underline|rm|bf
 UNITS (?:square |cubic |sq\.? |cu\.? )?(?:dollar|USD|cent|euro|pound|inche?|feet|foot|ft|yard|yd|mile|mi|
   (?:centi|milli|kilo)?met(?:er|re)|[cmkd]m|[km]g|(?:kilo|milli)?gram|ounce|oz|lb|gallon|lit(?:er|re)|ml|second|sec|
@@ -84,10 +83,10 @@ SCALES hundred|thousand|million|billion|trillion|dozen|lakh|crore|percent|per ce
   minus|
   times|divided|mod|or|out|half|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|
   twelfths|hundredths|thousandths|mil|bn|grand
-# What does not count: all to the end of the thinking; a thought that is not closed, but for an <answer> behind it.
+# Ignored: everything up to the end of the thinking; an unclosed thought, except for an <answer> after it.
 THOUGHT (?s)^(?:.*(?:</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>))?
   (?:.*?(?:<(?:think|thinking|thought|reasoning)>|<\|begin_of_thought\|>).*?(?=<answer>[^<]*</answer>\s*\Z|\Z))?
-# A box: balanced, up to eight deep; or \boxed 9. One that explains the form is none; several may be a list.
+# A box: balanced, up to eight deep; or \boxed 9. A box that explains the format does not count; several may be a list.
 INSIDE (?:\\.|[^{}\\])*
 INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
 INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
@@ -99,7 +98,7 @@ INSIDE (?:\\.|[^{}\\]|\{<INSIDE>\})*
 BOX (?s)(?<!\\)\\+(?:boxed|fbox)(?:\s*\{|\s+(?=[^\s{}$\\]))((?<=\{)<INSIDE>(?=\}|\Z)|(?<!\{)[^\s{}$\\]+)\}?
 EXPLAINS_THE_BOX [\s.?]*|\\[lc]?dots|(?:\\text\{)?\s*(?:[a-z]+ ){0,4}(?:answer|result)(?: here)?[\s}.]*
 SAME_LIST (?is)(?!.{0,200}\b(?:no|wait|actually|correct\w*|instead|final|answer|should|however)\b).{0,200}
-# Around a box (\0): what may stand before it and behind it, for all else changes what is in it; words that revoke it;
+# Around a box (\0): what may come before and after it, since anything else changes its content; words that revoke it;
 # units, which belong to it.
 BEFORE (?:(?:\A|\n)(?:[ \t>]|[-*#]+ |\w\d?[.)])*|(?<![<>])=|[:：&~]|\*\*|<[^<> ]*>|
   (?<![-+/^_$\\])(?<![^*]\*)(?:\\?\$)+|\\[(\[\\]|(?<![\\A-Za-z])[^\W\d_]{2,}|(?:[^\W\d_]|[$)\]}])[.,;]|
@@ -119,8 +118,8 @@ DENIED_BEHIND \}?(?:[\s$,(]|\\[)\]]|\\text\{)*(?:(?:is|was) (?:wrong|incorrect|f
 UNIT_HERE \0<UNIT_BEHIND>
 CHANGED (?i)\A(?![^\0]*<BEFORE>(?:[ \t]|\\[,;:! ])*\0(?:<UNIT_BEHIND>|<BEHIND>))|
   (?:<DENIED>)(?:[ \t$:}]|\\[,;!: ])*\0|\0<DENIED_BEHIND>
-# Without a box: the line behind ####, if it is no heading; <answer>; then what is said by a line or sentence that is
-# nothing but an answer (then the rest), unless what follows revokes it; else the whole text, if it is one short line.
+# Without a box: the line after ####, if it is not a heading; <answer>; then a line or sentence that states an answer
+# and nothing else (then the rest), unless the rest revokes it; else the whole text, if it is one short line.
 MARKED (?s)^.*####\s*((?![^\n]*[A-Za-z]{3}[^\n]*\n)[^\n]+).*$|^.*<answer>([^<]*)</answer>.*$
 SAID (?ims)\A.*(?:(?:(?:^|[.!?:。]\s)[\s>*_#-]*(?:(?:so|thus|hence|therefore|then|finally|now|and|no|wait|actually|
   in conclusion)\b[,:]?\s*)*
@@ -139,7 +138,7 @@ SHORT_LINE (?!.*\\f?box)(.{1,200})()
 EXPLAINED (?i)\b(?:because|since|as (?:required|desired|claimed|wanted|expected)|exactly|(?:in (?:total|all)|
   altogether|total)\W*$|
   (?<!no, )it (?:is|does|did|has|can)$|(?<!yes, )it (?:is|does|did|has|can)(?: not|n't)$)
-# A letter, perhaps with its option's text; a value with a name (f(x) = 2).
+# A letter, possibly with its option's text; a value with a name (f(x) = 2).
 LETTER (?:(?:the |correct )*(?:option|choice|answer)(?: is)?:? )?\(? ?([a-z]) ?\)?(?: ?[-.,:)]+)?(?:(?:(?<=\)) ?|
    )(.+))?
 NAME_PART (?:[A-Za-z]+|\\(?:angle|triangle|overline|vec|hat|alpha|beta|gamma|delta|theta|lambda|mu|phi|omega)(?![a-z])
@@ -150,15 +149,15 @@ NAMED \s*(<NAME>)\s*(?:=|\\in(?![a-z]))\s*([^=]+)
 NO_DIFFERENCE (?m)^(?:the|an?) |[^\S\n]
 NUMBER [-+]?(?:\d+(?:\.\d*)?|\.\d+|\d+/0*[1-9]\d*)
 VARIABLE (?<![\\A-Za-z])[A-DF-HJ-Za-df-hj-z](?![A-Za-z])
-# Not for math-verify, which reads them wrongly: words (products of letters), ratios and times, several equations,
-# bases, "7 8", huge factorials, parts of one, primes, tiny numbers, a tuple as a set; nor a number against what has a
-# variable or a comma: they differ.
+# Never sent to math-verify, which misreads them: words (as products of letters), ratios and times, several equations,
+# bases, "7 8", huge factorials, fractions with them, primes, tiny numbers, a tuple as a set. Nor a number against an
+# expression with a variable or a comma, because they differ.
 ONLY_AS_TEXT (?m)(?<![\\A-Za-z])(?<!\\begin\{)(?<!\\end\{)(?!sqrt|frac|pi\b|sin|cos|tan|log|exp|mod\b)[A-Za-z]{3,}|
   ^[A-Za-z]{2,}$|:|=[^=\n]*,[^=\n]*=|\d_|(?<!frac )(?<!binom )\b\d+ \d|\d{3}!|\d\}?[/{]\{?\d\d!|'|
   \^T|10\^\{?-\d\d|\A\\\{[^(\n]*\n\(|\A\([^(\n]*\n\\\{[^(]*\Z|
   \A(?:<NUMBER>)\n(?!.*=).*(?:,|<VARIABLE>)|\A(?!.*=).*(?:,|<VARIABLE>).*\n(?:<NUMBER>)\Z
 """
-# How an answer is rewritten before it is compared, in this order (\040 is a blank).
+# How an answer is rewritten before it is compared, in this order (\040 is a space).
 REWRITE = r"""
 [\u200b-\u200f\u202a-\u202e\u2060\ufeff] ->
 [−‐–—] -> -
@@ -214,13 +213,13 @@ for line in POLICY.replace("\n  ", "").splitlines():
 
 
 def last_boxed(text):
-    r"""The content of the last \boxed{...} (or \boxed 9; to the end, if it stays open), or None. Linear in the text."""
+    r"""Return the content of the last \boxed{...} (or \boxed 9; to the end if never closed), or None. Linear time."""
     boxes = [None, *RULES["BOX"].findall(text)]
     return boxes[-1]
 
 
 def final_answer(text):
-    """What a response states as its answer, as it is written there; None if it states none, or in doubt."""
+    """Return the answer that a response states, verbatim; None if it states none or if in doubt."""
     text = RULES["THOUGHT"].sub("", text)
     boxes = [box for box in RULES["BOX"].finditer(text) if not RULES["EXPLAINS_THE_BOX"].fullmatch(box[1])]
     if boxes:
@@ -233,8 +232,8 @@ def final_answer(text):
 
 
 def boxed_answer(text, boxes):
-    r"""What the last of these boxes states, with a unit behind it, or the last ones if they stand together ("5, 6");
-    None if mathematics or words around it change it."""
+    r"""Return the answer in the last of these boxes, with a unit that follows it, or in the last several if they form a
+    list ("5, 6"); None if mathematics or words around it change it."""
     last = boxes[-1]
     answers = [box[1] for box in boxes[-9:] if RULES["SAME_LIST"].fullmatch(text[box.end():last.start()])]
     if len(set(answers)) > 1:
@@ -247,7 +246,7 @@ def boxed_answer(text, boxes):
 
 @functools.lru_cache(1 << 14)
 def rewritten(answer):
-    """An answer as it is compared: what math-verify does not read, or reads wrongly, in other words."""
+    """Return an answer in the form that is compared: reword what math-verify cannot read or misreads."""
     answer = re.sub("([⁻⁰¹²³⁴-⁹]+)", r"^{\1}", re.sub("(?=[¼-¾⅐-⅞])", " ", answer))
     answer = unicodedata.normalize("NFKC", answer)
     for pattern, by in REWRITES:
@@ -256,13 +255,13 @@ def rewritten(answer):
 
 
 def plain(text):
-    """A letter, a label or an option's text without LaTeX, quotes and capitals."""
+    """Strip LaTeX, quotes and capitals from a letter, a label or an option's text."""
     return rewritten(text).strip('{}" ').casefold()
 
 
 def letter_of(answer, options=()):
-    """The letter of the option that an answer is: its letter ("B", "(b)", "option B"), its text, or both ("B. a dog");
-    None if it is none, or two. Without options any letter will do."""
+    """Return the letter of the option that an answer names: by its letter ("B", "(b)", "option B"), its text, or both
+    ("B. a dog"); None if it names no option, or two. Without options, any letter counts."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     mark = RULES["LETTER"].fullmatch(plain(answer))
     for letter, option in zip(letters, options or letters):
@@ -273,13 +272,13 @@ def letter_of(answer, options=()):
 
 
 def label_of(answer, labels):
-    """The one of the labels that an answer is; None if it is anything else or more ("not neutral")."""
+    """Return the label that an answer equals; None if it is anything else or says more ("not neutral")."""
     same = [label for label in labels if plain(label) == plain(answer)]
     return same[0] if len(same) == 1 else None
 
 
 def grade(problem, text, equal):
-    """(correct, reason) of a response; equal(gold, answer) compares what their texts alone do not tell."""
+    """Grade a response: (correct, reason). equal(gold, answer) compares answers whose texts alone do not decide."""
     answer, kind = final_answer(text), problem.get("kind", "math")
     gold = problem["answer"].strip()
     if "box" in gold:
@@ -303,7 +302,7 @@ def undecided(gold, answer):
 
 
 def canonical(answer):
-    """(answer, unit) as two mathematical answers are compared. A sign, as %, stays in the answer too."""
+    """Return (answer, unit) for comparing mathematical answers. A sign such as % also stays in the answer."""
     answer = rewritten(answer)
     unit = RULES["UNIT"].fullmatch(answer)
     if unit:
@@ -313,7 +312,7 @@ def canonical(answer):
 
 
 def same_value(gold, answer, equal):
-    """Whether two mathematical answers are equal, as far as possible by their texts."""
+    """Whether two mathematical answers are equal, decided from their texts as far as possible."""
     if len(answer) > LONG + 2 * len(gold):
         return False
     (gold, unit), (answer, its_unit) = canonical(gold), canonical(answer)
@@ -331,19 +330,19 @@ def same_value(gold, answer, equal):
     if RULES["NUMBER"].fullmatch(text) and RULES["NUMBER"].fullmatch(its_text):
         return Fraction(text) == Fraction(its_text)
     sides = [answer]
-    if "=" not in gold:  # of "m + n = 256 + 37 = 293" two
+    if "=" not in gold:  # "m + n = 256 + 37 = 293" has two
         sides = [side for side in RULES["EQUALS"].split(answer) if not RULES["NAME"].fullmatch(side)] or sides
     return all(equal(gold, side) for side in sides)
 
 
 def named(answer):
-    """(name, value) of "x = 3" or "f(2) = 3"; ("", answer) of anything else."""
+    """Return (name, value) of "x = 3" or "f(2) = 3", and ("", answer) of anything else."""
     found = RULES["NAMED"].fullmatch(answer)
     return found.groups() if found else ("", answer)
 
 
 def in_order(answer):
-    """Equations in the order of their names: "y=2,x=3" as "x=3,y=2"."""
+    """Sort equations by name: "y=2,x=3" becomes "x=3,y=2"."""
     parts = answer.split(",")
     if all("=" in part for part in parts):
         return ",".join(sorted(parts))
@@ -351,11 +350,11 @@ def in_order(answer):
 
 
 def math_verify_grader():
-    """grade(problem, text) by math-verify, where texts do not tell: each answer in a box, as `rewritten` leaves it."""
+    """Return grade(problem, text), using math-verify where texts do not decide: on boxed answers from `rewritten`."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(
-        malformed_operators=True, nits=True))]  # not units: those are ours to drop
+        malformed_operators=True, nits=True))]  # not units, which we drop ourselves
 
     @functools.lru_cache(1 << 10)
     def parsed(answer):
@@ -371,31 +370,31 @@ def math_verify_grader():
 
 
 class Checker:
-    """Grades responses in worker processes (by math-verify, or your own grader), which are replaced when they hang."""
+    """Grade responses in worker processes, with math-verify or your own grader. Workers that hang are replaced."""
 
     def __init__(self, workers, grader=""):
         self.grader = grader
-        self.threads = ThreadPoolExecutor(workers)  # each waits for a process of its own, which does the work
+        self.threads = ThreadPoolExecutor(workers)  # each waits for its own process, which does the work
         self.own = threading.local()
-        self.works = False  # a grader that has done nothing but crash ends the program
+        self.works = False  # a grader that has only crashed so far ends the program
         if grader:
             self.submit({"id": "check/1", "problem": "1 + 1 = ?", "answer": "2", "kind": "math"}, "\\boxed{2}").result()
-            self.works = False  # real problems may ask more of it
+            self.works = False  # real problems may demand more of it
 
     def submit(self, problem, text, finish="stop"):
-        """Future of (correct, reason): equal, different, no_answer, one of NO_VERDICT, or a grader's."""
+        """Return a future of (correct, reason): equal, different, no_answer, one of NO_VERDICT, or a grader's own."""
         if finish == "length":
             return given((False, "cut"))
         if not self.grader:
             try:
                 return given(grade(problem, text, undecided))
-            except ValueError:  # texts alone do not tell
+            except ValueError:  # texts alone do not decide
                 pass
         return self.threads.submit(self.ask, problem, text)
 
     def ask(self, *case):
-        """(correct, reason) from this thread's worker."""
-        for _ in range(2):  # what killed a worker may have had nothing to do with the case
+        """Get (correct, reason) from this thread's worker."""
+        for _ in range(2):  # a worker may have been killed for a reason unrelated to the case
             worker = self.worker()
             late = threading.Timer(10 * CHECK_SECONDS, worker.kill)
             late.start()
@@ -414,28 +413,28 @@ class Checker:
         return correct, reason
 
     def worker(self):
-        """This thread's worker, started (a second or two) if there is none."""
+        """Return this thread's worker; start one (a second or two) if there is none."""
         worker = getattr(self.own, "worker", None)
         if worker is None or worker.poll() is not None:
             worker = subprocess.Popen(
                 [sys.executable, "-B", __file__, self.grader], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True)
             line = worker.stdout.readline().strip()
-            if line != "ready":  # in several threads at once: so no print, but an exception for the main one
+            if line != "ready":  # in several threads at once, so raise for the main one instead of printing
                 raise RuntimeError(f"a checking worker does not start: {line}")
             self.own.worker = worker
         return worker
 
 
 def given(verdict):
-    """A verdict that is known, in the form in which the checker gives them."""
+    """Wrap a known verdict in a finished future, the form in which the checker returns verdicts."""
     future = Future()
     future.set_result(verdict)
     return future
 
 
 class Stop(BaseException):
-    """A case has used its time, or would do what no comparison needs. Not an Exception: sympy catches those."""
+    """A case ran out of time or tried what no comparison needs. Not an Exception, because sympy catches those."""
 
 
 def late(*_):
@@ -443,10 +442,10 @@ def late(*_):
 
 
 def refuse(event, arguments):
-    """Bar this process from writing files, starting programs and connecting: an audit hook.
+    """Audit hook: keep this process from writing files, starting programs and opening connections.
 
-    sympy evaluates as Python what it makes of some texts (numbers and names, as far as is known); should more get
-    through, it finds nothing to do. It can still read files, and code in C can do all that the kernel lets it."""
+    sympy evaluates its reading of some texts as Python (only numbers and names, as far as we know). If more gets
+    through, it can do little: it can still read files, and C code can do anything that the kernel allows."""
     writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if writes or re.match(r"(?:os\.(?!listdir|scandir)|subprocess|socket|ctypes|pty|tempfile|fcntl|mmap|sqlite3)",
                           event):
@@ -454,9 +453,9 @@ def refuse(event, arguments):
 
 
 def checking_worker(grader=""):
-    """The program of a worker: "ready"; then for each line of JSON [problem, text] a line [correct, reason, error]."""
+    """Run a worker: print "ready", then for each JSON line [problem, text] a line [correct, reason, error]."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
+    os.dup2(2, 1)  # so that nothing a library prints is taken for a verdict
     resource.setrlimit(resource.RLIMIT_AS, (CHECK_BYTES, CHECK_BYTES))
     signal.signal(signal.SIGPROF, late)
     try:
@@ -465,11 +464,11 @@ def checking_worker(grader=""):
             compare = runpy.run_path(path)[function]
         else:
             compare = math_verify_grader()
-    except Exception as error:  # whatever somebody's file raises
+    except Exception as error:  # a user's file may raise anything
         print(f"{type(error).__name__}: {error}".splitlines()[0], file=out, flush=True)
         return
     if not grader:
-        for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):  # the latter does not bind root
+        for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):  # the latter does not apply to root
             resource.setrlimit(limit, (0, 0))
         sys.addaudithook(refuse)
     print("ready", file=out, flush=True)
@@ -478,28 +477,28 @@ def checking_worker(grader=""):
 
 
 def in_time(compare, *case):
-    """(correct, reason, error), in limited processor time, so that a verdict does not depend on what else runs here."""
-    signal.setitimer(signal.ITIMER_VIRTUAL, CHECK_SECONDS)  # ends the process: a huge power cannot be asked to stop
+    """Return (correct, reason, error) within limited CPU time, so a verdict does not depend on what else runs here."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, CHECK_SECONDS)  # kills the process: a huge power cannot be interrupted
     try:
         try:
-            signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS / 2, 0.1)  # again, should sympy swallow the first
+            signal.setitimer(signal.ITIMER_PROF, CHECK_SECONDS / 2, 0.1)  # again, in case sympy swallows the first
             correct, reason = compare(*case)
-        finally:  # not later: freeing what a late case holds takes time too
+        finally:  # not later, because freeing the memory of a late case takes time too
             signal.setitimer(signal.ITIMER_PROF, 0)
         return bool(correct), str(reason), ""
     except Stop as stop:
-        signal.setitimer(signal.ITIMER_PROF, 0)  # should it have fired in that very line
+        signal.setitimer(signal.ITIMER_PROF, 0)  # in case it fired on that very line
         return False, str(stop), ""
-    except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer, and counted
+    except Exception:  # untrusted text in a symbolic parser: any failure is a wrong answer and is counted
         return False, "crash", traceback.format_exc()
 
 
-if __name__ == "__main__":  # as a program this file is such a worker, and what follows (torch) is not for it
+if __name__ == "__main__":  # run as a program, this file is such a worker, which does not need the rest (torch)
     checking_worker(*sys.argv[1:])
     sys.exit()
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else memory is lost between tensors
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two runs side by side spin, and crawl
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else memory is lost to fragmentation
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else two concurrent runs spin and slow to a crawl
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
@@ -516,7 +515,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-if not torch.cuda.is_available():  # vllm's wheel brings CUDA builds of these, which break transformers on a CPU torch
+if not torch.cuda.is_available():  # vllm's wheel pulls in CUDA builds of these, which break transformers on a CPU torch
     for package in ("torchvision", "torchaudio", "torchcodec"):
         sys.modules.setdefault(package, None)
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,  # noqa: E402
@@ -527,25 +526,25 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 disable_progress_bar()
 
 
-# 2. Run: constants from the command line, a folder that remembers, phases that are made once --------------------------
+# 2. Run: constants from the command line, a folder with all results, phases that run once -----------------------------
 
-FLAG_TYPES = (int, float, str, tuple, list)  # constants of these types have flags (which make a list of a tuple)
-MACHINE = ("NAME", "DATA", "ENGINE", "EAGER", "SEEDED", "GPU_MEMORY", "MAX_TOKENS", "RECOMPUTE", "SAVE_MINUTES",
-           "KEEP_MODELS", "KEEP", "WANDB")
+FLAG_TYPES = (int, float, str, tuple, list)  # constants of these types have flags (where a tuple becomes a list)
+MACHINE = ("NAME", "DATA", "ENGINE", "EAGER", "SEEDED", "GPU_MEMORY", "MAX_TOKENS", "RECOMPUTE", "COMPILE",
+           "SAVE_MINUTES", "KEEP_MODELS", "KEEP", "WANDB")
 MAY_DIFFER = {*MACHINE, "ROUNDS"}  # constants that a rerun may change
 
 
 def launch(main, g):
-    """Run a script: flags, then main(). An exception ends it with one line, and its traceback in error.log.
+    """Run a script: parse its flags, then call main(). An exception prints one line; its traceback goes to error.log.
 
-    g is the script's globals(). The process ends at once: vLLM's finalizers may abort after a successful run."""
+    g is the script's globals(). The process ends at once because vLLM's finalizers may abort after a successful run."""
     status = 1
-    sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show all characters
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that cannot show all characters
     try:
         override_from_cli(g)
         main()
         status = 0
-    except SystemExit as stop:  # of fail, or of --help
+    except SystemExit as stop:  # from fail or --help
         status = stop.code
     except KeyboardInterrupt:
         status = 130
@@ -554,7 +553,7 @@ def launch(main, g):
         log = Run.folder / "error.log"
         with contextlib.suppress(OSError):  # the disk may be what failed
             log.write_text(traceback.format_exc())
-        print_error(f"error: {type(error).__name__}: {lines_of(error)[0]} ({log}); finished phases are kept: fix the "
+        print_error(f"error: {type(error).__name__}: {lines_of(error)[0]} ({log}); finished phases are kept; fix the "
                     "problem and run the same command again")
     if Run.wandb:
         Run.wandb.finish(exit_code=status)
@@ -563,25 +562,25 @@ def launch(main, g):
 
 
 def fail(message, status=1):
-    """End the program with one line on standard error: for what a user can fix."""
+    """End the program with one line on standard error, for errors that a user can fix."""
     print_error(f"error: {message}")
     sys.exit(status)
 
 
 def print_error(message):
-    """Print one line on standard error, on the first process unless another one fails alone."""
+    """Print one line on standard error, from the first process unless another one fails alone."""
     if get_node_local_rank(0) > 0:
-        time.sleep(5)  # by then the first process has said it, and torchrun has ended this one
+        time.sleep(5)  # by then the first process has printed it, and torchrun has ended this one
     print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def lines_of(error):
-    """What an exception says, as lines; there is at least one."""
+    """Return the lines of an exception's message, at least one."""
     return str(error).strip().splitlines() or [repr(error)]
 
 
 def comments_of(script):
-    """{name: (the heading above it, the comment behind it)} of the capital constants at the top level of a script."""
+    """Return {name: (heading above it, comment after it)} of the upper-case constants at the top level of a script."""
     comments = {}
     heading = ""
     for line in Path(script).read_text().splitlines():
@@ -594,21 +593,21 @@ def comments_of(script):
 
 
 def constants_of(g):
-    """{name: value} of a script's constants that have flags, as JSON has them (a tuple is a list)."""
+    """Return {name: value} of a script's constants that have flags, as they are in JSON (a tuple is a list)."""
     constants = {name: g[name] for name in comments_of(g["__file__"]) if isinstance(g.get(name), FLAG_TYPES)}
     return json.loads(json.dumps(constants))
 
 
 def override_from_cli(g):
-    """Make a flag of each constant of a script and let the command line change it; `g` is its globals().
+    """Turn each constant of a script into a flag and apply the command line; `g` is the script's globals().
 
-    The default gives the type, the comments the help and its groups. --toy applies TOY first. LEGAL has the legal values of a
-    constant, or the least one; other numbers are at least 0. A wrong flag ends the program with status 2."""
+    The default sets the type, the comments set the help and its groups. --toy applies TOY first. LEGAL lists the legal
+    values of a constant, or its minimum; for other numbers that is 0. A wrong flag ends the program with status 2."""
     parser = argparse.ArgumentParser(description=g["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)  # what is not given stays
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)  # absent flags set nothing
     parser.error = lambda message: fail(f"{message}; --help lists all flags", status=2)
     if "TOY" in g:
-        parser.add_argument("--toy", action="store_true", help="laptop size: the values of TOY, then the other flags")
+        parser.add_argument("--toy", action="store_true", help="laptop size: apply TOY, then the other flags")
         if "--toy" in sys.argv:
             g.update(g["TOY"])
     comments = comments_of(g["__file__"])
@@ -633,22 +632,22 @@ def override_from_cli(g):
         if isinstance(legal, tuple) and value not in legal:
             fail(f"{flag_of(name)} {value!r}: choose from {legal}", status=2)
         if isinstance(value, (int, float)) and not legal <= value < math.inf:
-            fail(f"{flag_of(name)} {value}: at least {legal}, please", status=2)
+            fail(f"{flag_of(name)} {value}: must be finite and at least {legal}", status=2)
 
 
 def flag_of(name):
-    """The flag of a constant: --n-train of N_TRAIN."""
+    """Return the flag of a constant: --n-train for N_TRAIN."""
     return "--" + name.lower().replace("_", "-")
 
 
 def prepare(g, *more_problems, models=()):
-    """Read what a method script's constants name, and open its run folder.
+    """Load everything that a method script's constants name, and open its run folder.
 
-    Returns (run, tokenizer, problems to train on, tests): {"test": problems, "held_out": problems}, without what is
-    empty. more_problems and models are other inputs that the results depend on. Bad input ends the program here."""
-    for name in MACHINE:  # a fork that lacks one must not fail on a GPU only
+    Return (run, tokenizer, problems to train on, tests); tests is {"test": problems, "held_out": problems}, without
+    empty entries. more_problems and models are other inputs that affect results. Bad input ends the program here."""
+    for name in MACHINE:  # a fork that lacks one must fail everywhere, not only on a GPU
         if name not in g:
-            fail(f"the constant {name} is missing; dast.py has it under # Machine")
+            fail(f"the constant {name} is missing; copy it from dast.py, under # Machine")
     tokenizer = load_tokenizer(g["MODEL"], g["PROMPT"], g["SYSTEM"], g["THINK"])
     problems = load_problems(g["TRAIN_DATA"], "train", g["DATA"], g["N_TRAIN"])
     problems, held_out = hold_out(problems, g["HELD_OUT"], g["SEED"])
@@ -661,21 +660,21 @@ def prepare(g, *more_problems, models=()):
     longest = max(problems + scored, key=lambda p: len(p["problem"]))
     check_length(longest, encode(tokenizer, longest["problem"]), g["MAX_NEW_TOKENS"], context_of(g["MODEL"]))
     run = start_run(g, problems, scored, *more_problems, models=models)
-    say(f"  data     {len(problems):,} training problems, {len(scored):,} to score models by")
+    say(f"  data     {len(problems):,} training problems, {len(scored):,} to score models on")
     both = {p["problem"] for p in problems} & {p["problem"] for p in scored}
     if both:
-        say(f"warning: {len(both):,} test problems are training problems too")
+        say(f"warning: {len(both):,} test problems are also training problems")
     gigabytes = 4e-9 * count_parameters(g["MODEL"])
-    say(f"  disk     {gigabytes:.3g} GB for the model of a round (--keep-models); a training may need six times that")
+    say(f"  disk     {gigabytes:.3g} GB for each round's model (--keep-models); training may need six times that")
     run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run)
     return run, tokenizer, problems, tests
 
 
 def start_run(g, *problem_sets, models=()):
-    """Join the other processes, open runs/<NAME>, print the header; returns the Run.
+    """Join the other processes, open runs/<NAME>, print the header and return the Run.
 
-    Constants, problems, models and code must be those that the folder was made with, on all nodes; else the program
-    ends with what differs. MAY_DIFFER names the constants that may change, --keep accepts changed code."""
+    Constants, problems, models and code must match those that the folder was made with, on all nodes; otherwise end the
+    program and list the differences. MAY_DIFFER names the constants that may change, --keep accepts changed code."""
     script = Path(g["__file__"])
     constants = constants_of(g)
     constants["problems or models"] = fingerprint(problem_sets, [*constants["MODEL"].split(","), *models])
@@ -705,9 +704,9 @@ def start_run(g, *problem_sets, models=()):
     changes = changes_of(about["constants"] | kept, constants | code)
     for node, of_node in gather((platform.node(), changes)):
         if of_node:
-            fail(f"{Run.folder} was made by {about['script']} with other constants or code than {node} has now "
-                 f"({of_node}); choose another --name, or the old values, or --keep to resume with the new code; all "
-                 "nodes need the same command, source files, problems and models")
+            fail(f"{Run.folder} was made by {about['script']} with different constants or code than {node} has now "
+                 f"({of_node}); choose a different --name, or the old values, or --keep to resume with the new code; "
+                 "all nodes need the same command, source files, problems and models")
     if rank() == 0 and about["code"][-1:] != [code]:
         keep_code(about["code"], sources)
         write(path, about | {"code": [*about["code"], code]})
@@ -723,7 +722,7 @@ def start_run(g, *problem_sets, models=()):
 
 
 def engine_for(wanted):
-    """What samples in a new run: what is wanted, else vLLM if it is installed and there is a GPU, else transformers."""
+    """Return a new run's engine: the wanted one, else vLLM if it is installed and there is a GPU, else transformers."""
     installed = find_spec("vllm")
     if wanted == "vllm" and not installed:
         fail("--engine vllm needs the package vllm: pip install -r requirements.txt")
@@ -732,19 +731,19 @@ def engine_for(wanted):
     if installed and torch.cuda.is_available():
         return "vllm"
     if installed:
-        say("vLLM is installed: if it is its CPU build, --engine vllm may sample several times as fast")
+        say("vLLM is installed; if this is its CPU build, --engine vllm may sample several times as fast")
     return "transformers"
 
 
 def keep_code(versions, sources):
-    """Copy the source files into the run folder: dast.py, and after each of the `versions` dast.1.py, dast.2.py."""
+    """Copy the source files into the run folder: as dast.py, or with earlier `versions` as dast.1.py, dast.2.py."""
     for path in sources:
         name = f"{path.stem}.{len(versions)}.py" if versions else path.name
         shutil.copyfile(path, Run.folder / name)
 
 
 def fingerprint(problem_sets, models):
-    """A hash of what a run reads: its problems, and the beginning of each file of weights."""
+    """Hash what a run reads: its problems and the beginning of each weight file."""
     contents = [problem_sets]
     for model in models:
         contents += [path.open("rb").read(2**20) for path in weight_files(model)]
@@ -752,15 +751,15 @@ def fingerprint(problem_sets, models):
 
 
 def code_of(path, constants):
-    """A hash of a program that comments, docstrings and the values of its constants do not change."""
-    text = ast.unparse(ast.parse(path.read_text()))  # without comments, and a constant in one line
+    """Hash a program, ignoring comments, docstrings and the values of its constants."""
+    text = ast.unparse(ast.parse(path.read_text()))  # without comments, each constant on one line
     names = "|".join([*constants, "TOY"])
     text = re.sub(rf'(?m)^(?:{names}) = .*|^ *"""(?s:.*?)"""\n', "", text)
     return f"{seed_of(text):x}"
 
 
 def changes_of(old, new):
-    """What differs between two dictionaries, in more than MAY_DIFFER, as text."""
+    """Describe how two dictionaries differ, apart from MAY_DIFFER."""
     changes = []
     for name in sorted({*old, *new} - MAY_DIFFER):
         if old.get(name) != new.get(name):
@@ -769,29 +768,29 @@ def changes_of(old, new):
 
 
 def await_file(path, seconds=120):
-    """Wait until this process sees a file that rank 0 has made: a network's disk may lag by a minute."""
+    """Wait until this process sees a file that rank 0 has made: a network disk may lag by a minute."""
     for _ in range(seconds):
         if path.exists():
             return
         time.sleep(1)
-    fail(f"{path}: rank 0 has made it, and {platform.node()} does not see it; all nodes need the same runs/, on a disk "
-         "that they share")
+    fail(f"{path}: rank 0 has made it, but {platform.node()} does not see it; all nodes need the same runs/ on a "
+         "shared disk")
 
 
 def lock_folder(folder):
-    """Lock a run folder until this program ends; returns the open file, which holds the lock."""
+    """Lock a run folder until this program ends; return the open file that holds the lock."""
     lock = open(folder / "lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fail(f"{folder} is in use by another program; wait for its end, or choose another --name")
+        fail(f"{folder} is in use by another program; wait until it ends or choose a different --name")
     return lock
 
 
 class Run:
-    """One folder runs/<name>: what was made stays made, so a rerun resumes after the last whole phase."""
+    """A run folder runs/<name>. What is made is kept, so a rerun resumes after the last complete phase."""
 
-    folder = Path()  # for error.log, the current one until there is a run
+    folder = Path()  # where error.log goes: the current folder until there is a run
     wandb = None
 
     def __init__(self, constants):
@@ -807,13 +806,13 @@ class Run:
             import wandb
             name = self.folder.name
             Run.wandb = wandb.init(project="self-training", name=name, config=constants, resume="allow",
-                                   id=f"{name}-{constants['problems or models'][:8]}")  # a rerun's is the same
+                                   id=f"{name}-{constants['problems or models'][:8]}")  # the same in a rerun
 
     def once(self, name, make, *arguments, **options):
-        """What runs/<run>/<name> holds: made by make(*arguments, **options) if it is not there.
+        """Return what runs/<run>/<name> holds; if it does not exist, first make it with make(*arguments, **options).
 
-        A name ending in .jsonl or .json: make returns the records or the object (rank 0's are written). Any other
-        name is a folder, whose path is returned: make fills <name>.part. Half-made things have other names (.part)."""
+        If name ends in .jsonl or .json, make returns the records or the object (rank 0's are written). Any other name
+        is a folder, which make fills as <name>.part; its path is returned. Unfinished things are named .part."""
         path = self.folder / name
         half = path.with_name(path.name + ".part")
         if not gather(path.exists())[0]:
@@ -826,18 +825,18 @@ class Run:
                     write(path, made)
                 else:
                     publish(half)
-                if path.parent != self.folder:  # what stands beside the rounds is made inside a phase
+                if path.parent != self.folder:  # what lies next to the rounds is made within a phase
                     shutil.rmtree(self.unfinished, ignore_errors=True)
             barrier()
         await_file(path)
         return read(path) if path.suffix else str(path)
 
     def rng(self, *key):
-        """A numpy generator that depends on the seed and `key` (round, problem id, draw, ...) and on nothing else."""
+        """Return a numpy generator that depends only on the seed and `key` (round, problem id, draw, ...)."""
         return np.random.default_rng(seed_of(self.seed, *key))
 
     def log(self, round, phase, **values):
-        """Record the metrics of one phase of one round in metrics.jsonl; a phase made again replaces its line."""
+        """Record the metrics of one phase of one round in metrics.jsonl; a repeated phase replaces its line."""
         self.metrics[round, phase] = {"round": round, "phase": phase, **values}
         if rank() == 0:
             write(self.folder / "metrics.jsonl", self.metrics.values())
@@ -846,7 +845,7 @@ class Run:
 
 
 def report(run, round, phase, **values):
-    """Log the metrics of a phase and print them: numbers in a line, those of several things as rows of a table."""
+    """Log the metrics of a phase and print them: single values on one line, dictionaries as rows of a table."""
     run.log(round, phase, **values)
     rows = {name: value for name, value in values.items() if isinstance(value, dict)}
     others = {name: value for name, value in values.items() if name not in rows}
@@ -865,12 +864,12 @@ def print_rows(rows):
 
 
 def text_of(values):
-    """Numbers and texts with their names, in a line: draws 1,200, correct 0.45."""
+    """Format names and values on one line: draws 1,200, correct 0.45."""
     return ", ".join(f"{name} {written(value)}" for name, value in values.items())
 
 
 def written(value):
-    """A number or text as it is printed."""
+    """Format a number or text for printing."""
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, int):
@@ -879,7 +878,7 @@ def written(value):
 
 
 def phase(make):
-    """Make a function make(run, file, ...) a phase: what is in `file` of the run folder is read, not made again."""
+    """Turn make(run, file, ...) into a phase: if `file` exists in the run folder, it is read, not made again."""
     @functools.wraps(make)
     def made_once(run, file, *arguments, **options):
         return run.once(file, make, run, file, *arguments, **options)
@@ -887,18 +886,18 @@ def phase(make):
 
 
 def round_and_phase(file):
-    """(1, "probe") of "round_1/probe.jsonl"; outside of rounds (0, the path without its ending)."""
+    """Return (1, "probe") for "round_1/probe.jsonl", and (0, the path without its extension) outside the rounds."""
     round, phase = re.fullmatch(r"(?:round_(\d+)/)?(.*?)(?:\.jsonl?)?", file).groups(default=0)
     return int(round), phase
 
 
 def seed_of(*key):
-    """A number below 2^63 from any key: the same on every machine, in every process (unlike hash())."""
+    """Hash any key to a number below 2^63, the same on every machine and in every process (unlike hash())."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 def read(path):
-    """The records of a .jsonl file, or the object of a .json file."""
+    """Return the records of a .jsonl file, or the object in a .json file."""
     with open(path) as file:
         try:
             return [json.loads(line) for line in file] if path.suffix == ".jsonl" else json.load(file)
@@ -907,7 +906,7 @@ def read(path):
 
 
 def write(path, value):
-    """Write what `read` reads, under another name, then rename: a file is whole or not there."""
+    """Write a file for `read` under a temporary name, then rename it, so a file is either complete or absent."""
     half = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(half, "w") as file:
@@ -917,7 +916,7 @@ def write(path, value):
 
 
 def publish(half):
-    """Take the .part off the name of a file or folder that is whole, once all of it has reached the disk."""
+    """Flush a complete file or folder to disk, then drop .part from its name."""
     for path in (*half.rglob("*"), half):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -926,7 +925,7 @@ def publish(half):
 
 
 def torn_lines(folder, name):
-    """The JSON lines that earlier starts left in the files `name` (a glob); one that a kill cut short is left out."""
+    """Yield the JSON lines that earlier starts left in the files `name` (a glob), except any that a kill cut short."""
     for path in sorted(folder.glob(name)):
         for line in open(path, errors="replace"):
             with contextlib.suppress(ValueError):
@@ -934,13 +933,13 @@ def torn_lines(folder, name):
 
 
 def write_line(file, record):
-    """Append a record to a file that torn_lines reads; what was there before may be a line that a kill cut short."""
+    """Append a record for torn_lines, starting on a new line because a kill may have cut the last one short."""
     file.write("\n" + json.dumps(record) + "\n")
     file.flush()
 
 
 def by_problem(records):
-    """{id: its records, in order}."""
+    """Return {id: its records, in order}."""
     groups = defaultdict(list)
     for record in records:
         groups[record["id"]].append(record)
@@ -948,12 +947,12 @@ def by_problem(records):
 
 
 def outcomes_of(responses):
-    """One problem's draws as numbers: 1 is correct, 0 wrong, -1 cut by the length limit."""
+    """Return one problem's draws as numbers: 1 is correct, 0 wrong, -1 cut off at the length limit."""
     return [-1 if response["finish"] == "length" else int(response["correct"]) for response in responses]
 
 
 def spread_evenly(total, n, rng):
-    """`total` spread over n places as evenly as can be, (n,); the remainder goes to random ones."""
+    """Spread `total` over n places as evenly as possible, (n,); the remainder goes to random places."""
     counts = [total // n] * n
     for i in rng.permutation(n)[:total % n]:
         counts[i] += 1
@@ -963,69 +962,69 @@ def spread_evenly(total, n, rng):
 # 3. Processes: the same under torchrun and plain python ---------------------------------------------------------------
 
 def setup():
-    """Join the process group: torchrun's where there is one, else a group of this process alone."""
+    """Join torchrun's process group if there is one, else create a group of this process alone."""
     if dist.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     elif Path("/dev/nvidiactl").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        fail("there is a GPU, but torch cannot use it: its driver is too old for this torch, or torch a build for CPUs "
-             "(to train on the CPU all the same: CUDA_VISIBLE_DEVICES='')")
+        fail("there is a GPU, but torch cannot use it: its driver is too old for this torch, or torch is a CPU build "
+             "(to train on the CPU anyway, set CUDA_VISIBLE_DEVICES='')")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     options = {}
     if "RANK" not in os.environ:
         options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # A barrier may wait through a whole sampling phase: torchrun, not a timeout, notices a dead process
+    # A barrier may wait for a whole sampling phase; torchrun notices a dead process, so no timeout is needed
     dist.init_process_group(backend, timeout=timedelta(days=7), **options)
 
 
 def give_memory_back():
-    """Return unused memory: Python's (a graph's parts refer to one another) and the GPU's."""
+    """Free unused memory: Python's (the parts of a graph refer to one another) and the GPU's."""
     gc.collect()
-    torch.cuda.empty_cache()  # without a GPU it does nothing
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def device():
-    """This process' GPU, or the CPU."""
+    """Return this process's GPU, or the CPU."""
     return torch.device("cuda", get_node_local_rank(0)) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def processor():
-    """Name of the GPU, or "CPU"."""
+    """Return the name of the GPU, or "CPU"."""
     return torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
 
 
 def threads_per_process():
-    """Cores that one process may use: threads beyond the cores spin against each other (60 times slower, measured)."""
+    """Return how many cores one process may use: more threads than cores spin and are 60 times slower (measured)."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def say(text=""):
-    """Print, on rank 0 only."""
+    """Print on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(printable(text), flush=True)
 
 
 def printable(text):
-    """Escape what a terminal must not see of a model's text: it could move the cursor, or worse."""
+    """Escape control characters in a model's text, which could move the terminal's cursor, or worse."""
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]",
                   lambda m: m[0].encode("unicode_escape").decode(), text)
 
 
 def barrier():
     """Wait for the other processes."""
-    dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo waits without spinning, whatever the devices are
+    dist.all_reduce(torch.zeros(1))  # a CPU tensor, because gloo waits without spinning, whatever the device
 
 
 def gather(item):
-    """Everybody's `item`, on everybody: a list in rank order."""
+    """Return every process's `item`, on every process, as a list in rank order."""
     items = [None] * world_size()
     dist.all_gather_object(items, item)
     return items
 
 
 def bar(total, what):
-    """A progress bar on rank 0; without a terminal a line a minute."""
+    """Return a progress bar, shown on rank 0; without a terminal it prints one line a minute."""
     options = {"leave": False}
     if not sys.stderr.isatty():
         options = {"delay": 60, "mininterval": 60, "maxinterval": 60,
@@ -1069,7 +1068,7 @@ SETS = {  # name/split: its file in the DATA folder, and where the Hub has it: o
     "cladder/test": "cladder/cladder_test.jsonl causal-nlp/CLadder@full_v1.5_default",
 }
 ON_THE_HUB = r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?(?:@([\w.-]+))?"  # owner/name:configuration@split
-FIELDS = {  # what sets call the parts of a problem, in any case; the first that is there and not null counts
+FIELDS = {  # names of a problem's parts in the sets, in any case; the first one present and not null counts
     "problem": ("problem", "question", "stem", "prompt"),
     "answer": ("answer", "expected_answer", "final_answer", "ground_truth", "target", "answerkey", "answer_value",
                "label"),
@@ -1078,13 +1077,13 @@ FIELDS = {  # what sets call the parts of a problem, in any case; the first that
     "tags": ("tags", "subject", "type", "subfield", "data_topic", "knowledge_point_routes", "query_type"),
     "choices": ("choices", "options", "answer_option_list"),
 }
-UNREAD = "option|choice|alternative|context|passage|^[a-f]$"  # other fields without which a problem is not whole
+UNREAD = "option|choice|alternative|context|passage|^[a-f]$"  # other fields that a problem may be incomplete without
 PLAIN = {"math": "(?s).+", "choice": r"\(?[A-Za-z]\)?", "yesno": "(?i)yes|no|true|false"}  # answers without choices
-ENTAILMENT = ("entailment", "neutral", "contradiction")  # of the labels 0, 1, 2
+ENTAILMENT = ("entailment", "neutral", "contradiction")  # names of the labels 0, 1, 2
 PLACEHOLDER = (r"(?i:[\s?.–—_*/-]*|n/?a\.?|none|null|nil|nan|-?inf|tbd|todo|unknown|missing|proof|"
                r"(?:not|no)[ _-]?(?:found|available|applicable|provided|given|answer))")
-ONE_OF_SEVERAL = rf"(?!{PLACEHOLDER}$)(?=.*[\d\\]|\w$)(?:[^,]+|[(\[{{].+)"  # of a list's parts: no word, no comma
-# In a record as JSON: half a character, control characters, and LaTeX with one backslash, as in \frac, \right, \times
+ONE_OF_SEVERAL = rf"(?!{PLACEHOLDER}$)(?=.*[\d\\]|\w$)(?:[^,]+|[(\[{{].+)"  # for a list's parts: no word, no comma
+# In a record's JSON: half a character, control characters, or LaTeX with one backslash, as in \frac, \right, \times
 DAMAGED = (r"[\ud800-\udfff\ufffd\x7f]|(?<!\\)(?:\\\\)*\\(?:[bf]|r(?!\\n)|u00|t(?:imes|ext|heta|frac|an|o|au|ilde)\b|"
            r"n(?:(?:eq|abla|ot|otin|leq|geq)\b|e [-\d\\]|u\$))")
 
@@ -1092,11 +1091,11 @@ DAMAGED = (r"[\ud800-\udfff\ufffd\x7f]|(?<!\\)(?:\\\\)*\\(?:[bf]|r(?!\\n)|u00|t(
 def load_problems(names, split, folder, limit=0):
     """Read the problems of sets ("gsm8k,math", "my/file.jsonl") in order; of each `limit` random, fixed ones (0: all).
 
-    A name of SETS is read from `folder` if its file is there, else from the Hub; "owner/name:configuration@split" is
-    a set of the Hub. `read_problem` says what a record has. One of your own files that cannot be used ends the program
-    with file, line and reason; one of a public set, which you cannot edit, is dropped, counted and said."""
+    A name in SETS is read from `folder` if its file is there, else from the Hub; "owner/name:configuration@split" is a
+    set on the Hub. `read_problem` describes a record. An unusable record in your own file ends the program with file,
+    line and reason; in a public set, which you cannot edit, it is dropped, counted and reported."""
     problems = []
-    notes = defaultdict(list)  # what is said, and where it is so
+    notes = defaultdict(list)  # {note to print: where it applies}
     for name in filter(None, names.split(",")):
         found = _read_set(name, split, folder, notes)
         chosen = np.random.default_rng(0).permutation(len(found))[:limit or None]
@@ -1111,22 +1110,22 @@ def load_problems(names, split, folder, limit=0):
     for problem in problems:
         earlier = first.setdefault(problem["problem"], problem)
         if earlier is not problem:
-            notes["problems kept that repeat the text of an earlier one"].append(problem["id"])
+            notes["problems kept although they repeat the text of an earlier one"].append(problem["id"])
         if earlier["answer"] != problem["answer"]:
-            notes["of these, with another answer than the earlier one"].append(problem["id"])
+            notes["of these, with a different answer from the earlier one"].append(problem["id"])
         box = last_boxed(problem.get("solution", ""))
         if box and box != problem["answer"]:
             _, reason = checker.submit(problem, f"\\boxed{{{box}}}").result()
-            if reason in ("different", "no_answer"):  # it would be learnt
+            if reason in ("different", "no_answer"):  # else training would teach it
                 del problem["solution"]
-                notes["solutions left out, whose box is not the answer"].append(problem["id"])
+                notes["solutions dropped because their box is not the answer"].append(problem["id"])
     for note, where in notes.items():
         say(f"  {note}: {len(where):,} (the first: {where[0]})")
     return problems
 
 
 def load_solved(names, folder):
-    """The problems with solutions of the train splits of sets, as load_problems has them; none of no set."""
+    """Load the problems with solutions from the train splits of sets, like load_problems; [] if no set is named."""
     if not names:
         return []
     solved = [p for p in load_problems(names, "train", folder) if "solution" in p]
@@ -1137,7 +1136,7 @@ def load_solved(names, folder):
 
 @contextlib.contextmanager
 def failing_as(what):
-    """Let any exception end the program with one line, `what` and the reason: for libraries that read foreign files."""
+    """End the program on any exception with one line, `what` and the reason: for libraries that read foreign files."""
     try:
         yield
     except Exception as error:
@@ -1156,13 +1155,13 @@ def _read_set(name, split, folder, notes):
     if not path.is_file():
         if hub.endswith((".jsonl", ".json", ".parquet")) or not re.fullmatch(ON_THE_HUB, hub):
             known = [name for name in SETS if name.endswith(split)]
-            fail(f"{path}: no such file, nor one of the sets that are known (in --data {folder!r} or on the Hub: "
-                 f"{', '.join(known)}) or owner/name:configuration@split on the Hub")
+            fail(f"{path}: no such file, nor one of the known sets (in --data {folder!r} or on the Hub: "
+                 f"{', '.join(known)}), nor owner/name:configuration@split on the Hub")
         public = True
         where = hub if "@" in hub else f"{hub}@{split}"
         ids = re.sub("[:@]", "/", where)
-    with failing_as(f"{where} cannot be read (what is read are .jsonl, .json and, with the packages pyarrow and "
-                    f"datasets, .parquet and the Hub; sets are in --data {folder!r})"):
+    with failing_as(f"{where} cannot be read (supported are .jsonl, .json and, with the packages pyarrow and "
+                    f"datasets, .parquet and the Hub; sets are looked up in --data {folder!r})"):
         records = _records_of(where)
     problems = []
     for number, record in enumerate(records, 1):
@@ -1172,20 +1171,20 @@ def _read_set(name, split, folder, notes):
             problem = read_problem(json.loads(record) if isinstance(record, str) else record)
         except Exception as error:  # JSON of any form
             if not public:
-                fail(f"{where}:{number}: {lines_of(error)[0]}; fix or remove it (a line is one problem in JSON)")
-            notes[f"{where}: records dropped that cannot be used"].append(f"{number}, {error}")
+                fail(f"{where}:{number}: {lines_of(error)[0]}; fix or remove it (each line is one problem in JSON)")
+            notes[f"{where}: records dropped because they cannot be used"].append(f"{number}, {error}")
             continue
         if problem:
             problems.append({"id": f"{ids}/{number}", **problem})
         else:
-            notes[f"{where}: problems dropped, no answer (under 'answer' or in a box of 'solution')"].append(number)
+            notes[f"{where}: problems dropped without an answer (in 'answer' or in a box of 'solution')"].append(number)
     if not problems:
         fail(f"{where}: no problem in it")
     return problems
 
 
 def _records_of(where):
-    """The records of a .parquet or .json file or of a set of the Hub, or the lines of a .jsonl file."""
+    """Return the records of a .parquet or .json file or of a set on the Hub, or the lines of a .jsonl file."""
     if isinstance(where, str):
         from datasets import load_dataset
         repository, configuration, split = re.fullmatch(ON_THE_HUB, where).groups()
@@ -1193,7 +1192,7 @@ def _records_of(where):
     if where.suffix == ".parquet":
         from pyarrow import parquet
         return parquet.read_table(where).to_pylist()
-    text = where.read_text(encoding="utf-8-sig", errors="surrogateescape")  # `read_problem` refuses what is not UTF-8
+    text = where.read_text(encoding="utf-8-sig", errors="surrogateescape")  # `read_problem` rejects what is not UTF-8
     if where.suffix == ".jsonl":
         return [line.strip() for line in text.split("\n")]
     records = json.loads(text)
@@ -1203,11 +1202,11 @@ def _records_of(where):
 
 
 def read_problem(record):
-    """One source record as a problem without its id; None if it has no answer; ValueError if it cannot be used.
+    """Convert a source record to a problem without its id; None if it has no answer; ValueError if it cannot be used.
 
-    FIELDS has the names that are looked for. An answer may be a number, a list (all of it must be given, in any
-    order), stand behind "####" (GSM8K) or, where there is none, in the last box of the solution (MATH). With `choices`
-    the problem ends in lettered options, and the answer is a letter. `kind` may be given; else the answer tells it."""
+    FIELDS lists the names to look for. An answer may be a number, a list (all of it must be given, in any order),
+    follow "####" (GSM8K) or, if there is none, be in the last box of the solution (MATH). With `choices`, the problem
+    ends with lettered options and the answer is a letter. `kind` may be given; otherwise the answer determines it."""
     if not isinstance(record, dict):
         raise ValueError("not a JSON object")
     record = {name.lower(): value for name, value in record.items() if value is not None}
@@ -1215,7 +1214,7 @@ def read_problem(record):
         record |= record.pop("question")
     for name, value in record.items():
         if value and name not in FIELDS["choices"] and re.search(UNREAD, name):
-            raise ValueError(f"{name!r} is not read; put a text into 'problem', and options as a list into 'choices'")
+            raise ValueError(f"{name!r} is not read; put text into 'problem' and options as a list into 'choices'")
     if len({str(record[name]) for name in FIELDS["answer"] if name in record}) > 1:
         raise ValueError("two fields have different answers")
     text, answer, solution, level, tags, choices = [_first(record, names) for names in FIELDS.values()]
@@ -1249,10 +1248,10 @@ def read_problem(record):
     if choices:
         _add_choices(problem, choices)
     elif not re.fullmatch(PLAIN.get(kind, ""), answer):
-        raise ValueError(f"'kind' is {kind!r}, and not math, choice or yesno with an answer to match")
+        raise ValueError(f"'kind' is {kind!r}, and not math, choice or yesno with a matching answer")
     if solution:
         if not last_boxed(solution):
-            solution += f"\n\n\\boxed{{{problem['answer']}}}"  # what is learnt gives its answer
+            solution += f"\n\n\\boxed{{{problem['answer']}}}"  # so that training teaches to state the answer
         problem["solution"] = solution
     whole = re.fullmatch(r"(?i)(?:level )?(\d+)(?:\.0+)?", str(level))
     if whole:
@@ -1263,14 +1262,14 @@ def read_problem(record):
 
 
 def _first(record, names):
-    """The value under the first of the names that is there."""
+    """Return the value under the first of the names that the record has, or None."""
     return next((record[name] for name in names if name in record), None)
 
 
 def _answer_and_solution(answer, solution):
-    """The answer as text or None, and the solution as text in the form of MATH, whose answer is in a box.
+    """Return the answer as text or None, and the solution as text in MATH's form, with the answer in a box.
 
-    GSM8K has both as the answer: a step a line, with <<calculator notes>>, and the answer behind "####" in the last."""
+    GSM8K has both in the answer: one step per line with <<calculator notes>>, the last with the answer after "####"."""
     if isinstance(answer, str) and re.search(r"####|\\boxed", answer) and not solution:
         solution = answer
         answer = None
@@ -1279,7 +1278,7 @@ def _answer_and_solution(answer, solution):
     if not isinstance(solution, str | None):
         raise ValueError("'solution' is neither a text nor a list of texts")
     solution = (solution or "").strip().replace("\r\n", "\n")
-    if re.search(r"####.*\Z", solution):  # and no heading
+    if re.search(r"####.*\Z", solution):  # not a heading
         solution = re.sub("\n+", "\n\n", re.sub("<<.*?>>", "", solution))
         solution = re.sub(r"#### *(.*)\Z", r"\\boxed{\1}", solution)
     stated = last_boxed(solution)
@@ -1289,14 +1288,14 @@ def _answer_and_solution(answer, solution):
         return stated, solution
     answer = _text_of(answer)
     if re.search(r"<<|####|\\boxed|^\[\s*['\"]", answer):
-        raise ValueError(f"the answer {answer[:60]!r} is a list as text, or worked without a line '#### answer'")
+        raise ValueError(f"the answer {answer[:60]!r} is a list as text, or worked out without a line '#### answer'")
     return answer, solution
 
 
 def _text_of(answer):
-    """An answer as text: a number in full, the parts of a list apart by commas."""
+    """Return an answer as text: numbers in full, the parts of a list separated by commas."""
     if isinstance(answer, float):
-        return np.format_float_positional(answer + 0.0, trim="-")  # + 0.0 makes -0.0 a 0
+        return np.format_float_positional(answer + 0.0, trim="-")  # + 0.0 turns -0.0 into 0
     if isinstance(answer, str | int):
         return str(answer).strip()
     if not isinstance(answer, list):
@@ -1308,13 +1307,13 @@ def _text_of(answer):
         with contextlib.suppress(ValueError):
             value = Fraction(value)
         if len(parts) > 1 and (value in values or not re.fullmatch(ONE_OF_SEVERAL, part)):
-            raise ValueError(f"the answers {parts} are not different ones that must all be given")
+            raise ValueError(f"the answers {parts} are not different ones that are all required")
         values.add(value)
     return ", ".join(parts)
 
 
 def _add_choices(problem, choices):
-    """Put the options of a problem below its text, lettered from A, and have its answer name one of them."""
+    """Append a problem's options to its text, lettered from A, and make its answer name one of them."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     labels = ()
     texts = choices
@@ -1328,7 +1327,7 @@ def _add_choices(problem, choices):
     labels = [str(label).upper() for label in labels]
     order = "".join(labels) or letters[:len(texts)]
     if len(order) != len(texts) or not letters.startswith(order) and not "123456789".startswith(order):
-        raise ValueError("'choices' are not at most 26 texts, without labels or with A, B, ... or 1, 2, ...")
+        raise ValueError("'choices' must be at most 26 texts, without labels or with A, B, ... or 1, 2, ...")
     texts = [_text_of(text) for text in texts]
     bare = [re.sub(rf"^\(?{letter}[.):]\)?\s*", "", text) for letter, text in zip(letters, texts)]  # "A. a cat"
     if not {*bare} & {*texts}:
@@ -1340,9 +1339,9 @@ def _add_choices(problem, choices):
     else:
         letter = letter_of(answer, texts)
         same = [letter for letter, text in zip(letters, texts) if text == answer]
-        number = answer.isdecimal() and int(answer) <= len(texts)  # counted from 0, from 1, or a text
+        number = answer.isdecimal() and int(answer) <= len(texts)  # may count from 0, from 1, or be a text
         if not letter or number or same not in ([], [letter]):
-            raise ValueError(f"the answer {answer!r} is none of the choices, or could be several; give its letter")
+            raise ValueError(f"the answer {answer!r} is none of the choices or could be several; give its letter")
     problem["choices"] = texts
     if problem["kind"] == "label":
         problem["answer"] = texts[letters.index(letter)]
@@ -1354,30 +1353,30 @@ def _add_choices(problem, choices):
 
 
 def load_network(kind, folder, **options):
-    """The model in a folder, as transformers has it; ends the program where a tensor is missing or has another shape:
-    it would be random, silently."""
+    """Load the model in a folder with transformers. End the program if a tensor is missing or has a different shape,
+    because it would silently be random."""
     with failing_as(folder):
         network, about = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
                                               ignore_mismatched_sizes=True, **options)
     for name, found, wanted in about["mismatched_keys"]:
-        fail(f"{folder}: {name} has the shape {tuple(found)}, and in config.json {tuple(wanted)}")
-    lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # which nothing here uses
+        fail(f"{folder}: {name} has the shape {tuple(found)}, but config.json says {tuple(wanted)}")
+    lost = sorted(name for name in about["missing_keys"] if "pooler." not in name)  # nothing here uses the pooler
     if lost:
         fail(f"{folder}: {len(lost)} missing tensors, first {lost[0]}")
     return network
 
 
-@functools.cache  # what the Hub has under a name may change; a run stays with what it began with
+@functools.cache  # files on the Hub may change; a run keeps the version it started with
 def local_folder(model):
-    """The folder of a model: itself, or where the files of that name on the Hub lie, downloaded if need be."""
+    """Return the folder of a model: the given one, or the local copy of the files on the Hub, downloaded if needed."""
     if Path(model).is_dir():
         return str(model)
-    with failing_as(f"{model}: no such folder here, and not to be had from the Hub"):
+    with failing_as(f"{model}: no such folder here, and it cannot be downloaded from the Hub"):
         return snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"])
 
 
 def weight_files(model):
-    """The safetensors files of a model, as its index says where it has one: a folder may hold the weights twice."""
+    """List a model's safetensors files, from its index if it has one, because a folder may hold the weights twice."""
     folder = Path(local_folder(model))
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -1386,45 +1385,45 @@ def weight_files(model):
 
 
 def load_tokenizer(model, prompt, system="", think=""):
-    """The model's tokenizer; ends the program where its files are missing, or it cannot make prompts of this form."""
+    """Load a model's tokenizer. End the program if files are missing or it cannot make prompts of this form."""
     folder = local_folder(model)
     with failing_as(model):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code that a folder brings is never run
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # code in a model's folder is never run
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer.tokenize("1 + 1"):
             raise ValueError("there is no tokenizer in it")
         size = max(tokenizer.get_vocab().values()) + 1
         room = config.get_text_config().vocab_size
         if size > room:
-            raise ValueError(f"its tokenizer has {size:,} tokens, and the model only {room:,}")
+            raise ValueError(f"its tokenizer has {size:,} tokens, but the model only {room:,}")
         if prompt and not tokenizer.eos_token:
             raise ValueError("its tokenizer has no end token (eos_token in tokenizer_config.json)")
         if prompt == "chat":
             if not tokenizer.chat_template:
-                raise ValueError("it has no chat template; take --prompt few_shot or zero_shot")
+                raise ValueError("it has no chat template; use --prompt few_shot or zero_shot")
             end_token(tokenizer, prompt)
             if think and "enable_thinking" not in str(tokenizer.chat_template):
-                say(f"{model}: its chat template does not know --think, which changes nothing")
+                say(f"{model}: its chat template does not know --think, so it has no effect")
             example = {"problem": "2 + 2 = ?", "solution": "4"}
             if "1 + 1 = ?" not in make_prompt(tokenizer, prompt, {"problem": "1 + 1 = ?"}, [example], system, think):
-                raise ValueError("its chat template does not show the last turn; take --prompt few_shot or zero_shot")
+                raise ValueError("its chat template does not show the last turn; use --prompt few_shot or zero_shot")
     return tokenizer
 
 
 def context_of(model):
-    """How many tokens a model can take."""
+    """Return how many tokens a model can take."""
     return AutoConfig.from_pretrained(local_folder(model)).get_text_config().max_position_embeddings
 
 
 def check_length(problem, ids, new, context):
-    """End the program if a prompt's token ids and `new` more do not fit into a context."""
+    """End the program if a prompt's token ids and `new` more do not fit into the context."""
     if len(ids) + new > context:
         fail(f"the prompt of {problem['id']} has {len(ids):,} tokens; with {new} new ones it exceeds the context of "
-             f"{context:,}; shorten either (--max-new-tokens, --shots)")
+             f"{context:,}; reduce either (--max-new-tokens, --shots)")
 
 
 def make_prompt(tokenizer, prompt, problem, examples=(), system="", think=""):
-    """The text to be continued: plain with `examples` before it ("few_shot", "zero_shot") or turns of a "chat"."""
+    """Return the text to continue: plain, after `examples` ("few_shot", "zero_shot"), or the turns of a "chat"."""
     if prompt != "chat":
         shots = [f"Question: {e['problem']}\nAnswer:\n{e['solution']}\n\n" for e in examples]
         return f"{''.join(shots)}Question: {problem['problem']}\nAnswer:\n"
@@ -1439,20 +1438,20 @@ def make_prompt(tokenizer, prompt, problem, examples=(), system="", think=""):
 
 
 def chat_text(tokenizer, turns, think="", **options):
-    """Turns of a conversation as the model's chat template has them; ValueError where that cannot.
+    """Format the turns of a conversation with the model's chat template; ValueError if the template cannot.
 
     think: "on" or "off" for a template that knows enable_thinking, else ""."""
     if think:
         options["enable_thinking"] = think == "on"
-    today = datetime(2024, 7, 26)  # Llama 3's own without a clock, so that prompts do not depend on the day
+    today = datetime(2024, 7, 26)  # Llama 3's default without a clock, so that prompts do not depend on the date
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, strftime_now=today.strftime, **options)
-    except Exception as error:  # a template is a program, though in a sandbox
-        raise ValueError(f"its chat template fails: {lines_of(error)[-1]} (--system '' leaves the system's turn out)")
+    except Exception as error:  # a template is a program, though a sandboxed one
+        raise ValueError(f"its chat template fails: {lines_of(error)[-1]} (--system '' omits the system turn)")
 
 
 def end_token(tokenizer, prompt):
-    """The token that ends an answer: under "chat" what the template puts behind a turn, else end of text."""
+    """Return the token that ends an answer: for "chat" the one the template puts after a turn, else end of text."""
     if prompt != "chat":
         return tokenizer.eos_token
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!!"}]
@@ -1461,15 +1460,15 @@ def end_token(tokenizer, prompt):
         if token in tokenizer.get_added_vocab():  # special or not
             return token
     if behind:
-        raise ValueError(f"its chat template ends an answer with {behind[:50]!r}, which is no token of its own")
+        raise ValueError(f"its chat template ends an answer with {behind[:50]!r}, which is not an added token")
     return tokenizer.eos_token
 
 
 def end_ids(tokenizer, folder):
-    """Ids of all tokens that end an answer: a tuned model may end either way, whatever the form of the prompt."""
+    """Return the ids of all tokens that end an answer: a tuned model may use any, whatever the form of the prompt."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        with contextlib.suppress(ValueError):  # a template that wants other turns, and is not used
+        with contextlib.suppress(ValueError):  # an unused template that expects different turns
             ends.add(tokenizer.convert_tokens_to_ids(end_token(tokenizer, "chat")))
     path = Path(folder) / "generation_config.json"
     named = read(path).get("eos_token_id") if path.exists() else None
@@ -1478,7 +1477,7 @@ def end_ids(tokenizer, folder):
 
 
 def make_example(tokenizer, prompt, problem, *answers, system="", think=""):
-    """A training example: the zero-shot form of the problem, and what is to be learnt from it: texts or responses."""
+    """Make a training example: the problem's zero-shot prompt, and what to learn from it, as texts or responses."""
     completions = []
     ids = []
     for answer in answers:
@@ -1490,10 +1489,10 @@ def make_example(tokenizer, prompt, problem, *answers, system="", think=""):
             "completions": completions, "ids": ids, "end": end_token(tokenizer, prompt)}
 
 
-@functools.lru_cache(256)  # draws share their prompt
+@functools.lru_cache(256)  # draws of a problem share its prompt
 def encode(tokenizer, text):
-    """Token ids of a prompt: with the beginning that the tokenizer adds, unless the text (a chat) brings its own, and
-    without an end that it adds."""
+    """Return a prompt's token ids: with the start tokens that the tokenizer adds, unless the text (a chat) has its own,
+    and without the end tokens that it adds."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer("1")["input_ids"]
     bare = tokenizer("1", add_special_tokens=False)["input_ids"]
@@ -1505,20 +1504,20 @@ def encode(tokenizer, text):
 
 # 5. Sampling: requests in, checked responses out ----------------------------------------------------------------------
 
-GROUP = 64  # requests that transformers answers as one batch, whoever does it: part of the result
-IN_FLIGHT = 2048  # requests at a vLLM engine, waiting ones included: enough that it never runs dry
-STOP = "\n\nQuestion:"  # where a base model that was shown examples begins to invent the next one
-Request = namedtuple("Request", "problem draw ids seed known")  # known: it was answered before the program was killed
+GROUP = 64  # requests that transformers answers as one batch, on whichever process; affects the results
+IN_FLIGHT = 2048  # requests in a vLLM engine, waiting ones included; enough that it never runs dry
+STOP = "\n\nQuestion:"  # where a base model that was shown examples starts to invent the next one
+Request = namedtuple("Request", "problem draw ids seed known")  # known: answered before the program was killed
 
 
 @phase
 def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *, style, max_new_tokens, **sampling):
-    """Draw answers with a model and check them: responses in the order of problems, then of draws.
+    """Draw answers with a model and check them. Return the responses in the order of problems, then of draws.
 
-    draws: how many per problem (a number, or a list parallel to problems). prompt(problem, draw): the text to continue.
-    enough(responses): whether a problem's first responses are enough, with which it stays so; then draws go in waves
-    (1, 1, 2, 4, ...), and what was drawn behind the first that are enough is dropped, but counted as spent.
-    grade(problem, answer) -> (correct, reason), in place of the checker. style: the form of the prompts. sampling:
+    draws: number per problem (an int, or a list parallel to problems). prompt(problem, draw): the text to continue.
+    enough(responses): whether a problem's first responses are enough; more must then be enough too. Draws then come in
+    waves (1, 1, 2, 4, ...), and those after the first that are enough are dropped, but counted as spent.
+    grade(problem, answer) -> (correct, reason) replaces the checker. style: the form of the prompts. sampling:
     temperature (0 is greedy), top_p, top_k. Requests do not depend on the number of processes."""
     began = time.time()
     round, phase = round_and_phase(file)
@@ -1526,11 +1525,11 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
     loading = engine.use(local_folder(model), style, max_new_tokens, sampling)
     path = run.unfinished / f"{file.replace('/', '-').removesuffix('.jsonl')}@{rank()}.jsonl"
     known = begin_draws(path, problems, draws, enough)
-    own = list(known.values())  # a batch of transformers' is part of the result, so all processes follow all problems
+    own = list(known.values())  # transformers' batches affect the results, so all processes track all problems
     if engine.streams:
         own = own[rank()::world_size()]
-    queue = deque()  # (problem, draw) to ask for
-    pending = deque()  # (answer, its verdict), where that may not be there yet
+    queue = deque()  # (problem, draw) to request
+    pending = deque()  # (answer, its verdict), which may not be ready yet
     mine = []  # answers that the other processes do not know yet
 
     def requests():
@@ -1550,7 +1549,7 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
             take_in(known, [answer])
             if engine.streams:
                 queue.extend(known[answer["id"]].next_wave())
-            shown.update(world_size())  # the others are about as far
+            shown.update(world_size())  # the other processes are about as far
 
     total = sum(of_problem.limit for of_problem in known.values())
     with open(path, "a") as lines, bar(total, f"round {round} {phase}") as shown:
@@ -1574,7 +1573,7 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
 
 
 class Draws:
-    """The draws of one problem in a phase: how many were asked for, what was answered, and what counts."""
+    """The draws of one problem in a phase: how many were requested, which were answered, and which count."""
 
     def __init__(self, problem, limit, enough):
         self.problem = problem
@@ -1584,7 +1583,7 @@ class Draws:
         self.answers = {}  # {draw: answer}
 
     def next_wave(self):
-        """[(problem, draw)] to ask for next; none if the last ones are not all there, or were enough."""
+        """Return [(problem, draw)] to request next; [] if the last wave is incomplete or was enough."""
         start = self.asked
         first = [self.answers.get(draw) for draw in range(start)]
         if None in first or self.enough and first and self.enough(first):
@@ -1595,7 +1594,7 @@ class Draws:
         return [(self.problem, draw) for draw in range(start, self.asked)]
 
     def counted(self):
-        """The responses that count: up to the first that are enough."""
+        """Return the responses that count: up to the first that are enough."""
         first = []
         for draw in range(self.limit):
             first.append(self.answers[draw])
@@ -1605,31 +1604,31 @@ class Draws:
 
 
 def begin_draws(path, problems, draws, enough):
-    """{problem id: its Draws}, with the answers that earlier starts, of any number of processes, left beside `path`."""
+    """Return {problem id: its Draws}, with answers left next to `path` by earlier starts on any number of processes."""
     if isinstance(draws, int):
         draws = [draws] * len(problems)
     known = {problem["id"]: Draws(problem, limit, enough) for problem, limit in zip(problems, draws)}
     take_in(known, torn_lines(path.parent, f"{path.name.rpartition('@')[0]}@*"))
-    barrier()  # everybody has read before anybody writes on
+    barrier()  # all processes have read before any of them writes
     path.parent.mkdir(parents=True, exist_ok=True)
     return known
 
 
 def take_in(known, answers):
-    """Put answers where they belong in `known`, {problem id: its Draws}; what is there stays."""
+    """Add answers to `known`, {problem id: its Draws}; existing ones stay."""
     for answer in answers:
         known[answer["id"]].answers.setdefault(answer["draw"], answer)
 
 
 def share(known, mine):
-    """Have every process know every process' answers; empties `mine`."""
+    """Share this process's new answers with all processes; empty `mine`."""
     for answers in gather(mine):
         take_in(known, answers)
     mine.clear()
 
 
 def end_draws(run, round, phase, known, loading, seconds):
-    """The responses that count. What they are, and what was spent on all that were drawn, is logged and printed."""
+    """Return the responses that count. Log and print statistics of these and the cost of all draws."""
     counted = []
     drawn = []
     for of_problem in known.values():
@@ -1650,7 +1649,7 @@ def end_draws(run, round, phase, known, loading, seconds):
     if cut > 0.5:
         say("           more than half were cut: raise --max-new-tokens")
     if silent > 0.5:
-        say("           more than half state no answer: read some, then try another --prompt, --system or --grader")
+        say("           more than half state no answer: read some, then try a different --prompt, --system or --grader")
     failed = {reason: n for reason, n in costs["verdicts"].items() if reason in NO_VERDICT and reason != "cut"}
     if failed:
         say(f"           wrong without a comparison: {text_of(failed)}")
@@ -1658,8 +1657,8 @@ def end_draws(run, round, phase, known, loading, seconds):
 
 
 def costs_of(answers, parameters):
-    """Counts of answers, and FLOPs (2 N a token). Padded: with each prompt as long as the longest, as programs that
-    pad, and AdaSTaR's tables, count."""
+    """Return counts of answers, and FLOPs (2 N per token). Padded: as if each prompt were as long as the longest, as
+    programs that pad, and AdaSTaR's tables, count."""
     tokens = sum(a["tokens"] for a in answers)
     prompts = [a["prompt_tokens"] for a in answers]
     padded = len(prompts) * max(prompts, default=0)
@@ -1670,17 +1669,17 @@ def costs_of(answers, parameters):
 
 
 class TransformersEngine:
-    """Answers requests by transformers' generate, in batches of GROUP that do not depend on the number of processes:
-    the same row in another batch differs by 1e-6 in the logits, which may flip a token. One thread a batch on CPU."""
+    """Answer requests with transformers' generate, in batches of GROUP that do not depend on the number of processes:
+    in a different batch, a row's logits differ by 1e-6, which may flip a token. On a CPU, one thread per batch."""
 
     streams = False  # whether requests can be added while others are answered
-    folder = None  # of the model that is loaded
+    folder = None  # of the loaded model
 
     def __init__(self, run):
         self.run = run
 
     def use(self, folder, style, max_new_tokens, sampling):
-        """Answer with this model and these settings from now on; the seconds it took, for the metrics."""
+        """Switch to this model and these settings; return the seconds it took, for the metrics."""
         self.stop = None if style == "chat" else STOP
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
@@ -1692,7 +1691,7 @@ class TransformersEngine:
         self.ends = end_ids(self.tokenizer, folder)
         self.room = context_of(folder)
         self.parameters = count_parameters(folder)
-        give_memory_back()  # what training had
+        give_memory_back()  # from training
         costs = self.load(folder)
         self.folder = folder
         return costs | {"load_seconds": time.time() - began}
@@ -1702,23 +1701,23 @@ class TransformersEngine:
         return len(encode(self.tokenizer, text)) + self.max_new_tokens <= self.room
 
     def load(self, folder):
-        """Load a model; numbers for the metrics."""
+        """Load a model; return numbers for the metrics."""
         self.model = load_network(AutoModelForCausalLM, folder, dtype=compute_dtype()).to(device()).eval()
         for name, tensor in self.model.named_parameters():
-            if not tensor.isfinite().all():  # or every answer would be wrong, silently
-                fail(f"{folder}: {name} is not finite")
-        self.model.generation_config = GenerationConfig()  # a folder may bring a repetition penalty and the like
+            if not tensor.isfinite().all():  # else every answer would silently be wrong
+                fail(f"{folder}: {name} has values that are not finite")
+        self.model.generation_config = GenerationConfig()  # a folder's own may set a repetition penalty and the like
         return {}
 
     def sleep(self):
-        """Give the model's memory back, to make room for training; numbers for the metrics."""
+        """Free the model's memory to make room for training; return numbers for the metrics."""
         self.folder = None
         self.model = None
         give_memory_back()
         return {}
 
     def answers(self, requests):
-        """Yield (request, {text, ids, tokens, finish}) of requests(). On a CPU each core answers a batch of its own."""
+        """Yield (request, {text, ids, tokens, finish}) for requests(). On a CPU, each core answers its own batch."""
         ordered = sorted(requests(), key=lambda request: len(request.ids))  # little padding
         groups = [ordered[at:at + GROUP] for at in range(0, len(ordered), GROUP)]
         own = []
@@ -1731,7 +1730,7 @@ class TransformersEngine:
                 yield from zip(group, answers)
 
     def generate(self, group):
-        """The answers to a group of requests, seeded by its first one."""
+        """Return the answers to a group of requests, seeded by the first."""
         shared, cache = self.read_prefix([request.ids for request in group])
         prompts = [request.ids[len(shared):] for request in group]
         batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(device())
@@ -1748,14 +1747,14 @@ class TransformersEngine:
 
     @torch.no_grad()
     def read_prefix(self, prompts):
-        """Read what all prompts begin with (worked examples) once: (its ids, a cache that holds them for each prompt).
+        """Read what all prompts start with (worked examples) once: (its ids, a cache that holds them for each prompt).
 
-        Padding stands behind it, which only plain attention leaves out; for models with other layers: ([], None)."""
+        Padding comes after it, which only plain attention can leave out; for models with other layers: ([], None)."""
         cache = DynamicCache(config=self.model.config)
         if any(type(layer) is not DynamicLayer for layer in cache.layers):
             return [], None
         shared = []
-        for column in zip(min(prompts, key=len)[:-1], *prompts):  # a token is left to predict from
+        for column in zip(min(prompts, key=len)[:-1], *prompts):  # leave one token to predict from
             if len(set(column)) > 1:
                 break
             shared.append(column[0])
@@ -1765,8 +1764,8 @@ class TransformersEngine:
         return shared, cache
 
     def answer(self, row):
-        """An answer as it is recorded, from its tokens and what may stand behind its end. The ids of a stop string go;
-        where no token ends before it, there are none."""
+        """Make the record of an answer from its tokens, which may continue past its end. Drop the ids of a stop string;
+        if no token ends right before it, record no ids."""
         ids = list(itertools.takewhile(lambda token: token not in self.ends, row))
         tokens = len(ids)
         text = self.decode(ids)
@@ -1783,14 +1782,14 @@ class TransformersEngine:
         return {"text": text.strip(), "ids": known, "tokens": tokens, "finish": finish}
 
     def decode(self, ids):
-        """The text of token ids."""
+        """Return the text of token ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def noise_of(seed, temperature, top_k=0, top_p=1.0):
-    """A processor of logits (rows, V) that makes numbers of them of which the largest is a draw: probabilities at a
-    temperature, cut by top_k (0: not) and top_p, each divided by a number from the exponential distribution, as
-    torch.multinomial does. With its own generator, so that groups can be generated side by side."""
+    """Return a processor of logits (rows, V) after which the largest is a random draw: probabilities at a temperature,
+    cut by top_k (0: off) and top_p, each divided by an exponentially distributed number, as torch.multinomial does. It
+    has its own generator, so that groups can be generated side by side."""
     generator = torch.Generator(device()).manual_seed(seed)
     steps = [TemperatureLogitsWarper(temperature)]
     if top_k:
@@ -1807,8 +1806,8 @@ def noise_of(seed, temperature, top_k=0, top_p=1.0):
 
 
 class VllmEngine(TransformersEngine):
-    """Answers requests by vLLM: one engine in each process, built once. It sleeps while the GPU trains, gets new
-    weights without a restart, and after each change has to show that it has them."""
+    """Answer requests with vLLM: one engine per process, built once. It sleeps while the GPU trains, takes new weights
+    without a restart, and after each change must pass a self-test that shows it has them."""
 
     streams = True
     llm = None
@@ -1822,44 +1821,44 @@ class VllmEngine(TransformersEngine):
         return self.self_test(folder)
 
     def build(self, folder):
-        """Build the engine. vLLM casts as it loads."""
+        """Build the engine. vLLM casts the weights as it loads them."""
         os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        warnings.simplefilter("ignore", FutureWarning)  # of its own use of torch
-        set_num_threads = torch.set_num_threads  # vLLM makes it do nothing, and the trainer needs it
+        warnings.simplefilter("ignore", FutureWarning)  # from vLLM's own use of torch
+        set_num_threads = torch.set_num_threads  # vLLM turns it into a no-op, but the trainer needs it
         from vllm import LLM
         from vllm.platforms import current_platform
         if device().type == "cuda":
             machine = dict(enforce_eager=self.run.constants["EAGER"], enable_sleep_mode=True, max_model_len=-1,
                            max_num_seqs=512,  # as many as its CUDA graphs cover
                            gpu_memory_utilization=self.run.constants["GPU_MEMORY"])
-        elif current_platform.is_cpu():  # a prompt in two pieces and a seed of its own would break the CPU's engine
-            torch.compiler.set_stance("force_eager")  # saves the self-test 5-20 s
+        elif current_platform.is_cpu():  # chunked prompts with a seed per request would break the CPU engine
+            torch.compiler.set_stance("force_eager")  # saves 5-20 s in the self-test
             tokens = min(self.room, 8192)
             machine = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=tokens,
                            max_model_len=tokens, kv_cache_memory_bytes=2**30)
         else:
-            fail("--engine vllm: there is no GPU, and the vLLM that is installed is not its CPU build")
-        # In this process, and after the process group exists: external_launcher, which takes the GPU of LOCAL_RANK
+            fail("--engine vllm: there is no GPU, and the installed vLLM is not the CPU build")
+        # external_launcher runs in this process, needs the process group to exist, and takes the GPU of LOCAL_RANK
         self.llm = LLM(folder, dtype=compute_dtype(), distributed_executor_backend="external_launcher",
                        generation_config="vllm", use_tqdm_on_load=False, **machine)
         self.shape = shape_of(folder)
         torch.set_num_threads = set_num_threads
 
     def send_weights(self, folder):
-        """Give the engine the weights of another folder; after a sleep its own are gone."""
+        """Load a different folder's weights into the engine; a sleep has discarded the old ones."""
         if shape_of(folder) != self.shape:
-            fail(f"{folder}: vLLM's engine was built for a model of another shape; score them one by one")
-        self.llm.wake_up(tags=["weights"])  # if it sleeps
+            fail(f"{folder}: vLLM's engine was built for a model of a different shape; score one model at a time")
+        self.llm.wake_up(tags=["weights"])  # if it is asleep
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": read_weights(folder)})
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
 
     def self_test(self, folder):
-        """End the program unless the engine has the weights of its folder: bit for bit where it keeps them as they are,
-        and by log-probabilities of a row of tokens that the trainer left, as far as rounding allows."""
+        """End the program unless the engine has the weights of its folder. Compare them bit for bit where vLLM keeps
+        them unchanged, and the log-probabilities of a row of tokens with the trainer's, up to rounding."""
         from vllm import SamplingParams
         compared, wrong = self.llm.apply_model(functools.partial(compare_weights, folder))[0]
         if wrong or not compared:
@@ -1873,10 +1872,10 @@ class VllmEngine(TransformersEngine):
         found = zip(row["tokens"][1:], output.prompt_logprobs[1:])
         engines = [logprobs[token].logprob for token, logprobs in found]
         error = float(np.median(np.abs(np.subtract(engines, row["logprobs"]))))
-        # In bfloat16 single tokens differ by 5, their median by 0.07; in float32 that by 0.00001; other weights by more
+        # bfloat16: single tokens differ by 5, the median by 0.07; float32: the median by 0.00001; wrong weights: more
         limit = 0.001 if compute_dtype() == torch.float32 else 0.2
         if not error <= limit:
-            fail(f"vLLM's log-probabilities of {folder} are {error:.2g} off the trainer's (median)")
+            fail(f"vLLM's log-probabilities of {folder} are {error:.2g} away from the trainer's (median)")
         return {"tensors_equal": compared, "logprob_error": error}
 
     def sleep(self):
@@ -1888,8 +1887,8 @@ class VllmEngine(TransformersEngine):
         return {"asleep_gib": (total - free) / 2**30}
 
     def answers(self, requests):
-        """Yield (request, {text, ids, tokens, finish}) as they end; requests() is asked again as soon as there is room,
-        so a problem's next wave need not wait for the slowest."""
+        """Yield (request, {text, ids, tokens, finish}) as answers finish. Call requests() again as soon as there is
+        room, so that a problem's next wave need not wait for the slowest."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         torch.set_num_threads(threads_per_process())
@@ -1901,7 +1900,7 @@ class VllmEngine(TransformersEngine):
                 settings = SamplingParams(max_tokens=self.max_new_tokens, stop=self.stop, stop_token_ids=self.ends,
                                           seed=request.seed if self.run.constants["SEEDED"] else None,
                                           output_kind=RequestOutputKind.FINAL_ONLY, **self.sampling)
-                name = str(request.seed)  # no other has it
+                name = str(request.seed)  # unique
                 engine.add_request(name, {"prompt_token_ids": request.ids}, settings)
                 flying[name] = request
             if not flying:
@@ -1912,14 +1911,14 @@ class VllmEngine(TransformersEngine):
 
 
 def shape_of(folder):
-    """What an engine is built for: it can be given other weights, but nothing else."""
+    """Return what an engine is built for: it can take different weights, but nothing else may change."""
     config = AutoConfig.from_pretrained(folder)
     text = config.get_text_config()
     return config.model_type, text.hidden_size, text.num_hidden_layers, text.vocab_size
 
 
 def saved_tensors(model):
-    """(name, tensor) of everything in a model's safetensors files; a tensor is read from the disk when it is used."""
+    """Yield (name, tensor) from a model's safetensors files; a tensor is read from disk when it is used."""
     for path in weight_files(model):
         with failing_as(model), safe_open(path, "pt") as file:
             for name in file.keys():
@@ -1927,13 +1926,13 @@ def saved_tensors(model):
 
 
 def count_parameters(model):
-    """How many numbers a model's safetensors files hold (a tied head counts once)."""
+    """Return how many numbers a model's safetensors files hold (a tied head counts once)."""
     return sum(tensor.numel() for _, tensor in saved_tensors(model))
 
 
 def read_weights(folder):
-    """The tensors of a model for vLLM: with a tied head, which is in no file, its CPU build keeps the old one without
-    it, silently."""
+    """Yield a model's tensors for vLLM, including a tied head, which is in no file: without it, vLLM's CPU build would
+    silently keep the old one."""
     tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
     for name, tensor in saved_tensors(folder):
         yield name, tensor
@@ -1942,10 +1941,10 @@ def read_weights(folder):
 
 
 def compare_weights(folder, model):
-    """(how many parameters of vLLM's `model` could be compared with the files in `folder`, names of those that differ).
+    """Compare vLLM's `model` with the files in `folder`: (number of parameters compared, names of those that differ).
 
-    Queries, keys and values are one matrix there, as are gate and up; embeddings may have empty rows at the end. Its
-    CPU build packs the matrices away (they are empty): there norms, biases and embeddings are left."""
+    vLLM fuses queries, keys and values into one matrix, and gate and up; embeddings may end in empty rows. Its CPU
+    build packs the matrices away (they are empty), which leaves norms, biases and embeddings to compare."""
     sent = dict(read_weights(folder))
     fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     compared = 0
@@ -1958,21 +1957,21 @@ def compare_weights(folder, model):
         if parameter.numel() and all(part in sent for part in parts):
             tensor = torch.cat([sent[part] for part in parts]).to(parameter)
             compared += 1
-            if not torch.equal(parameter[:len(tensor)], tensor):  # not a number is not equal to itself either
+            if not torch.equal(parameter[:len(tensor)], tensor):  # NaN is not equal to itself either
                 wrong.append(name)
     return compared, wrong
 
 
 # 6. Log-probabilities -------------------------------------------------------------------------------------------------
 
-LOGITS = 2**26  # made at a time, 256 MB in float32
-SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # of heads that are more than one matrix
+LOGITS = 2**26  # computed at a time, 256 MB in float32
+SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # set by heads that are more than one matrix
 
 
 def token_logprobs(hidden, weight, targets):
-    """log p(target) of each position in float32, (P,), from hidden (P, H) and the head's weight (V, H).
+    """Return log p(target) of each position in float32, (P,), from hidden (P, H) and the head's weight (V, H).
 
-    Done in chunks of at most LOGITS logits, which are made again in the backward pass."""
+    Works in chunks of at most LOGITS logits, which are recomputed in the backward pass."""
     def chunk(h, t):
         logits = (h @ weight.T).float()
         return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
@@ -1986,12 +1985,12 @@ def token_logprobs(hidden, weight, targets):
 
 def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
                      sliding_window=None, **_):
-    """Causal attention inside each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D).
+    """Causal attention within each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D).
 
-    Without cu_seq_lens_q each row is one sequence, padded at its end."""
+    Without cu_seq_lens_q, each row is one sequence, padded at its end."""
     longest = max_length_q or query.shape[2]
     if sliding_window and longest > sliding_window:
-        fail("this model's attention has a window shorter than an example: it cannot be trained here")
+        fail("this model's attention window is shorter than an example, so it cannot be trained here")
     if query.is_cuda and max_length_q:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -2009,15 +2008,15 @@ def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_
 
 
 def sequence_logprobs(logprobs, batch):
-    """log p(completion | prompt) of each completion of a packed batch, (S,), from those of its tokens, (P,)."""
+    """Return log p(completion | prompt) of each completion of a packed batch, (S,), from those of its tokens, (P,)."""
     sums = [part.sum() for part in logprobs.split(batch["counts"])]
-    return torch.stack(sums) if sums else logprobs  # of a process without work: no completion, no token
+    return torch.stack(sums) if sums else logprobs  # a process without work has no completion and no token
 
 
 class Policy(torch.nn.Module):
-    """A causal language model that gives log-probabilities of a batch's targets, (P,): the head sees these only."""
+    """A causal language model that returns log-probabilities of a batch's targets, (P,); its head sees only these."""
 
-    packs = True  # whether sequences laid end to end do not see one another
+    packs = True  # whether sequences laid end to end are independent
 
     def __init__(self, model):
         super().__init__()
@@ -2030,14 +2029,14 @@ class Policy(torch.nn.Module):
 
 
 def hidden_states(body, batch):
-    """What a transformer without its head makes of a packed batch, where it predicts: (P, H)."""
+    """Return the hidden states of a transformer without its head on a packed batch, where it predicts: (P, H)."""
     return body(input_ids=batch["tokens"][None], position_ids=batch["positions"][None], use_cache=False,
                 cu_seq_lens_q=batch["starts"], max_length_q=batch["longest"]).last_hidden_state[0, batch["predict"]]
 
 
 def padded_states(body, batch):
-    """The same by rows of one sequence each, for models whose layers mix what is packed. Padding stands behind the
-    real tokens, which do not see it."""
+    """Like hidden_states, but with one sequence per row, for models whose layers mix packed sequences. Padding comes
+    after the real tokens, which do not see it."""
     lengths = batch["starts"].diff()
     rows = torch.nn.utils.rnn.pad_sequence(batch["tokens"].split(lengths.tolist()), batch_first=True)
     hidden = body(input_ids=rows, use_cache=False).last_hidden_state
@@ -2046,10 +2045,10 @@ def padded_states(body, batch):
 
 @torch.no_grad()
 def can_pack(policy):
-    """Whether log-probabilities of a sequence do not depend on the one that is packed before it.
+    """Whether log-probabilities of a sequence are independent of the sequence packed before it.
 
-    Linear attention, state spaces and convolutions (Qwen3-Next, Falcon-H1, LFM2) run on into the next sequence. Both
-    batches have one shape, so that rounding is the same: what differs has leaked."""
+    Linear attention, state spaces and convolutions (Qwen3-Next, Falcon-H1, LFM2) leak into the next sequence. Both
+    batches have the same shape and so the same rounding, so any difference is a leak."""
     first = list(range(5, 37))
     second = list(range(37, 69))
     one = policy(pack([[([], first), ([], second)]]))
@@ -2060,7 +2059,7 @@ def can_pack(policy):
 # 7. Packing: sequences laid end to end, no padding --------------------------------------------------------------------
 
 def tokenize(tokenizer, example):
-    """[(prompt ids, completion ids with the end token)] of an example."""
+    """Return [(prompt ids, completion ids with the end token)] of an example."""
     prompt = encode(tokenizer, example["prompt"])
     end = tokenizer.convert_tokens_to_ids(example["end"])
     sequences = []
@@ -2074,17 +2073,17 @@ def tokenize(tokenizer, example):
 
 
 def completion_ids(tokenizer, prompt, text):
-    """Token ids of a text where it follows a prompt. Alone, Llama 2 and its like would put a blank before it."""
+    """Return the token ids of a text that follows a prompt. Alone, Llama 2 and similar would put a space before it."""
     last = prompt[-1:]
     before, both, alone = tokenizer([last, last + text, text], add_special_tokens=False,
                                     split_special_tokens=True)["input_ids"]
     if both[:len(before)] == before:
         return both[len(before):]
-    return alone  # the prompt's last character is one token with the text's first
+    return alone  # the prompt's last character and the text's first form one token
 
 
 def tokenize_all(tokenizer, examples, context):
-    """{id, sequences, tokens, reference} of each example, but for those that are longer than the context."""
+    """Return {id, sequences, tokens, reference} of each example, except those longer than the context."""
     fitting = []
     for example in examples:
         sequences = tokenize(tokenizer, example)
@@ -2094,16 +2093,16 @@ def tokenize_all(tokenizer, examples, context):
     if not fitting:
         fail(f"all {len(examples):,} training examples are longer than the model's context of {context:,} tokens")
     if len(fitting) < len(examples):
-        say(f"  {len(examples) - len(fitting):,} training examples are longer than the model's context, and left out")
+        say(f"  {len(examples) - len(fitting):,} training examples are longer than the model's context and left out")
     return fitting
 
 
 def pack(examples):
-    """One packed batch of examples, each a list of sequences: tensors, and how many targets each sequence has.
+    """Pack examples, each a list of sequences, into one batch: tensors, and how many targets each sequence has.
 
     pack([[([1, 2], [3, 4])], [([5], [6])]]):
       tokens 1 2 3 4 5 6, positions 0 1 2 3 0 1, starts 0 4 6, predict 1 2 4, targets 3 4 6, counts 2 1
-    No example at all gives a single token that predicts nothing: what a process without work joins the others with."""
+    Without examples, the batch is one token that predicts nothing, so a process without work can join the others."""
     tokens, positions, starts, predict, counts = [], [], [0], [], []
     for example in examples:
         for prompt, completion in example:
@@ -2124,17 +2123,17 @@ def pack(examples):
 
 
 def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
-    """Who computes what, when: [step][micro-batch] -> example numbers. Process r takes r, r + processes, ... of a step.
+    """Plan the training steps: [step][micro-batch] -> example numbers. Process r takes r, r + processes, ... of a step.
 
-    A step is `batch_size` examples of the whole world (an epoch's last step may be smaller). Inside a step examples go,
-    longest first, to the emptiest micro-batch, with as few micro-batches as so keep each within max_tokens (a longer
-    example is alone) and their number a multiple of `processes`: both change memory and speed, never the step."""
+    A step is `batch_size` examples over all processes (an epoch's last step may be smaller). Within a step, examples
+    go, longest first, to the emptiest micro-batch. The number of micro-batches is the smallest multiple of `processes`
+    that keeps each within max_tokens (a longer example is alone). Both change memory and speed, never the step."""
     steps = []
     for _ in range(epochs):
         order = rng.permutation(len(lengths)).tolist()
         for at in range(0, len(order), batch_size):
             step = sorted(order[at:at + batch_size], key=lambda e: -lengths[e])
-            for count in range(processes, len(step) + processes, processes):  # enough for each to be alone
+            for count in range(processes, len(step) + processes, processes):  # up to one for each example
                 micro_batches = [[] for _ in range(count)]
                 loads = [0] * count
                 for e in step:
@@ -2149,21 +2148,21 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
 
 # 8. Training ----------------------------------------------------------------------------------------------------------
 
-ROW = "logprobs.json"  # in a model's folder: the trainer's log-probabilities of a row of tokens, to test the engine by
-ADAPTERS = "adapters/adapters.safetensors"  # in a model's folder: those that were merged into it
+ROW = "logprobs.json"  # in a model's folder: the trainer's log-probabilities of a row of tokens, to test the engine
+ADAPTERS = "adapters/adapters.safetensors"  # in a model's folder: the adapters merged into it
 
 
 @phase
 def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, weight_decay, clip, decay=True,
           reference=False, lora_rank=0, lora_alpha=0):
-    """Train a model on examples: the folder `file` of the run, in float32, and steps.jsonl beside it.
+    """Train a model on examples; write it in float32 to the folder `file` of the run, and steps.jsonl next to it.
 
-    loss(logprobs, batch) -> (sum, weight, metrics): the script's own. logprobs (P,) are those of the batch's targets;
-    the sum is divided by the weight of the whole step (all micro-batches, all processes), so neither the micro-batch
+    loss(logprobs, batch) -> (sum, weight, metrics) is the script's. logprobs (P,) are those of the batch's targets; the
+    sum is divided by the weight of the whole step (all micro-batches, all processes), so neither the micro-batch
     nor the number of processes changes the result. With `reference`, batch["reference"] (S,) has log p(completion)
-    under the model as it starts. AdamW; lr rises linearly over the warm-up (steps, or if below 1 their share), then
-    stays, or with `decay` falls as a half cosine. clip: the largest gradient norm; 0 is none. lora_rank: train adapters
-    in place of all weights, unless 0. Resumes a killed run."""
+    under the initial model. AdamW; lr rises linearly over the warm-up (steps, or if below 1 their share), then stays
+    constant, or with `decay` falls as a half cosine. clip: the largest gradient norm; 0 is none. lora_rank: unless 0,
+    train adapters instead of all weights. Resumes a killed run."""
     began = time.time()
     round, _ = round_and_phase(file)
     figures = run.engine.sleep()
@@ -2172,7 +2171,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples = tokenize_all(tokenizer, examples, context_of(model))
     network, policy = load_for_training(run, model, lora_rank, lora_alpha, run.rng(round, "adapters"))
-    # Before the first forward pass, after which FSDP shows other parameters than those to be trained
+    # Before the first forward pass, after which FSDP shows different parameters from those to be trained
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run)
     policy.packs = can_pack(policy)
@@ -2194,7 +2193,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
             if not math.isfinite(values["loss"] + values["norm"]):
                 ids = [examples[e]["id"] for e in sum(plan[step], [])]
                 fail(f"round {round}, training step {step + 1} of {len(plan)}: loss {values['loss']}, gradient norm "
-                     f"{values['norm']}; the last good model stays. The step's examples: {', '.join(ids)}")
+                     f"{values['norm']}; the last good model is kept. The step's examples: {', '.join(ids)}")
             if gather(time.time() - saved >= 60 * run.constants["SAVE_MINUTES"])[0]:
                 save_progress(run, round, policy, optimizer, history)
                 saved = time.time()
@@ -2210,7 +2209,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
 
 
 def optimizer_step(policy, optimizer, loss, examples, micro_batches, clip):
-    """Forward, backward, scale, clip, step. Returns {loss, norm, lr, seconds, ...}, means over the whole step."""
+    """Forward, backward, scale, clip, step. Return {loss, norm, lr, seconds, ...}, means over the whole step."""
     began = time.time()
     mine = Counter()
     for micro_batch in micro_batches:
@@ -2225,7 +2224,7 @@ def optimizer_step(policy, optimizer, loss, examples, micro_batches, clip):
     weight = sums.pop("weight")
     for parameter in policy.parameters():
         if parameter.grad is not None:
-            parameter.grad.mul_(world_size() / weight)  # FSDP has averaged over processes what is a sum over them
+            parameter.grad.mul_(world_size() / weight)  # undo FSDP's average over processes: this is a sum
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip or math.inf).full_tensor()
     optimizer.step()
     optimizer.zero_grad()
@@ -2234,10 +2233,10 @@ def optimizer_step(policy, optimizer, loss, examples, micro_batches, clip):
 
 
 def load_for_training(run, model, lora_rank=0, lora_alpha=0, rng=None):
-    """(the model, its Policy), sharded over all processes: float32 weights; GPUs compute in bfloat16.
+    """Return (the model, its Policy), sharded over all processes: float32 weights; GPUs compute in bfloat16.
 
-    With lora_rank the run's base is frozen, in what is computed in, and float32 adapters are trained beside it: those
-    that an earlier round of this run has left with the model, else new ones."""
+    With lora_rank, the run's base is frozen, in the compute dtype, and float32 adapters are trained: those that an
+    earlier round of this run saved with the model, else new ones."""
     AttentionInterface.register("packed", packed_attention)
     continued = lora_rank and Path(model).is_relative_to(run.folder)
     base = local_folder(run.constants["MODEL"]) if continued else model
@@ -2245,7 +2244,7 @@ def load_for_training(run, model, lora_rank=0, lora_alpha=0, rng=None):
     network = load_network(AutoModelForCausalLM, base, dtype=dtype, attn_implementation="packed")
     scaled = any(getattr(network.config, name, None) for name in SCALED)
     if scaled or network.get_output_embeddings().bias is not None:
-        fail(f"{model}: a model whose head is more than one matrix cannot be trained here")
+        fail(f"{model}: its head is more than one matrix, so it cannot be trained here")
     network.train()
     policy = Policy(network)
     blocks = policy.body.layers
@@ -2256,6 +2255,9 @@ def load_for_training(run, model, lora_rank=0, lora_alpha=0, rng=None):
         network.load_state_dict(load_file(Path(model) / ADAPTERS), strict=False)
     if run.constants["RECOMPUTE"]:
         network.gradient_checkpointing_enable({"use_reentrant": False})
+    if run.constants["COMPILE"]:
+        for block in blocks:
+            block.compile(dynamic=True)
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
     mesh = dist.device_mesh.init_device_mesh(device().type, (world_size(),))
     for module in (*blocks, policy):
@@ -2264,8 +2266,8 @@ def load_for_training(run, model, lora_rank=0, lora_alpha=0, rng=None):
 
 
 def add_adapters(blocks, lora_rank, lora_alpha, rng):
-    """Put adapters beside all linear layers of a transformer's blocks: W x becomes W x + alpha / r B A x, where A is
-    (r, in) and B (out, r) (LoRA; Hu et al. 2021, eq. 3). B begins at zero, so that at first a layer is what it was."""
+    """Add adapters to all linear layers of a transformer's blocks: W x becomes W x + alpha / r B A x, where A is
+    (r, in) and B (out, r) (LoRA; Hu et al. 2021, eq. 3). B starts at zero, so a layer is unchanged at first."""
     for module in blocks.modules():
         if isinstance(module, torch.nn.Linear):
             bound = module.in_features ** -0.5
@@ -2277,17 +2279,17 @@ def add_adapters(blocks, lora_rank, lora_alpha, rng):
 
 
 def adapt(linear, inputs, output):
-    """The output of a linear layer with its adapter's: a forward hook."""
+    """Forward hook: return a linear layer's output plus its adapter's."""
     return output + linear.lora_scale * (inputs[0] @ linear.lora_A.T) @ linear.lora_B.T
 
 
 def compute_dtype():
-    """What trains and transformers' sampling compute in: bfloat16 on a GPU, else float32."""
+    """Return the dtype in which training and transformers' sampling compute: bfloat16 on a GPU, else float32."""
     return torch.bfloat16 if device().type == "cuda" else torch.float32
 
 
 def memory_of_process():
-    """Bytes that a process may fill as it trains: its GPU's, or its part of half of the machine's (or container's)."""
+    """Return the bytes a process may use to train: its GPU's, or its share of half the machine's (or container's)."""
     if device().type == "cuda":
         return torch.cuda.mem_get_info()[1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -2297,11 +2299,11 @@ def memory_of_process():
 
 
 def tokens_that_fit(run):
-    """Tokens of a micro-batch: MAX_TOKENS; on a CPU at most what fits. Says what training will fill, by arithmetic.
+    """Return the tokens of a micro-batch: MAX_TOKENS; on a CPU at most what fits. Print an estimate of training memory.
 
-    Not by what is free at the moment: a rerun gets the same. What layers keep of a token: 16 H + 6 I numbers on a CPU
-    (SmolLM2-135M: 1.9 MB measured, 2.2 so), 11 H + 4 I on a GPU (by reading, not measured; H hidden, I intermediate
-    size); recomputed, H, and all of it for one layer at a time."""
+    Does not depend on what is free at the moment, so a rerun gets the same. Per token, layers keep 16 H + 6 I numbers
+    on a CPU (SmolLM2-135M: 1.9 MB measured, 2.2 by this formula), 11 H + 4 I on a GPU (from reading, not measured; H
+    hidden, I intermediate size); with recomputation H, and all of it for one layer at a time."""
     model = local_folder(run.constants["MODEL"])
     config = AutoConfig.from_pretrained(model).get_text_config()
     hidden = config.hidden_size
@@ -2311,9 +2313,9 @@ def tokens_that_fit(run):
     tokens = run.constants["MAX_TOKENS"]
     memory = memory_of_process()
     states = 16 * count_parameters(model)  # float32, with gradient and AdamW's moments
-    if run.constants["LORA_RANK"]:  # frozen; adapters of a usual rank add a tenth
+    if run.constants["LORA_RANK"]:  # frozen; adapters of the usual rank add a tenth
         states = size * count_parameters(model)
-    fixed = states / world_size() + 16 * LOGITS  # and the loss
+    fixed = states / world_size() + 16 * LOGITS  # plus the loss
     numbers = 16 * hidden + 6 * inner
     if device().type == "cuda":
         numbers = 11 * hidden + 4 * inner
@@ -2322,15 +2324,16 @@ def tokens_that_fit(run):
         a_token = size * (layers * hidden + numbers)
     if device().type == "cpu" and fixed + tokens * a_token > memory:
         tokens = max(256, int((memory - fixed) / a_token))
-        say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits into half of the machine's")
+        say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits into half the machine's")
     filled = (fixed + tokens * a_token) / 2**30
-    say(f"  memory   training fills up to {filled:.3g} of {memory / 2**30:.3g} GiB a process, "
-        f"{tokens * a_token / 2**30:.2g} of it by --max-tokens {tokens:,}")
+    say(f"  memory   training fills up to {filled:.3g} of {memory / 2**30:.3g} GiB per process, "
+        f"{tokens * a_token / 2**30:.2g} of it due to --max-tokens {tokens:,}")
     return tokens
 
 
 def learning_rate_factor(step, steps, warmup, decay):
-    """Rises linearly to 1 over `warmup` steps (below 1: that share of them), then stays or falls as a half cosine."""
+    """Return a factor that rises linearly to 1 over `warmup` steps (below 1: that share of all steps), then stays at 1
+    or falls as a half cosine."""
     ramp = math.ceil(warmup * steps if warmup < 1 else warmup)
     if step < ramp:
         return (step + 1) / ramp
@@ -2341,9 +2344,9 @@ def learning_rate_factor(step, steps, warmup, decay):
 
 @torch.no_grad()
 def add_references(policy, examples, steps):
-    """Give each example its `reference`: [log p of its first completion, of its second] under the policy as it starts.
+    """Set each example's `reference`: [log p of its first completion, of its second] under the initial policy.
 
-    By the micro-batches of the first epoch: where policy and reference are equal, they are so exactly."""
+    Uses the micro-batches of the first epoch, so where policy and reference are equal, they are exactly equal."""
     found = {}
     completions = len(examples[0]["sequences"])
     for step in steps:
@@ -2357,15 +2360,15 @@ def add_references(policy, examples, steps):
 
 
 def training_state(policy, optimizer):
-    """{weights, moments}: what is trained, and AdamW's state, in this process' shards, not copied."""
+    """Return {weights, moments}: trained weights and AdamW's state, as this process's shards, not copied."""
     weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
     if not policy.head.weight.requires_grad:
-        weights.pop("head.weight", None)  # torch leaves it in if it is tied
+        weights.pop("head.weight", None)  # torch includes it if it is tied
     return {"weights": weights, "moments": moments}
 
 
 def save_progress(run, round, policy, optimizer, history):
-    """Save weights and AdamW's state in shards that load at another number of processes; the save before goes then."""
+    """Save weights and AdamW's state in shards that load on any number of processes; then delete the previous save."""
     half = run.unfinished / f"round_{round}-step_{len(history):07d}.part"
     dcp.save(training_state(policy, optimizer), checkpoint_id=half)
     if rank() == 0:
@@ -2377,11 +2380,11 @@ def save_progress(run, round, policy, optimizer, history):
 
 
 def load_progress(run, round, policy, optimizer):
-    """Load the last save, if there is one, into the policy and the optimizer; the history of the steps so far."""
+    """Load the last save, if there is one, into policy and optimizer; return the history of the steps so far."""
     saves = gather(sorted(run.unfinished.glob(f"round_{round}-step_???????")))[0]
     if not saves:
         return []
-    dcp.load(training_state(policy, optimizer), checkpoint_id=saves[-1])  # into the shards themselves
+    dcp.load(training_state(policy, optimizer), checkpoint_id=saves[-1])  # in place, into the shards
     history = read(saves[-1] / "history.json")
     say(f"  training resumes after step {len(history):,}")
     return history
@@ -2389,17 +2392,17 @@ def load_progress(run, round, policy, optimizer):
 
 @torch.no_grad()
 def row_logprobs(policy, examples):
-    """{tokens, logprobs}: up to 256 tokens of the longest sequence, and log p of all but the first under the policy."""
+    """Return {tokens, logprobs}: up to 256 tokens of the longest sequence, log p of all but the first by the policy."""
     rows = [prompt + completion for example in examples for prompt, completion in example["sequences"]]
     tokens = max(rows, key=len)[:256]
     return {"tokens": tokens, "logprobs": policy(pack([[([], tokens)]])).tolist()}
 
 
 def save_model(network, tokenizer, folder, row):
-    """Write a Hugging Face folder, and `row` to test an engine by; all processes take part, a tensor at a time.
+    """Write a Hugging Face folder, and `row` to test an engine with; all processes take part, one tensor at a time.
 
-    The weights are float32, whatever the base's dtype: half a bfloat16 step at 0.02 is 6e-5, and a step at a learning
-    rate of 5e-7 would be lost. config.json names the base's dtype: what loads it by that, as vLLM does, casts."""
+    The weights are float32, whatever the base's dtype: half a bfloat16 step at 0.02 is 6e-5, and an update at a
+    learning rate of 5e-7 would be lost. config.json names the base's dtype; loaders that use it, such as vLLM, cast."""
     weights = {}
     for name, tensor in network.state_dict().items():
         tensor = tensor.full_tensor()
@@ -2415,8 +2418,8 @@ def save_model(network, tokenizer, folder, row):
 
 
 def merge_adapters(network, weights, path):
-    """Turn the weights of a model with adapters into those of an ordinary one, W + alpha / r B A, and keep the adapters
-    in a file, for the next round to continue: merged, their small changes would be lost in a bfloat16 base."""
+    """Merge adapters into ordinary weights, W + alpha / r B A, and save the adapters to a file for the next round to
+    continue, because after merging their small changes would be lost in a bfloat16 base."""
     adapters = {name: weights.pop(name) for name in list(weights) if ".lora_" in name}
     for name, module in network.named_modules():
         if hasattr(module, "lora_scale"):
@@ -2428,10 +2431,10 @@ def merge_adapters(network, weights, path):
 
 
 def report_training(run, round, history, lengths, epochs, reference, network, figures):
-    """Log and print what training did: the figures of its last step among others. Tokens count prompts too.
+    """Log and print the figures of a training, including those of its last step. Tokens include prompts.
 
-    FLOPs: 6 N per token trained on (2 forward, 2 for the gradients of what flows, 2 for those of the weights, if these
-    are trained; Kaplan et al. 2020), 2 N per token of a reference pass. Padded: all as long as the longest."""
+    FLOPs: 6 N per token trained on (2 forward, 2 for gradients of activations, 2 for gradients of weights, if these are
+    trained; Kaplan et al. 2020), 2 N per token of a reference pass. Padded: as if all were as long as the longest."""
     tokens = sum(lengths) * epochs
     reference_tokens = sum(lengths) * reference
     flops = network.num_parameters() * (4 * tokens + 2 * reference_tokens)
@@ -2446,11 +2449,11 @@ def report_training(run, round, history, lengths, epochs, reference, network, fi
         f"{tokens / figures['seconds']:,.0f} tok/s, {figures['seconds']:.1f} s")
 
 
-# 9. Rounds: what is put aside, scored, shown and summed up ------------------------------------------------------------
+# 9. Rounds: held-out problems, scores, answers shown, costs and tables ------------------------------------------------
 
 def hold_out(problems, n, seed):
-    """(the others, n random problems that are put aside to be scored): the same for a seed, whatever else is read. A
-    problem whose text occurs twice is on one side only, so the second list may be a little longer."""
+    """Return (the other problems, n random ones held out for scoring). The split depends only on the seed, not on what
+    else is read. Problems with the same text stay on one side, so the second list may be a little longer."""
     order = sorted(problems, key=lambda problem: seed_of(seed, "held out", problem["problem"]))
     texts = {problem["problem"] for problem in order[:n]}
     others = [problem for problem in problems if problem["problem"] not in texts]
@@ -2460,10 +2463,10 @@ def hold_out(problems, n, seed):
 
 
 def worked_examples(problem):
-    """Problems with solutions to show before one like `problem`: our own, of its family.
+    """Return our own problems with solutions to show before one like `problem`, of its family.
 
-    A mathematical problem with LaTeX in its text (a command, or $...$, and not two prices) is taken for competition
-    mathematics, any other for a word problem, whatever file it comes from."""
+    A mathematical problem with LaTeX in its text (a command, or $...$, but not two prices) counts as competition
+    mathematics, any other as a word problem, whatever file it comes from."""
     family = problem["kind"]
     if family == "math":
         latex = re.search(r"\\[A-Za-z(\[]|\$(?!\s)[^$]*(?<!\s)\$(?!\d)", problem["problem"])
@@ -2472,10 +2475,10 @@ def worked_examples(problem):
 
 
 def evaluate(run, file, model, tests, prompt, **settings):
-    """Score a model by one greedy answer to each problem: {"test": score, "held_out": score}, as far as there are such.
+    """Score a model by one greedy answer per problem: {"test": score, "held_out": score}, for those that `tests` has.
 
-    tests: {"test": problems, "held_out": problems}. Answers are kept in `file`.jsonl, scores in `file`.json; of those
-    held out in `file`_held_out."""
+    tests: {"test": problems, "held_out": problems}. Answers go to `file`.jsonl, scores to `file`.json, those of
+    held-out problems to `file`_held_out."""
     scores = {}
     for kind, problems in tests.items():
         name = file if kind == "test" else f"{file}_{kind}"
@@ -2486,7 +2489,7 @@ def evaluate(run, file, model, tests, prompt, **settings):
 
 
 def score(problems, responses):
-    """{accuracy, interval, n, by_level, by_set, correct: {id: 0 or 1}, level: {id: level}} of one answer each."""
+    """Return {accuracy, interval, n, by_level, by_set, correct: {id: 0 or 1}, level: {id: level}}, one answer each."""
     correct = {r["id"]: int(r["correct"]) for r in responses}
     level = {p["id"]: p["level"] for p in problems if "level" in p}
     parts = defaultdict(list)
@@ -2501,13 +2504,13 @@ def score(problems, responses):
 
 
 def accuracy(correct):
-    """{accuracy, interval, n} of a list of zeros and ones."""
+    """Return {accuracy, interval, n} of a list of zeros and ones."""
     right = sum(correct)
     return {"accuracy": right / len(correct), "interval": wilson_interval(right, len(correct)), "n": len(correct)}
 
 
 def wilson_interval(right, n):
-    """[low, high], the 95 % interval of a share `right` of n (Wilson 1927)."""
+    """Return [low, high], the 95 % interval of the share of `right` in n (Wilson 1927)."""
     z = 1.959964
     centre = (right + z * z / 2) / (n + z * z)
     half = z * math.sqrt(right * (n - right) / n + z * z / 4) / (n + z * z)
@@ -2515,10 +2518,10 @@ def wilson_interval(right, n):
 
 
 def show_answers(run, t, problems, responses):
-    """Print a right and a wrong response of round t in full, so that a person sees what the numbers are made of."""
+    """Print one right and one wrong response of round t in full, to show what is behind the numbers."""
     by_id = {p["id"]: p for p in problems}
     order = run.rng(t, "shown").permutation(len(responses))
-    examples = {responses[i]["correct"]: responses[i] for i in order}  # the last ones
+    examples = {responses[i]["correct"]: responses[i] for i in order}  # keeps the last of each
     for correct, response in examples.items():
         problem = by_id[response["id"]]
         text = response["text"].replace("\n", "\n    ")
@@ -2527,8 +2530,8 @@ def show_answers(run, t, problems, responses):
 
 
 def end_round(run, t, keep=()):
-    """Log the FLOPs of sampling, rewards and training (not of scoring) up to the end of round t; delete models by
-    KEEP_MODELS, but not those in `keep`."""
+    """Log the FLOPs of sampling, rewards and training (not of scoring) up to the end of round t; delete models
+    according to KEEP_MODELS, except those in `keep`."""
     costs = {"total_flops": 0.0, "total_padded_flops": 0.0, "total_spent_flops": 0.0}
     for (round, phase), values in run.metrics.items():
         if round <= t and not phase.startswith(("eval", "round")):
@@ -2542,12 +2545,12 @@ def end_round(run, t, keep=()):
         for older in range(t - run.constants["KEEP_MODELS"] + 1):
             model = run.folder / f"round_{older}/model"
             if str(model) not in keep:
-                for path in model.glob("*.safetensors"):  # the folder stays, as a sign that this was made
+                for path in model.glob("*.safetensors"):  # the folder stays to mark the phase as done
                     path.unlink()
 
 
 def print_table(scores, first):
-    """Print {name: score} as rows: accuracy, interval, accuracy by level; below a row its sets, if it has several."""
+    """Print {name: score} as rows: accuracy, interval, accuracy by level; below each its sets, if there are several."""
     rows = {}
     levels = set()
     for name, score in scores.items():
@@ -2569,14 +2572,14 @@ def print_table(scores, first):
 
 
 def final_table(run, scores):
-    """Print a table of a run's rounds for each kind of test problems."""
+    """Print a table of a run's rounds for each kind of test problem."""
     [first, *_] = scores.values()
     for kind in first:
         print_table({name: score[kind] for name, score in scores.items()}, kind.replace("_", " "))
     say(f"{run.folder}/metrics.jsonl")
 
 
-# Worked examples of our own, for prompts where the problems bring no solutions: by family, in the form that answers
+# Our own worked examples, for prompts where the problems have no solutions: by family, in the form that answers
 # should take
 
 EXAMPLES = {

@@ -1,96 +1,96 @@
 """DAST: difficulty-aware self-training (Xue et al. 2025, https://arxiv.org/abs/2503.09029).
 
-A model answers each training problem several times and trains on the answers that a checker finds correct; DAST draws
-more answers for hard problems, and has them written at greater length.
+A model answers each training problem several times and trains on the answers that a checker finds correct. DAST draws
+more answers to hard problems and prompts for longer ones.
 
-  1. Difficulty, once, on the base model M_0: draw K answers to each problem, p = share correct; level E, M, H or U.
+  1. Difficulty, once, with the base model M_0: draw K answers to each problem, p = share correct; level E, M, H or U.
   2. Round 0: M_1 = SFT of the base on D_o, the problems with their own worked solutions.
   3. Rounds t = 1..3, with the current model:
-     a. draw answers: up to B_level of each problem, until T_level distinct correct ones are found   (P, proportion)
+     a. draw answers: up to B_level per problem, until T_level distinct correct ones are found       (P, proportion)
         from prompts whose worked examples are as hard as the problem, meant to lengthen answers     (L, length)
-     b. D_a = these correct ones, anew each round; M_{t+1} = SFT of the base on D_u = D_a + D_o          (DAST-S)
-        or DPO of M_1 on pairs of one of these and a wrong one to the same problem                       (DAST-D).
+     b. D_a = the correct ones, new in each round; M_{t+1} = SFT of the base on D_u = D_a + D_o          (DAST-S)
+        or DPO of M_1 on pairs of one of these and a wrong answer to the same problem                    (DAST-D).
 
-Of the paper we could read the abstract, part of the introduction, a caption and summaries, and the authors' unfinished
-code. The paper's: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; three rounds; the names S, D, P and L,
-and that P increases data size and L lengthens answers, both for challenging queries. The code's: K, prompts, SFT's
-settings; but its repetition penalty of 1.1 is not here, nor its limit of 200 new tokens for GSM8K. Ours: what the four
-names mean in detail. T and B give H and U at least twice the answers that they have without P, in no smaller a D_a
-(tests/studies/proportions.py). L shows E and M examples of their own level too.
-Where it differs from the paper we cannot know, as we have not read the rest.
+We had the paper's abstract, part of its introduction, a caption and summaries, and the authors' unfinished code. From
+the paper: four levels, measured once on M_0; D_u = D_o, then D_a + D_o; three rounds; the names S, D, P and L; that P
+increases data size and L lengthens answers, both for challenging queries. From the code: K, prompts and the settings of
+SFT, but not its repetition penalty of 1.1 or its limit of 200 new tokens for GSM8K. Ours: what the four names mean in
+detail. T and B give H and U at least twice as many answers as without P, and D_a is no smaller
+(tests/studies/proportions.py). L also shows E and M problems examples of their own level.
+We cannot say where this differs from the rest of the paper, which we have not read.
 
   python dast.py --toy                                                   2 CPU cores: 2 min, from 47 to 56 % (measured)
   python dast.py --model Qwen/Qwen2.5-1.5B                               one GPU: not measured yet
-  torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet
-"""
+  torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet"""
 from collections import Counter
 from pathlib import Path
 
 from common import (by_problem, end_round, evaluate, fail, final_table, launch, make_example, make_prompt, prepare,
                     read, report, sample, say, sequence_logprobs, show_answers, spread_evenly, text_of, train,
                     worked_examples)
-import torch.nn.functional as F  # behind common, which keeps torch's threads from spinning
+import torch.nn.functional as F  # after common, which keeps torch's threads from spinning
 
 # What to run
 MODEL = "meta-llama/Llama-3.1-8B"  # the base: a Hub name or a folder (paper)
 START = "base"  # "base" | "previous": what each round trains from; with DPO, "base" is M_1 of round 0 (code: base)
-TRAIN_DATA = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-separated (paper)
+TRAIN_DATA = "gsm8k,math"  # names of sets, files or owner/name on the Hub, comma-separated (paper)
 TEST_DATA = "gsm8k,math"  # scored each round (paper; also, out of domain, tal_scq, college_math and theoremqa)
-N_TRAIN = 0  # problems of each training set; 0 is all (ours)
-N_TEST = 0  # problems of each test set; 0 is all (ours)
-HELD_OUT = 0  # training problems put aside, scored in a table of their own (TEST_DATA may be empty); 0 is none (ours)
+N_TRAIN = 0  # problems from each training set; 0 is all (ours)
+N_TEST = 0  # problems from each test set; 0 is all (ours)
+HELD_OUT = 0  # training problems set aside, scored in a separate table (TEST_DATA may be empty); 0 is none (ours)
 ROUNDS = 3  # after round 0 (paper)
-SEED = 0  # of everything random (ours)
+SEED = 0  # for everything random (ours)
 
 # The method
 LOSS = "sft"  # "sft" | "dpo": DAST-S or DAST-D (paper)
 VARIANT = "PL"  # "PL" | "P" | "L" | "": which controls are on; none is vanilla rejection-sampling self-training (paper)
-K_PROBE = 10  # answers per problem that measure its difficulty (code)
+K_PROBE = 10  # answers per problem to measure its difficulty (code)
 CUTS = (0.7, 0.4)  # p > 0.7 is E, from 0.4 on M, above 0 H, and 0 U (ours; two of the cuts of the code's older levels)
 K_SAMPLES = 10  # answers per problem without P (code)
 TARGETS = (5, 6, 7, 8)  # with P: distinct correct answers wanted at E, M, H, U (ours)
-BUDGETS = (10, 20, 40, 40)  # with P: draws allowed at E, M, H, U; tests/studies/proportions.py gives reasons (ours)
-BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (code)
-DRAWS_LIKE = ""  # a run folder: as many draws in each round as it made, spread evenly; not with P (ours)
-SIZE_LIKE = ""  # a run folder: as many answers (pairs) trained on each round, by leaving out or repeating some (ours)
+BUDGETS = (10, 20, 40, 40)  # with P: draws allowed at E, M, H, U; tests/studies/proportions.py says why (ours)
+BETA = 0.1  # of DPO: how strongly the policy is held to its starting model (code)
+DRAWS_LIKE = ""  # a run folder: make as many draws per round as it did, spread evenly; not with P (ours)
+SIZE_LIKE = ""  # a run folder: train on as many answers (pairs) per round as it did, dropping or repeating some (ours)
 
 # Sampling
-PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": of the draws; training and scores have no examples (code)
+PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": for the draws; training and scoring use no examples (code)
 SHOTS = 8  # worked examples before a problem; 0 is none (code)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
-THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
-TEMPERATURE = 0.7  # of all draws (ours; the code's 0.2 leaves little variety)
+THINK = ""  # "" | "on" | "off": with "chat", whether to think before the answer; for templates that know it (ours)
+TEMPERATURE = 0.7  # for all draws (ours; the code's 0.2 leaves little variety)
 TOP_P = 1.0  # 1: off (code)
 TOP_K = 40  # 0: off (code)
-MAX_NEW_TOKENS = 512  # an answer is cut there, and then not trained on (code, for MATH)
-GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
+MAX_NEW_TOKENS = 512  # longer answers are cut off and not trained on (code, for MATH)
+GRADER = ""  # file.py:function, (problem, text) -> (correct, reason); empty is math-verify (ours)
 
 # Training
-LR = 2e-5  # of SFT, its peak; cosine to 0 (code)
-LR_DPO = 1e-6  # of DPO, its peak; cosine to 0 (ours; the code's 2e-4 is for LoRA)
-WARMUP = 0.05  # share of the steps, or from 1 on their number; 0 is none (code)
+LR = 2e-5  # peak for SFT; cosine decay to 0 (code)
+LR_DPO = 1e-6  # peak for DPO; cosine decay to 0 (ours; the code's 2e-4 is for LoRA)
+WARMUP = 0.05  # share of the steps if below 1, else their number; 0 is none (code)
 EPOCHS = 1  # passes over D_u (code)
 BATCH_SIZE = 32  # answers (pairs) per optimizer step, over all GPUs (code)
-WEIGHT_DECAY = 0.01  # of AdamW; 0 is none (code)
+WEIGHT_DECAY = 0.01  # for AdamW; 0 is none (code)
 CLIP = 0.3  # largest gradient norm (code)
-LORA_RANK = 0  # of the adapters that are trained in place of all weights; 0 is full fine-tuning (ours)
-LORA_ALPHA = 32.0  # adapters count LORA_ALPHA / LORA_RANK times (ours)
+LORA_RANK = 0  # of the adapters trained instead of all weights; 0 is full fine-tuning (ours)
+LORA_ALPHA = 32.0  # adapters are scaled by LORA_ALPHA / LORA_RANK (ours)
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is script name and seed (ours)
-DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
-ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
+DATA = "data"  # folder of the known problem sets, such as data/gsm8k/train.jsonl (ours)
+ENGINE = ""  # "" | "vllm" | "transformers": sampling engine; empty is vLLM on a GPU, else transformers (ours)
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
-SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time (ours)
-GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
-MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result; on a CPU fewer if need be (ours)
-RECOMPUTE = False  # make activations again in the backward pass: less memory, a third more time (ours)
-SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
-KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still needed; 0 is all (ours)
-KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
-WANDB = False  # log to Weights & Biases too (ours)
+SEEDED = True  # give each vLLM answer a seed; without one, answers may come faster but differ each time (ours)
+GPU_MEMORY = 0.85  # share of a GPU that vLLM may use while sampling; it is freed while vLLM sleeps (ours)
+MAX_TOKENS = 16384  # per micro-batch on one GPU: affects memory, never the result; on a CPU fewer if needed (ours)
+RECOMPUTE = False  # recompute activations in the backward pass: less memory, a third more time (ours)
+COMPILE = False  # torch.compile the blocks for training: a minute at the start; no gain on a CPU (ours)
+SAVE_MINUTES = 30.0  # between saves during training, 12 bytes per parameter each; 0 is after each step (ours)
+KEEP_MODELS = 0  # how many rounds' models to keep on disk, in addition to those still needed; 0 is all (ours)
+KEEP = False  # resume a folder made with different code; finished phases stay as they are (ours)
+WANDB = False  # also log to Weights & Biases (ours)
 
-# What is legal: the values, or the least one (of other numbers 0)
+# What is legal: the values, or the minimum (0 for other numbers)
 LEGAL = dict(START=("base", "previous"), LOSS=("sft", "dpo"), VARIANT=("PL", "P", "L", ""), K_PROBE=1, K_SAMPLES=1,
              PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1, EPOCHS=1,
              BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
@@ -103,12 +103,12 @@ TOY = dict(MODEL="tests/toy/model", TRAIN_DATA="tests/toy/train.jsonl", TEST_DAT
 # The method -----------------------------------------------------------------------------------------------------------
 
 def pass_rate(responses):
-    """The share of a problem's answers that are correct."""
+    """Return the share of a problem's answers that are correct."""
     return sum(r["correct"] for r in responses) / len(responses)
 
 
 def level_of(p):
-    """Difficulty of a problem by its pass rate p in the probe: "E", "M", "H" or "U" (unsolved)."""
+    """Return a problem's difficulty from its pass rate p in the probe: "E", "M", "H" or "U" (unsolved)."""
     if p > CUTS[0]:
         return "E"
     if p >= CUTS[1]:
@@ -117,9 +117,9 @@ def level_of(p):
 
 
 def target_and_budget(level):
-    """(T, B): how many distinct correct answers a problem of this level should give, in at most how many draws.
+    """Return (T, B): how many distinct correct answers a problem of this level should give, in at most how many draws.
 
-    Without P all that K_SAMPLES draws give, which is a target of None."""
+    Without P, T is None: take all that K_SAMPLES draws give."""
     if "P" not in VARIANT:
         return None, K_SAMPLES
     hardness = "EMHU".index(level)
@@ -127,9 +127,9 @@ def target_and_budget(level):
 
 
 def distinct_of(responses):
-    """One problem's draws as numbers: 0 is wrong (or cut by the length limit), k the k-th distinct correct text.
+    """Return one problem's draws as numbers: 0 is wrong (or cut at the length limit), k the k-th distinct correct text.
 
-    Correct draws "a", "a ", "b" after a wrong one: [0, 1, 1, 2]; the exact text counts, without blanks around it."""
+    Correct draws "a", "a ", "b" after a wrong one: [0, 1, 1, 2]; the exact text counts, without surrounding blanks."""
     seen = {}
     outcomes = []
     for response in responses:
@@ -141,16 +141,16 @@ def distinct_of(responses):
 
 
 def choose(outcomes, target):
-    """The draws that enter D_a: the first of each distinct correct text, `target` of them at most."""
+    """Return the draws that enter D_a: the first of each distinct correct text, at most `target`."""
     distinct = max(outcomes, default=0)
     return [outcomes.index(k) for k in range(1, distinct + 1)][:target]
 
 
 def choose_pairs(responses, chosen, solved, rng):
-    """DAST-D: [(draw to prefer, draw to reject)], each chosen draw with another wrong one, at random.
+    """DAST-D: return [(draw to prefer, draw to reject)], each chosen draw with a different wrong one, at random.
 
-    Where no draw is right, a `solved` problem's own solution is preferred. Without a wrong draw (that has ended by
-    itself) there is no pair."""
+    If no draw is right, a `solved` problem's own solution is preferred. Without a wrong draw that ended on its own
+    there is no pair."""
     wrong = [r["draw"] for r in responses if not r["correct"] and r["finish"] == "stop"]
     if solved and not any(r["correct"] for r in responses):
         chosen = [None]  # the worked solution
@@ -158,17 +158,17 @@ def choose_pairs(responses, chosen, solved, rng):
 
 
 def example_pools(solved, level, shots):
-    """L: {level: problems with worked solutions to show for it}: its own, or all where it has too few of them."""
+    """L: return {level: problems with worked solutions to show for it}: its own, or all if it has too few."""
     pools = {}
     for name in "EMHU":
         own = [p for p in solved if level[p["id"]] == name]
-        pools[name] = own if len(own) > shots else solved  # one more, as one may be the problem itself
+        pools[name] = own if len(own) > shots else solved  # one more, because one may be the problem itself
     return pools
 
 
 def draw_examples(problem, pool, shots, rng, fits):
-    """L: `shots` worked solutions of other problems in the pool, drawn at random; the longest gives way to the next
-    shorter one (to none, where there is none) until fits(examples)."""
+    """L: draw `shots` worked solutions of other problems from the pool at random. Until fits(examples), replace the
+    longest by the next shorter one, or drop it if there is none."""
     def length(example):
         return len(example["solution"])
 
@@ -183,13 +183,13 @@ def draw_examples(problem, pool, shots, rng, fits):
 
 
 def sft_loss(logprobs, batch):
-    """L = - sum_t log pi(y_t | x, y_<t), a mean over the answer tokens y of the step; the prompts x are not learnt."""
+    """L = - sum_t log pi(y_t | x, y_<t), averaged over the step's answer tokens y; the prompts x are not learned."""
     return -logprobs.sum(), len(logprobs), {}
 
 
 def dpo_loss(logprobs, batch):
-    """L = - log sigmoid(beta (log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x))), a mean over the pairs of the step
-    (Rafailov et al. 2023, eq. 7): y_w is the chosen answer, y_l the rejected one, ref the policy at its start."""
+    """L = - log sigmoid(beta (log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x))), averaged over the pairs of
+    the step (Rafailov et al. 2023, eq. 7): y_w is the chosen answer, y_l the rejected one, ref the initial policy."""
     gain = sequence_logprobs(logprobs, batch) - batch["reference"]  # of y_w, y_l, y_w, y_l, ...
     margin = BETA * (gain[0::2] - gain[1::2])
     metrics = {"margin": margin.detach().sum(), "preferred": (margin > 0).sum()}
@@ -199,7 +199,7 @@ def dpo_loss(logprobs, batch):
 # The loop -------------------------------------------------------------------------------------------------------------
 
 def select(problems, probe, responses, budgets, run, t):
-    """selection.jsonl: for each problem all that was decided, with the numbers it was decided from."""
+    """Make selection.jsonl: for each problem, everything that was decided and the numbers behind it."""
     probe = by_problem(probe)
     responses = by_problem(responses)
     selection = []
@@ -220,7 +220,7 @@ def select(problems, probe, responses, budgets, run, t):
 
 
 def make_examples(tokenizer, problems, selection, responses):
-    """D_a: the chosen answers as training examples, or the pairs (preferred, rejected)."""
+    """Return D_a: the chosen answers as training examples, or the pairs (preferred, rejected)."""
     by_draw = {(r["id"], r["draw"]): r for r in responses}
     examples = []
     for problem, s in zip(problems, selection):
@@ -233,7 +233,7 @@ def make_examples(tokenizer, problems, selection, responses):
 
 
 def report_selection(run, t, selection, level, responses, augmented):
-    """Per level: problems, draws, share correct, mean answer length in tokens (is L at work?), answers chosen."""
+    """Report per level: problems, draws, share correct, mean answer length in tokens (does L work?), answers chosen."""
     levels = {}
     for name in "EMHU":
         decided = [s for s in selection if s["level"] == name]
@@ -247,14 +247,14 @@ def report_selection(run, t, selection, level, responses, augmented):
 
 
 def check_constants():
-    """End the program where constants do not go together."""
+    """End the program if constants contradict each other."""
     if (PROMPT == "zero_shot" or SHOTS == 0) and "L" in VARIANT:
-        fail("without examples in the prompt L can do nothing; choose --variant P or ''")
+        fail("without examples in the prompt L has no effect; choose --variant P or ''")
     if not 1 > CUTS[0] >= CUTS[1] > 0:
-        fail(f"--cuts {CUTS}: the first, above which a problem is easy, is the higher one; both are between 0 and 1")
+        fail(f"--cuts {CUTS}: both must be between 0 and 1, the higher one, above which a problem is easy, first")
     for other in filter(None, (DRAWS_LIKE, SIZE_LIKE)):
         if "P" in VARIANT:
-            fail("--draws-like and --size-like make controls without P; with it, levels decide both")
+            fail("--draws-like and --size-like make controls without P; with P, the levels determine both")
         if ROUNDS:
             of_other_run(other, ROUNDS)
 
@@ -269,7 +269,7 @@ def main():
                     lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA)
     shots = 0 if PROMPT == "zero_shot" else SHOTS
     order = run.rng("examples").permutation(len(solved))
-    fixed = [solved[i] for i in order[:shots + 1]]  # one more than needed, so that none meets itself
+    fixed = [solved[i] for i in order[:shots + 1]]  # one more than needed, so that no problem is shown itself
 
     def few_shot(problem, draw):
         pool = fixed if len(solved) > shots else worked_examples(problem)
@@ -279,7 +279,7 @@ def main():
     def zero_shot(problem, draw):
         return make_prompt(tokenizer, "chat" if PROMPT == "chat" else "zero_shot", problem, (), SYSTEM, THINK)
 
-    # 1. Difficulty: K answers of the base M_0 to each problem, once and for all (caption of Figure 1)
+    # 1. Difficulty: K answers by the base M_0 to each problem, once for all rounds (caption of Figure 1)
     probe = sample(run, "round_0/probe.jsonl", MODEL, problems, K_PROBE, few_shot, **drawn)
     level = {i: level_of(pass_rate(probed)) for i, probed in by_problem(probe).items()}
     pools = example_pools(solved, level, shots)
@@ -343,7 +343,7 @@ def main():
 # Controls of a study: arms without P that draw or train on as much as another run -------------------------------------
 
 def of_other_run(folder, t):
-    """The selection that another run made in round t; ends the program if it has not got so far."""
+    """Return the selection that a different run made in round t; end the program if it has not got that far."""
     path = Path(folder) / f"round_{t}" / "selection.jsonl"
     if not path.exists():
         fail(f"{path}: no such file; that run must have finished round {t}")
@@ -351,7 +351,7 @@ def of_other_run(folder, t):
 
 
 def draw_budgets(run, t, problems, level):
-    """The draws allowed in round t, parallel to problems: by level with P; with DRAWS_LIKE as many as that run made."""
+    """Return the draws allowed in round t, parallel to problems: by level with P, or as many as DRAWS_LIKE made."""
     if DRAWS_LIKE:
         draws = sum(len(s["outcomes"]) for s in of_other_run(DRAWS_LIKE, t))
         return spread_evenly(draws, len(problems), run.rng(t, "draws"))
@@ -359,7 +359,7 @@ def draw_budgets(run, t, problems, level):
 
 
 def resized(d_a, run, t):
-    """D_a with some examples left out or repeated: as many as SIZE_LIKE has in round t."""
+    """Return D_a with examples dropped or repeated to match the size in SIZE_LIKE's round t."""
     trained = "pairs" if LOSS == "dpo" else "chosen"
     size = sum(len(s[trained]) for s in of_other_run(SIZE_LIKE, t))
     copies = spread_evenly(size, len(d_a), run.rng(t, "size"))

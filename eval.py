@@ -7,12 +7,11 @@
   python eval.py --compare runs/dast-0 runs/dast-1 runs/adastar-0 runs/adastar-1
 
 Greedy by default. Every answer is written to runs/<name>/<model>/<set>.jsonl and the scores to runs/<name>/eval.json; a
-rerun resumes where the last one stopped. --regrade checks stored answers of any origin, a JSON object a line: {text,
-answer}, with `kind` or `choices` where the answer is not mathematics, or {text, id} with the id of a problem of --sets.
-Where `finish` is "length" the answer was cut and is wrong. The same lines with `correct` and `reason` are written to
-responses.graded.jsonl. --compare prints what runs of the method scripts reached and what it cost, and draws it (with
-matplotlib). Runs whose names differ only in the seed at the end are one arm; the others are compared with the first.
-"""
+rerun resumes where the last one stopped. --regrade checks stored answers from any source, one JSON object per line:
+{text, answer}, with `kind` or `choices` if the answer is not mathematics, or {text, id} with the id of a problem in
+--sets. An answer with `finish` "length" was cut and is wrong. The same lines with `correct` and `reason` are written to
+responses.graded.jsonl. --compare prints what runs of the method scripts reached and what it cost, and plots it (with
+matplotlib). Runs whose names differ only in the seed at the end are one arm; arms are compared with the first."""
 import json
 import math
 import re
@@ -28,38 +27,38 @@ from common import (MAY_DIFFER, Checker, accuracy, bar, canonical, constants_of,
 
 # What to score
 MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
-SETS = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-separated
+SETS = "gsm8k,math"  # names of sets, files or owner/name on the Hub, comma-separated
 SPLIT = "test"  # "test" | "train": of the sets known by name
-N_TEST = 0  # problems of each set, drawn at random once and for all; 0 is all
-HELD_OUT = 0  # score what a method put aside: its HELD_OUT, SEED, TRAIN_DATA (SETS), N_TRAIN (N_TEST); 0 scores all
-SEED = 0  # of the draws, of which examples are shown, and of what is put aside
-REGRADE = ""  # a .jsonl file of answers to check again; no model is used then
-COMPARE = ()  # folders of runs to compare with the first; no model is used then
+N_TEST = 0  # problems from each set, a fixed random choice; 0 is all
+HELD_OUT = 0  # score what a method held out: its HELD_OUT, SEED, TRAIN_DATA (SETS), N_TRAIN (N_TEST); 0 scores all
+SEED = 0  # for the draws, the choice of examples to show, and what is held out
+REGRADE = ""  # a .jsonl file of answers to check again, without a model
+COMPARE = ()  # folders of runs to compare with the first, without a model
 
 # How
 PROMPT = "zero_shot"  # "few_shot" | "zero_shot" | "chat": form of the prompts
 EXAMPLES_FROM = ""  # with few_shot: a set's train split or a file whose solutions are shown; empty shows our own
-SHOTS = 8  # with few_shot: how many at most
+SHOTS = 8  # with few_shot: the most examples to show
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only
-THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it
-FIRST = ""  # what stands before every prompt, for models that were trained so (by hs_star.py); empty is nothing
-SAMPLES = 1  # answers per problem; with more than one also pass@k and maj@k
+THINK = ""  # "" | "on" | "off": with "chat", whether to think before the answer; for templates that know it
+FIRST = ""  # text before every prompt, for models trained that way (by hs_star.py); empty is none
+SAMPLES = 1  # answers per problem; more than one also gives pass@k and maj@k
 TEMPERATURE = 0.0  # 0 is greedy
 TOP_P = 1.0  # 1: off
-MAX_NEW_TOKENS = 1024  # an answer is cut there
-GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that
+MAX_NEW_TOKENS = 1024  # longer answers are cut off
+GRADER = ""  # file.py:function, (problem, text) -> (correct, reason); empty is math-verify
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is made from models, sets and a number for all other settings
-DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl
-ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers
+DATA = "data"  # folder of the known problem sets, such as data/gsm8k/train.jsonl
+ENGINE = ""  # "" | "vllm" | "transformers": sampling engine; empty is vLLM on a GPU, else transformers
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower
-SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time
-GPU_MEMORY = 0.9  # share of a GPU that vLLM may fill
-KEEP = False  # resume a folder that was made by other code: what is finished there stays
-WANDB = False  # log to Weights & Biases too
+SEEDED = True  # give each vLLM answer a seed; without one, answers may come faster but differ each time
+GPU_MEMORY = 0.9  # share of a GPU that vLLM may use
+KEEP = False  # resume a folder made with different code; finished phases stay as they are
+WANDB = False  # also log to Weights & Biases
 
-# What is legal: the values, or the least one (of other numbers 0)
+# What is legal: the values, or the minimum (0 for other numbers)
 LEGAL = dict(SPLIT=("test", "train"), PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), SAMPLES=1,
              MAX_NEW_TOKENS=1, ENGINE=("", "vllm", "transformers"))
 
@@ -67,8 +66,8 @@ LEGAL = dict(SPLIT=("test", "train"), PROMPT=("few_shot", "zero_shot", "chat"), 
 # Means and their 95 % intervals ---------------------------------------------------------------------------------------
 
 def mean_of(values):
-    """{accuracy, interval, n} of values between 0 and 1, (seeds, problems). The interval is Wilson's, for as many zeros
-    and ones as would give the mean its variance; for one greedy answer to each problem that is their number."""
+    """Return {accuracy, interval, n} of values between 0 and 1, (seeds, problems). The interval is Wilson's, for as
+    many zeros and ones as would give the mean its variance; with one greedy answer per problem, one per problem."""
     mean = values.mean()
     effective = values.shape[1]
     variance = values.mean(0).var() / effective + variance_between_seeds(values)
@@ -78,24 +77,24 @@ def mean_of(values):
 
 
 def gain_of(values, others):
-    """Paired mean difference of two arms (seeds, problems), in points: (gain, half of its 95 % interval)."""
+    """Return the paired mean difference of two arms (seeds, problems), in points: (gain, half of its 95 % interval)."""
     gains = values.mean(0) - others.mean(0)
     variance = gains.var() / len(gains) + variance_between_seeds(values) + variance_between_seeds(others)
     return 100 * gains.mean(), 195.9964 * math.sqrt(variance)
 
 
 def variance_between_seeds(values):
-    """The variance of the mean of values (seeds, problems) that is due to the seeds; one seed does not show it."""
+    """Return the part of the variance of the mean of values (seeds, problems) that is due to seeds; 0 for one seed."""
     return values.mean(1).var() / max(1, len(values) - 1)
 
 
 def table_of(answers, ids):
-    """The answers of several seeds, {problem id: 0..1} each, as an array (seeds, problems)."""
+    """Return the answers of several seeds, {problem id: 0..1} each, as an array (seeds, problems)."""
     return np.array([list(map(of_seed.get, ids)) for of_seed in answers], dtype=float)
 
 
 def say_gains(tables):
-    """Say how many points each of {name: values (seeds, problems)} is above the first."""
+    """Print how many points each of {name: values (seeds, problems)} is above the first."""
     [first, *others] = tables
     for name in others:
         gain, half = gain_of(tables[name], tables[first])
@@ -103,7 +102,7 @@ def say_gains(tables):
 
 
 def score_of(values, problems):
-    """mean_of values (seeds, problems), and of the parts by_level, by_subject and by_set of the problems."""
+    """Apply mean_of to values (seeds, problems), and to their parts by_level, by_subject and by_set."""
     parts = defaultdict(list)
     for i, problem in enumerate(problems):
         parts["by_set", set_of(problem["id"])].append(i)
@@ -118,28 +117,28 @@ def score_of(values, problems):
 
 
 def set_of(problem_id):
-    """The set, with its split, that a problem is from."""
+    """Return the set, with its split, that a problem comes from."""
     return problem_id.rpartition("/")[0]
 
 
 # Scoring models -------------------------------------------------------------------------------------------------------
 
 def pass_at(correct, k):
-    """P(at least one of k answers is right) for each problem, (problems,), from correct (problems, n), 0 or 1, where c
-    are right: unbiased, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
+    """Return P(at least one of k answers is right) per problem, (problems,), from correct (problems, n), 0 or 1.
+    Unbiased: with c right answers, 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
     n = correct.shape[1]
     return np.array([1 - math.comb(n - c, k) / math.comb(n, k) for c in correct.sum(1)])
 
 
 def majority(votes):
-    """1 if the right answer has most votes, 1/n if it ties with n - 1 others, else 0."""
+    """Return 1 if the right answer has the most votes, 1/n if it ties with n - 1 others, else 0."""
     counts = Counter(vote for vote in votes if vote is not None)
     first = [vote for vote in counts if counts[vote] == max(counts.values())]
     return (True in first) / max(1, len(first))
 
 
 def vote_of(response):
-    """What a response votes for: True if it is right, None if it is cut or states nothing, else its answer as text."""
+    """Return a response's vote: True if it is right, None if it is cut or states nothing, else its answer as text."""
     if response["correct"]:
         return True
     answer = final_answer(response["text"])
@@ -149,8 +148,8 @@ def vote_of(response):
 
 
 def score_samples(problems, responses):
-    """Score responses, in the order of problems and as many to each: score_of, the share cut and how many are correct;
-    with several to a problem also maj@k of all and pass@k, for k = 2, 4, ... (the accuracy is pass@1)."""
+    """Score responses, in the order of problems, the same number each: score_of, the share cut and the number correct;
+    with several per problem also maj@k of all and pass@k, for k = 2, 4, ... (the accuracy is pass@1)."""
     correct = np.array([int(r["correct"]) for r in responses]).reshape(len(problems), -1)
     samples = correct.shape[1]
     found = score_of(correct.mean(1)[None], problems)
@@ -167,7 +166,7 @@ def score_samples(problems, responses):
 
 
 def rows_of(scores):
-    """The rows of a table for {set: score}: all of a set, its pass@k and maj@k, and up to 30 subjects."""
+    """Return the rows of a table for {set: score}: all of a set, its pass@k and maj@k, and subjects if at most 30."""
     rows = {}
     for name, score in scores.items():
         rows[name] = score
@@ -180,7 +179,7 @@ def rows_of(scores):
 
 
 def score_model(run, model, tokenizer, sets, examples):
-    """Score a model on each set: {set: score}. The accuracies go to the metrics too."""
+    """Score a model on each set: {set: score}. The accuracies also go to the metrics."""
     def prompt(problem, draw):
         pool = []
         if PROMPT == "few_shot":
@@ -200,14 +199,14 @@ def score_model(run, model, tokenizer, sets, examples):
 
 
 def slug(name):
-    """A model's or set's name as a file name: letters, digits, '.', '-' and '_'."""
+    """Return a model's or set's name as a file name: letters, digits, '.', '-' and '_'."""
     return re.sub(r"[^\w.-]+", "-", name.removesuffix(".jsonl").removesuffix(".json")).strip("-.")
 
 
 # Checking stored answers again ----------------------------------------------------------------------------------------
 
 def regrade(path):
-    """Check the answers in a .jsonl file; the records with their verdicts go to a file beside it."""
+    """Check the answers in a .jsonl file; write the records with their verdicts to a file next to it."""
     if not path.is_file():
         fail(f"--regrade {path}: no such .jsonl file")
     records = []
@@ -237,11 +236,11 @@ def regrade(path):
 
 
 def stored_problem(record, known):
-    """The problem that a stored record answers; `known` is filled if it is needed. ValueError says what is missing."""
+    """Return the problem that a stored record answers; fill `known` if needed. ValueError says what is missing."""
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError("not a JSON object with a text under 'text'")
     if "answer" in record:
-        problem = read_problem({"problem": "-"} | record)  # only a grader of your own reads its text
+        problem = read_problem({"problem": "-"} | record)  # only your own grader reads its text
         return {"id": record.get("id", "")} | (problem or {"problem": "-", "answer": ""})
     if "id" in record and not known:
         say(f"some records have no 'answer': looking up their 'id' in the {SPLIT} problems of --sets {SETS}")
@@ -253,21 +252,21 @@ def stored_problem(record, known):
 
 # Comparing runs -------------------------------------------------------------------------------------------------------
 
-COSTS = {"generated": 0, "trained": 0, "flops": 0.0, "seconds": 0.0}  # generated and trained on: tokens
-INPUTS = ("MODEL", "TRAIN_DATA", "N_TRAIN", "HELD_OUT", "TEST_DATA", "N_TEST")  # a fair comparison has the same
+COSTS = {"generated": 0, "trained": 0, "flops": 0.0, "seconds": 0.0}  # generated, trained: tokens
+INPUTS = ("MODEL", "TRAIN_DATA", "N_TRAIN", "HELD_OUT", "TEST_DATA", "N_TEST")  # the same in a fair comparison
 
 
 class Past:
-    """What a run left.
+    """The results of a past run.
 
     problems  {training problem: [times sampled, right answers, times trained on]}, probes included
-    rounds    the base, if it was scored, and each finished round: `right` {test problem: 0 or 1}, and what was spent
+    rounds    the base, if it was scored, and each finished round: `right` {test problem: 0 or 1}, and its costs
     end       the round that the script reported as its choice (adastar.py does), else the last"""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         if not (self.folder / "metrics.jsonl").is_file():
-            fail(f"--compare {folder}: no metrics.jsonl in it; it takes folders of runs, such as runs/dast-0")
+            fail(f"--compare {folder}: no metrics.jsonl in it; give folders of runs, such as runs/dast-0")
         self.constants = read(self.folder / "constants.json")["constants"]
         self.metrics = read(self.folder / "metrics.jsonl")
         kind = "" if list(self.folder.glob("round_*/eval.json")) else "_held_out"
@@ -316,7 +315,7 @@ class Past:
         return costs
 
     def at(self, what, amount):
-        """{problem id: 0..1} where `amount` of a cost was spent, interpolated between rounds; None beyond them."""
+        """Return {problem id: 0..1} where `amount` of a cost was spent, interpolated between rounds, or None beyond."""
         spent = [r[what] for r in self.rounds]
         if not spent[0] <= amount <= spent[-1]:
             return None
@@ -327,7 +326,7 @@ class Past:
 
 
 def arms_of(folders):
-    """{name: runs} of run folders; those whose names differ only in the seed at the end are one arm."""
+    """Return {name: runs} of run folders; those whose names differ only in the seed at the end are one arm."""
     arms = defaultdict(list)
     for folder in dict.fromkeys(map(Path, folders)):
         past = Past(folder)
@@ -336,7 +335,7 @@ def arms_of(folders):
 
 
 def warn_of_differences(arms):
-    """Say in a line which runs have other inputs than the first, and which seeds of an arm have other constants."""
+    """Print which runs have different inputs from the first, and which seeds of an arm have different constants."""
     [first, *_] = arms.values()
     for arm in arms.values():
         for past in arm:
@@ -351,7 +350,7 @@ def warn_of_differences(arms):
 
 
 def compare(folders):
-    """Print what runs reached at their ends and at as many generated tokens, and what it cost; draw it."""
+    """Print what runs reached at their ends and at the same number of generated tokens, and what it cost; plot it."""
     arms = arms_of(folders)
     warn_of_differences(arms)
     runs = sum(arms.values(), [])
@@ -360,7 +359,7 @@ def compare(folders):
         fail("--compare: no problem was scored in all of these runs")
     trained_on = set().union(*[map(set_of, past.problems) for past in runs])
     tests = {i for i in shared if set_of(i) not in trained_on}
-    ids = sorted(tests or shared)  # held-out problems, from a set that is trained on, count if there are no others
+    ids = sorted(tests or shared)  # held-out problems, from a set that is trained on, count only if there are no others
     most = min(past.rounds[-1]["generated"] for past in runs)
     print_accuracy(arms, ids, "at the end")
     print_accuracy(arms, ids, f"at {most:,} tokens", most)
@@ -393,7 +392,7 @@ def print_accuracy(arms, ids, moment, amount=None):
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 def draw(arms, ids, folder):
-    """Draw accuracy.png and problems.png in a folder."""
+    """Write accuracy.png and problems.png to a folder."""
     try:
         from matplotlib import figure, style
     except ImportError:
@@ -410,7 +409,7 @@ def draw(arms, ids, folder):
 
 
 def draw_accuracy(axes, arms, ids):
-    """Draw accuracy against rounds, generated tokens and FLOPs, with bands for the 95 % intervals."""
+    """Plot accuracy against rounds, generated tokens and FLOPs, with bands for the 95 % intervals."""
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
     axes[0].set_ylabel(f"accuracy on {len(ids):,} problems, 95 % intervals")
     for i, (name, arm) in enumerate(arms.items()):
@@ -433,8 +432,8 @@ def draw_accuracy(axes, arms, ids):
 
 
 def effort(arms):
-    """(bins, {arm: counts}): for each training problem its bin, 0 to 3, by the share of right answers in all runs, and
-    its counts as in Past.problems, (problems, 3), means of the seeds."""
+    """Return (bins, {arm: counts}): each training problem's bin, 0 to 3, by its share of right answers in all runs, and
+    its counts as in Past.problems, (problems, 3), averaged over the seeds."""
     ids = sorted(set().union(*[past.problems for past in sum(arms.values(), [])]))
     counts = dict.fromkeys(arms, 0)
     for name, arm in arms.items():
@@ -445,7 +444,7 @@ def effort(arms):
 
 
 def draw_problems(axes, arms, ids):
-    """Draw how often training problems were sampled and trained on, by how often they were answered rightly."""
+    """Plot how often training problems were sampled and trained on, by how often they were answered correctly."""
     bins, counts = effort(arms)
     shown = np.unique(bins)
     for axis, column, what in zip(axes, (0, 2), ("sampled", "trained on")):

@@ -1,30 +1,29 @@
 """HS-STaR: hierarchical sampling for self-taught reasoners (Xiong et al. 2025, https://arxiv.org/abs/2505.19866).
 
-A model answers training problems and learns from its right and wrong answers. HS-STaR finds out with a few answers to
-each problem where the model is at the edge of what it can do, and spends the rest of a fixed budget there.
+A model answers training problems and learns from its right and wrong answers. HS-STaR draws a few answers to each
+problem to find those at the edge of what the model can do, and spends the rest of a fixed budget there.
 
-  M_0 writes its solutions in steps, divided by blank lines. In round t = 1..3, each on its own N problems (code):
+  M_0 writes its solutions in steps, separated by blank lines. In round t = 1..3, each on its own N problems (code):
   1. Pre-sample n_p answers to each problem. A checker says which are right, a process reward model (PRM) how good the
-     steps of each look: S(r) = min over its steps. phi_a = share right, phi_r = mean of S. The problem is an (code)
+     steps of each look: S(r) = min over its steps. phi_a = share right, phi_r = mean of S. The class is (code)
        inlier   if phi_a = 1 and phi_r > tau_high        (solved, and soundly)
        outlier  if phi_a = 0 and phi_r < tau_low         (hopeless for now)
        boundary otherwise.
   2. Re-sample: the remaining (n - n_p) N answers of the budget go to the boundary problems, evenly (paper, code).
-  3. Pairs, per boundary problem: K = min(right, wrong); the K best-looking right answers against the K best-looking
-     wrong ones, by S (code).  M_t = DPO of M_{t-1} on them (code), which is the reference too (ours).
+  3. Pairs, per boundary problem: K = min(right, wrong); the K right answers with the highest S against the K wrong ones
+     with the highest S (code).  M_t = DPO of M_{t-1} on them (code), with M_{t-1} as the reference (ours).
 
-Of the paper we could read the abstract, its first lines and a figure; its code lacks the programs that sample and
-train, and so the loss: plain DPO is ours. Thresholds are known for one of the paper's three backbones, Qwen2.5-7B.
-Differs from the code in: M_0 is MODEL as it is, unless there is a STEP_SET (solutions with blank lines between steps);
-phi_r is a mean over all n_p answers, not over the different ones; exactly the budget is drawn, where the code draws
-more and drops it; an answer that was cut counts as wrong, and is in no pair; in DPO prompt and answer stay whole, where
-the code caps both together at 2,048 tokens; answers are checked by math-verify, and never read off as the last number;
-AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's words as --first).
+We had the paper's abstract, its first lines and a figure; its code lacks the programs for sampling and training, and so
+the loss: plain DPO is ours. Thresholds are known for one of the paper's three backbones, Qwen2.5-7B.
+Differences from the code: M_0 is MODEL as it is, unless there is a STEP_SET (solutions with blank lines between steps);
+phi_r is a mean over all n_p answers, not only the distinct ones; exactly the budget is drawn, while the code draws more
+and drops the excess; a cut answer counts as wrong and is in no pair; in DPO, prompt and answer stay whole, while the
+code caps both together at 2,048 tokens; answers are checked with math-verify, never taken from the last number;
+AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's text as --first).
 
   python hs_star.py --toy                                     2 CPU cores: 1 min, 57 % (measured)
   python hs_star.py --model Qwen/Qwen2.5-7B                   one GPU: not measured yet
-  torchrun --nproc-per-node 8 hs_star.py                      eight GPUs: not measured yet
-"""
+  torchrun --nproc-per-node 8 hs_star.py                      eight GPUs: not measured yet"""
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,79 +36,80 @@ from common import (bar, by_problem, compute_dtype, context_of, device, encode, 
                     local_folder, make_example, make_prompt, outcomes_of, pack, packed_attention, phase, prepare, rank,
                     report, round_and_phase, sample, say, sequence_logprobs, show_answers, spread_evenly,
                     threads_per_process, torn_lines, train, weight_files, worked_examples, world_size, write_line)
-import torch  # behind common, which keeps torch's threads from spinning
+import torch  # after common, which keeps torch's threads from spinning
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from transformers import AttentionInterface, AutoModel
 
 # What to run
-MODEL = "Qwen/Qwen2.5-7B"  # M_0, or the base that is trained on STEP_SET first: a Hub name or a folder (code)
+MODEL = "Qwen/Qwen2.5-7B"  # M_0, or the base to train on STEP_SET first: a Hub name or a folder (code)
 START = "previous"  # "base" | "previous": what each round trains from, and its reference; "base" is M_0 (code)
-PRM = "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B"  # Hub name or folder; empty is none: for arms without rewards (code)
+PRM = "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B"  # Hub name or folder; empty is none, for arms without rewards (code)
 STEP_SET = ""  # solutions in steps, to train M_0 on first; empty: MODEL is M_0 (ours; code: MATH's, rewritten)
-TRAIN_DATA = "gsm8k,math"  # sets by name, file or owner/name on the Hub, comma-separated (ours; code: NuminaMath-1.5)
+TRAIN_DATA = "gsm8k,math"  # names of sets, files or owner/name on the Hub, comma-separated (ours; code: NuminaMath-1.5)
 TEST_DATA = "gsm8k,math500,minerva_math,olympiadbench,college_math"  # scored each round (code)
-N_TRAIN = 0  # problems of each training set; 0 is all (ours)
-N_TEST = 0  # problems of each test set; 0 is all (code)
-HELD_OUT = 0  # training problems put aside, scored in a table of their own (TEST_DATA may be empty); 0 is none (ours)
-SLICE = 4900  # N: problems of a round, no round's the same while they last (ours; 7,500 in the code)
+N_TRAIN = 0  # problems from each training set; 0 is all (ours)
+N_TEST = 0  # problems from each test set; 0 is all (code)
+HELD_OUT = 0  # training problems set aside, scored in a separate table (TEST_DATA may be empty); 0 is none (ours)
+SLICE = 4900  # N: problems per round, different in each round while they last (ours; 7,500 in the code)
 ROUNDS = 3  # after round 0 (code)
-SEED = 0  # of everything random (ours)
+SEED = 0  # for everything random (ours)
 
-# The method: tests/studies/results.md has the values that make the other arms
+# The method: tests/studies/results.md lists the values for the other arms
 BUDGET = 8  # n: answers per problem in a round, on average (code)
-PRE_SAMPLES = 3  # n_p: of them before anything is decided; as many as BUDGET is uniform iterative DPO (code)
-DIFFICULTY = "both"  # "both" | "accuracy" | "reward": what tells them apart: phi_a and phi_r, or one (paper: both)
-TAU_LOW = 0.0  # below it phi_r is low; 0 takes the known one of TAUS (code)
-TAU_HIGH = 0.0  # above it phi_r is high; 0 takes the known one of TAUS (code)
-REPORT_ONLY = False  # pre-sample round 1, show phi_r by phi_a, and stop: to choose thresholds by (ours)
+PRE_SAMPLES = 3  # n_p: how many of them come before the decision; as many as BUDGET is uniform iterative DPO (code)
+DIFFICULTY = "both"  # "both" | "accuracy" | "reward": what to classify by: phi_a and phi_r, or only one (paper: both)
+TAU_LOW = 0.0  # phi_r is low below it; 0 takes the known value from TAUS (code)
+TAU_HIGH = 0.0  # phi_r is high above it; 0 takes the known value from TAUS (code)
+REPORT_ONLY = False  # pre-sample round 1, show phi_r by phi_a and stop, to choose thresholds (ours)
 PAIRING = "hard"  # "hard" | "random": by S, or at random (code: hard)
-BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (ours)
-NLL_WEIGHT = 0.0  # of the chosen answers' own log-likelihood in the loss; 0 is plain DPO (ours)
+BETA = 0.1  # of DPO: how strongly the policy is held to its starting model (ours)
+NLL_WEIGHT = 0.0  # weight of the chosen answers' log-likelihood in the loss; 0 is plain DPO (ours)
 
 # Sampling
 PROMPT = "zero_shot"  # "few_shot" | "zero_shot" | "chat": one form for drawing, training and scoring (code)
-SHOTS = 4  # worked examples of our own before a problem, with few_shot (ours)
-SYSTEM = "Reason in steps divided by blank lines, and put the final answer within \\boxed{}."  # before all (ours)
-THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
-TEMPERATURE = 0.7  # of all draws (code)
+SHOTS = 4  # our own worked examples before a problem, with few_shot (ours)
+SYSTEM = "Reason in steps divided by blank lines, and put the final answer within \\boxed{}."  # before prompts (ours)
+THINK = ""  # "" | "on" | "off": with "chat", whether to think before the answer; for templates that know it (ours)
+TEMPERATURE = 0.7  # for all draws (code)
 TOP_P = 0.95  # 1: off (code)
 TOP_K = 0  # 0: off (code)
-MAX_NEW_TOKENS = 2048  # an answer is cut there, and then not trained on (code)
-GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
+MAX_NEW_TOKENS = 2048  # longer answers are cut off and not trained on (code)
+GRADER = ""  # file.py:function, (problem, text) -> (correct, reason); empty is math-verify (ours)
 
 # Training
-LR = 1e-6  # of SFT on STEP_SET, its peak; cosine to 0 (code)
-LR_DPO = 5e-7  # of DPO, its peak; cosine to 0 (code)
-WARMUP = 0.03  # share of the steps, or from 1 on their number; 0 is none (code)
+LR = 1e-6  # peak for SFT on STEP_SET; cosine decay to 0 (code)
+LR_DPO = 5e-7  # peak for DPO; cosine decay to 0 (code)
+WARMUP = 0.03  # share of the steps if below 1, else their number; 0 is none (code)
 EPOCHS = 1  # passes over the pairs, and over STEP_SET (code)
 BATCH_SIZE = 256  # pairs (answers) per optimizer step, over all GPUs (code)
-WEIGHT_DECAY = 0.0  # of AdamW; 0 is none (code)
+WEIGHT_DECAY = 0.0  # for AdamW; 0 is none (code)
 CLIP = 1.0  # largest gradient norm (ours)
-LORA_RANK = 0  # of the adapters that are trained in place of all weights; 0 is full fine-tuning (ours)
-LORA_ALPHA = 32.0  # adapters count LORA_ALPHA / LORA_RANK times (ours)
+LORA_RANK = 0  # of the adapters trained instead of all weights; 0 is full fine-tuning (ours)
+LORA_ALPHA = 32.0  # adapters are scaled by LORA_ALPHA / LORA_RANK (ours)
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is script name and seed (ours)
-DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
-ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
+DATA = "data"  # folder of the known problem sets, such as data/gsm8k/train.jsonl (ours)
+ENGINE = ""  # "" | "vllm" | "transformers": sampling engine; empty is vLLM on a GPU, else transformers (ours)
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
-SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time (ours)
-GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
-MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result; on a CPU fewer if need be (ours)
-RECOMPUTE = False  # make activations again in the backward pass: less memory, a third more time (ours)
-SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
-KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still needed; 0 is all (ours)
-KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
-WANDB = False  # log to Weights & Biases too (ours)
+SEEDED = True  # give each vLLM answer a seed; without one, answers may come faster but differ each time (ours)
+GPU_MEMORY = 0.85  # share of a GPU that vLLM may use while sampling; it is freed while vLLM sleeps (ours)
+MAX_TOKENS = 16384  # per micro-batch on one GPU: affects memory, never the result; on a CPU fewer if needed (ours)
+RECOMPUTE = False  # recompute activations in the backward pass: less memory, a third more time (ours)
+COMPILE = False  # torch.compile the blocks for training: a minute at the start; no gain on a CPU (ours)
+SAVE_MINUTES = 30.0  # between saves during training, 12 bytes per parameter each; 0 is after each step (ours)
+KEEP_MODELS = 0  # how many rounds' models to keep on disk, in addition to those still needed; 0 is all (ours)
+KEEP = False  # resume a folder made with different code; finished phases stay as they are (ours)
+WANDB = False  # also log to Weights & Biases (ours)
 
-# What is legal: the values, or the least one (of other numbers 0)
+# What is legal: the values, or the minimum (0 for other numbers)
 LEGAL = dict(START=("base", "previous"), SLICE=1, BUDGET=1, PRE_SAMPLES=1, DIFFICULTY=("both", "accuracy", "reward"),
              PAIRING=("hard", "random"), PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"),
              MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
 
-# Thresholds belong to a PRM and a policy; these are all that are known, for M_0 trained from Qwen2.5-7B (code)
+# Thresholds depend on the PRM and the policy; only these are known, for M_0 trained from Qwen2.5-7B (code)
 TAUS = {("Skywork-o1-Open-PRM-Qwen-2.5-7B", "Qwen2.5-7B"): (0.15, 0.65),
         ("Skywork-o1-Open-PRM-Qwen-2.5-1.5B", "Qwen2.5-7B"): (0.25, 0.50),
         ("Qwen2.5-Math-PRM-7B", "Qwen2.5-7B"): (0.55, 0.99)}
@@ -124,7 +124,7 @@ TOY = dict(MODEL="tests/toy/model", PRM="tests/toy/prm", TRAIN_DATA="tests/toy/t
 def slice_of(n, t, run):
     """Return the places of round t's problems among n: SLICE of them, in order.
 
-    Rounds have none in common until fewer than SLICE are left; then it begins anew, in another order."""
+    Rounds have none in common until fewer than SLICE are left; then they start over in a different order."""
     slices = max(1, n // SLICE)
     order = run.rng("slices", (t - 1) // slices).permutation(n)
     start = (t - 1) % slices * SLICE
@@ -138,7 +138,7 @@ def reward_of(steps):
 
 def difficulty_of(outcomes, rewards):
     """Return (phi_a, phi_r, class) of a problem from its n_p pre-samples: share correct, mean reward, and "inlier",
-    "outlier" or "boundary". On a threshold is not beyond it: the mean is exact, so that 0.65 three times is 0.65."""
+    "outlier" or "boundary". A value on a threshold is not beyond it; the mean is exact, so 0.65 three times is 0.65."""
     phi_a = outcomes.count(1) / len(outcomes)
     phi_r = statistics.mean(rewards)
     tau_low, tau_high = thresholds()
@@ -152,14 +152,14 @@ def difficulty_of(outcomes, rewards):
 
 
 def thresholds():
-    """Return (tau_low, tau_high): as given, else the known ones of this PRM and model, else zeros."""
+    """Return (tau_low, tau_high): as given, else the known ones for this PRM and model, else zeros."""
     low, high = TAUS.get((Path(PRM).name, Path(MODEL).name), (0.0, 0.0))
     return TAU_LOW or low, TAU_HIGH or high
 
 
 def quotas(classes, rng):
     """Return how many more answers each problem gets: the rest of the budget, spread over the boundary, one more for
-    random ones. 101 problems, 56 of them boundary: of 505 answers 55 problems get 9, and one gets 10."""
+    random ones. 101 problems, 56 of them boundary: of 505 answers, 55 problems get 9 and one gets 10."""
     total = (BUDGET - PRE_SAMPLES) * len(classes)
     counts = iter(spread_evenly(total, max(1, classes.count("boundary")), rng))
     return [next(counts) if name == "boundary" else 0 for name in classes]
@@ -167,7 +167,7 @@ def quotas(classes, rng):
 
 def choose_pairs(outcomes, rewards, rng):
     """Return [(draw to prefer, draw to reject)]: K right and K wrong draws of a problem, K the smaller number, those
-    with the highest reward (of equals the first), joined at random; so the rejected ones are hard to tell."""
+    with the highest reward (the first of ties), paired at random; so the rejected ones are hard to tell apart."""
     draws = sorted(range(len(outcomes)), key=lambda draw: -rewards[draw])
     if PAIRING == "random":
         draws = rng.permutation(draws).tolist()
@@ -178,13 +178,13 @@ def choose_pairs(outcomes, rewards, rng):
 
 
 def sft_loss(logprobs, batch):
-    """L = - sum_t log pi(y_t | x, y_<t), a mean over the answer tokens y of the step; the prompts x are not learnt."""
+    """L = - sum_t log pi(y_t | x, y_<t), averaged over the step's answer tokens y; the prompts x are not learned."""
     return -logprobs.sum(), len(logprobs), {}
 
 
 def dpo_loss(logprobs, batch):
-    """L = - log sigmoid(beta (log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x))), a mean over the pairs of the step
-    (Rafailov et al. 2023, eq. 7): y_w is the chosen answer, y_l the rejected one, ref the policy at its start."""
+    """L = - log sigmoid(beta (log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x))), averaged over the pairs of
+    the step (Rafailov et al. 2023, eq. 7): y_w is the chosen answer, y_l the rejected one, ref the initial policy."""
     gain = sequence_logprobs(logprobs, batch) - batch["reference"]  # of y_w, y_l, y_w, y_l, ...
     margin = BETA * (gain[0::2] - gain[1::2])
     metrics = {"margin": margin.detach().sum(), "preferred": (margin > 0).sum()}
@@ -202,17 +202,17 @@ def dpo_nll_loss(logprobs, batch):
 
 MARKS = {"v_head": "\n\n", "score": "<extra_0>"}  # what ends each step, by layout
 PRM_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # what "score" was trained with
-PRM_BATCH = 64  # responses read together: fixed, because what is in a batch shows in the rewards' last digits
+PRM_BATCH = 64  # responses read together; fixed, because the batch affects the last digits of the rewards
 
 
 class RewardModel:
-    """A PRM in one of two published layouts, told apart by the tensors of its head. No code of its folder is run.
+    """A PRM in one of two published layouts, recognized by the tensors of its head. Code in its folder is never run.
 
     "v_head", Skywork-o1-Open-PRM: a linear layer gives the logit of right. "score", Qwen2.5-Math-PRM: in a chat; two
     layers give the logits of wrong and right. (We could not download either; tests have small models of both forms.)"""
 
     def __init__(self, name):
-        """Read all but the backbone from a folder or the Hub; end the program if it is no such PRM."""
+        """Load all but the backbone from a folder or the Hub; end the program if it is not such a PRM."""
         self.folder = local_folder(name)
         self.tokenizer = load_tokenizer(name, "")
         self.context = context_of(name)
@@ -225,7 +225,7 @@ class RewardModel:
                         self.layout = layout
                         tensors[rest.replace("summary.", "0.")] = file.get_tensor(key)
         if not tensors:
-            fail(f"{name} is no process reward model that is known here: no tensor v_head or score in it")
+            fail(f"{name} is not a process reward model of a known layout: it has no tensor v_head or score")
         size = tensors["0.weight"].shape[1]
         self.head = nn.Sequential(nn.Linear(size, 1), nn.Sigmoid())
         if self.layout == "score":
@@ -237,22 +237,22 @@ class RewardModel:
             fail(f"{name}: its tokenizer has no token for the end of a step, {mark!r}")
 
     def load(self):
-        """Bring the backbone to this process' device."""
+        """Load the backbone onto this process's device."""
         AttentionInterface.register("packed", packed_attention)
         body = load_network(AutoModel, self.folder, dtype=compute_dtype(), attn_implementation="packed")
         self.body = body.to(device())
         self.head.to(device())
 
     def encode(self, problem, text):
-        """Return a response's token ids, cut at the context, and the places in them of the marks after its steps.
+        """Return a response's token ids, cut at the context, and the places of the marks after its steps.
 
-        Steps are divided by blank lines. A problem that leaves no room for a mark has no places."""
+        Blank lines separate steps. A problem that leaves no room for a mark has no places."""
         prompt = f"{self.tokenizer.bos_token or ''}{problem['problem']}\n"
         if self.layout == "score":
             prompt = make_prompt(self.tokenizer, "chat", problem, system=PRM_SYSTEM)
         ids = encode(self.tokenizer, prompt)[:self.context]
         places = []
-        # A mark that the response itself writes is split into plain text
+        # A mark in the response itself is split into plain text
         steps = self.tokenizer(text.split("\n\n"), add_special_tokens=False, split_special_tokens=True)
         for step in steps["input_ids"]:
             if len(ids) < self.context:
@@ -270,13 +270,13 @@ class RewardModel:
         batch["predict"] = slice(None)
         rewards = self.head(hidden_states(self.body, batch).float())[:, -1]
         if not rewards.isfinite().all():
-            fail(f"{self.folder}: its rewards are not numbers")
+            fail(f"{self.folder}: its rewards are not finite")
         parts = rewards.cpu().split([len(ids) for ids, _ in rows])
         return [[len(part), part[places].tolist()] for part, (_, places) in zip(parts, rows)]
 
 
 def key_of(response):
-    """Return what a response is known by to the PRM: equal ones are read once."""
+    """Return the key of a response for the PRM: responses with the same key are read once."""
     return response["id"] + "\n" + response["text"]
 
 
@@ -295,7 +295,7 @@ def read_responses(run, name, prm, problems, responses):
         return dict(zip(batch, prm.read(by_id, [different[key] for key in batch])))
 
     run.unfinished.mkdir(parents=True, exist_ok=True)
-    cores = 1 if device().type == "cuda" else threads_per_process()  # each reads a batch of its own, with one thread
+    cores = 1 if device().type == "cuda" else threads_per_process()  # each reads its own batch, with one thread
     with (open(run.unfinished / f"{name}@{rank()}.jsonl", "a") as file, bar(len(due), name) as shown,
           ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool):
         for part in pool.map(read, due):
@@ -336,8 +336,8 @@ def step_rewards(run, file, prm, problems, responses):
 # The loop -------------------------------------------------------------------------------------------------------------
 
 def draw_and_read(run, file, prm, model, problems, draws, prompt, drawn):
-    """Draw answers and have the PRM read them: responses, each with its steps' rewards and S(r), which without a PRM is
-    0. file: round_1/pre or round_1/re, to which "samples.jsonl" and "rewards.jsonl" are added."""
+    """Draw answers and have the PRM read them: responses, each with its steps' rewards and S(r), or 0 without a PRM.
+    file: round_1/pre or round_1/re, to which "samples.jsonl" and "rewards.jsonl" are appended."""
     responses = sample(run, f"{file}samples.jsonl", model, problems, draws, prompt, **drawn)
     if not prm:
         return [response | {"reward": 0.0} for response in responses]
@@ -356,8 +356,8 @@ def classify(problems, presamples):
 
 
 def select(problems, difficulties, counts, responses, run, t):
-    """selection.jsonl: for each problem all that was decided, with the numbers it was decided from; `quota` is how many
-    answers it got beyond its pre-samples, which come first in `outcomes` and `rewards`."""
+    """Make selection.jsonl: for each problem, everything that was decided and the numbers behind it; `quota` is the
+    number of answers beyond its pre-samples, which come first in `outcomes` and `rewards`."""
     by_id = by_problem(responses)
     selection = []
     for problem, (phi_a, phi_r, name), quota in zip(problems, difficulties, counts):
@@ -373,7 +373,7 @@ def select(problems, difficulties, counts, responses, run, t):
 
 
 def report_rewards(run, t, difficulties):
-    """Report phi_r of the problems by phi_a, as quantiles: what thresholds can be chosen by."""
+    """Report quantiles of the problems' phi_r by phi_a, to choose thresholds from."""
     found = {}
     for phi_a in sorted({a for a, _, _ in difficulties}):
         phi_r = [r for a, r, _ in difficulties if a == phi_a]
@@ -383,7 +383,7 @@ def report_rewards(run, t, difficulties):
 
 
 def report_selection(run, t, selection):
-    """Per class: problems, answers drawn, share right; and the pairs."""
+    """Report per class: problems, answers drawn, share right; and the pairs."""
     classes = {}
     for name in ("inlier", "boundary", "outlier"):
         outcomes = [s["outcomes"] for s in selection if s["class"] == name]
@@ -394,18 +394,18 @@ def report_selection(run, t, selection):
 
 
 def check_constants():
-    """End the program where constants do not go together."""
+    """End the program if constants contradict each other."""
     if PRE_SAMPLES > BUDGET:
-        fail(f"--pre-samples {PRE_SAMPLES} are more than --budget {BUDGET}")
+        fail(f"--pre-samples {PRE_SAMPLES} must not exceed --budget {BUDGET}")
     if not PRM and (DIFFICULTY != "accuracy" or PAIRING != "random" or REPORT_ONLY):
-        fail("without --prm there are no rewards, and nothing to report: only --difficulty accuracy with --pairing "
-             "random can do without")
+        fail("without --prm there are no rewards and nothing to report; only --difficulty accuracy with --pairing "
+             "random works without it")
     if DIFFICULTY == "accuracy" or REPORT_ONLY:
         return
     low, high = thresholds()
     if not 0 < low < high:
-        fail(f"--tau-low {low} and --tau-high {high} of {PRM} with {MODEL}: where none are known both must be given, "
-             "the second as the higher one; --report-only prints the numbers to choose them from")
+        fail(f"--tau-low {low} and --tau-high {high} for {PRM} with {MODEL}: if none are known, both must be given, "
+             "--tau-high as the higher one; --report-only prints the numbers to choose them from")
 
 
 def main():
@@ -423,7 +423,7 @@ def main():
     if prm:
         say(f"  taus     {thresholds()}")
     if ROUNDS * SLICE > len(problems):
-        say("           fewer problems than --rounds times --slice: some are drawn again")
+        say("           there are fewer problems than --rounds times --slice, so some come again")
 
     def ask(problem, draw=0):
         text = make_prompt(tokenizer, PROMPT, problem, worked_examples(problem)[:shots], SYSTEM, THINK)
@@ -447,14 +447,14 @@ def main():
         m_0 = train(run, "round_0/model", MODEL, d_0, sft_loss, lr=LR, **training)
     if REPORT_ONLY:
         pre_sample(1, m_0)
-        return say("now choose --tau-low and --tau-high, and another --name; with this run's round_1/presamples.jsonl "
-                   "and prerewards.jsonl (and round_0/) copied there, and all else the same, nothing is drawn twice")
+        return say("now choose --tau-low, --tau-high and a different --name; nothing is drawn twice if you copy this "
+                   "run's round_1/presamples.jsonl and prerewards.jsonl (and round_0/) there and change nothing else")
     scores = {"round 0" if solved else "base": evaluate(run, "round_0/eval", m_0, tests, ask, **greedy)}
     end_round(run, 0, keep=[m_0])
 
     model = m_0
     for t in range(1, ROUNDS + 1):
-        # 1. Pre-sample n_p answers to each problem of the slice; phi_a and phi_r tell where the boundary is
+        # 1. Pre-sample n_p answers to each problem of the slice; phi_a and phi_r show where the boundary is
         own, presamples, difficulties = pre_sample(t, model)
 
         # 2. Re-sample: the remaining (n - n_p) N answers go to the boundary

@@ -1,31 +1,30 @@
-"""SAI-DPO: dynamic sampling that adapts, self-aware iterative DPO (Rao et al. 2025, https://arxiv.org/abs/2505.16176).
+"""SAI-DPO: self-aware iterative DPO with dynamic sampling (Rao et al. 2025, https://arxiv.org/abs/2505.16176).
 
-A model answers training problems and learns from its right and wrong answers. SAI-DPO asks before each round what the
-model is weak at: it probes a few problems of every kind, and draws the round's problems to match.
+A model answers training problems and learns from its right and wrong answers. Before each round, SAI-DPO finds out what
+the model is weak at: it probes a few problems of every kind, and draws the round's problems to match.
 
   Once: a tagger names the knowledge points T(x) of each problem x, a sentence encoder turns them into a vector, and
-  K-Means groups the vectors into clusters C_j (paper). 1 % of the problems (paper), some of each cluster, are its
-  probe S_j. In round t = 1..5, with K = 8 answers (paper) of pi_{t-1} to a problem, of which the share p(x) is right:
-  1. Probe (paper). Error mass of a cluster, where A_j are its problems not drawn yet; and its share (formulas: ours):
+  K-Means groups the vectors into clusters C_j (paper). 1 % of the problems (paper), some from each cluster, are its
+  probe S_j. In round t = 1..5, with K = 8 answers (paper) by pi_{t-1} to a problem, p(x) the share right:
+  1. Probe (paper). Error mass of a cluster, where A_j are its problems not yet drawn, and its share (formulas: ours):
        m(j) = |A_j| / |S_j| * sum over S_j of (1 - p(x)), in units of the probe,     q(j) = (m(j) + a) / sum of (m + a)
   2. Draw 20,000 problems, none twice: P(x) ~ q(j) d(j) / |A_j|, d(j) the mean over S_j of 4 p (1 - p) (formula: ours).
   3. Roll out. Self-aware difficulty is the key (1 - p, mean steps, mean length), compared in that order (paper). Of the
-     learnable problems, answered both right and wrong, those nearest to p = 1/2 are trained on, of these the hardest
-     first: at most 5,000, of each cluster its share q(j) (ours).
+     learnable problems, answered both right and wrong, train on those nearest to p = 1/2, the hardest first among ties:
+     at most 5,000, each cluster with its share q(j) (ours).
   4. Pairs: a random right answer against a random wrong one (paper). pi_t = DPO of pi_{t-1}, its reference too (proxy).
 
-The paper's body could not be read, and no code was released: (paper) is what its abstract and reviews tell, (proxy) is
-Online-DPO-R1's, with 20,000 prompts a round, or a later paper's of one of the authors; all else is ours. So are three
-readings: "20,000 training samples" a round are drawn before the filter (to train on as many: --pairs-per-round 20000,
+We had no access to the paper's body, and no code was released: (paper) is what its abstract and reviews say, (proxy) is
+from Online-DPO-R1, with 20,000 prompts a round, or a later paper by one of the authors; all else is ours. So are three
+readings: a round's "20,000 training samples" are drawn before the filter (to train on as many: --pairs-per-round 20000,
 and more --samples-per-round); P@K is the share right, as the abstract's "pass rates" suggest (a review: "at least one
 of K"); the model's "frontier", not too easy or difficult, is p = 1/2, in draw and filter (by the key alone: --prefer
-hardest --no-difficulty-before). Also ours: no probe problem is trained on, so that probes compare; all arms probe, so
-that they cost the same; cut answers count as wrong and are in no pair; no label smoothing (proxies: 0.1).
+hardest --no-difficulty-before). Also ours: probe problems are never trained on, so that probes are comparable; all arms
+probe, so that they cost the same; cut answers count as wrong and are in no pair; no label smoothing (proxies: 0.1).
 
   python sai_dpo.py --toy                                     2 CPU cores: 1.6 min, 62 % (measured)
   python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
-  torchrun --nproc-per-node 8 sai_dpo.py                      eight GPUs: not measured yet
-"""
+  torchrun --nproc-per-node 8 sai_dpo.py                      eight GPUs: not measured yet"""
 import math
 import re
 import statistics
@@ -37,78 +36,79 @@ import numpy as np
 from common import (MACHINE, by_problem, device, end_round, evaluate, fail, final_table, launch, load_network,
                     load_problems, load_tokenizer, local_folder, make_example, make_prompt, outcomes_of, prepare, read,
                     report, sample, say, seed_of, sequence_logprobs, show_answers, start_run, train, worked_examples)
-import torch  # behind common, which keeps torch's threads from spinning
+import torch  # after common, which keeps torch's threads from spinning
 import torch.nn.functional as F
 from transformers import AutoModel
 
 # What to run
 MODEL = "Qwen/Qwen2.5-Math-7B"  # pi_0: a Hub name or a folder (paper)
 START = "previous"  # "base" | "previous": what each round trains from, and its reference; "base" is pi_0 (proxy)
-TRAIN_DATA = "zwhe99/DeepMath-103K"  # sets by name, file or owner/name on the Hub, comma-separated (ours; not known)
+TRAIN_DATA = "zwhe99/DeepMath-103K"  # names of sets, files or owner/name on the Hub, comma-separated (ours; not known)
 TEST_DATA = "gsm8k,math,minerva_math,gaokao2023en,olympiadbench,college_math,aime24,amc23"  # scored each round (proxy)
-N_TRAIN = 0  # problems of each training set; 0 is all (ours)
-N_TEST = 0  # problems of each test set; 0 is all (ours)
-HELD_OUT = 0  # training problems put aside, scored in a table of their own (TEST_DATA may be empty); 0 is none (ours)
+N_TRAIN = 0  # problems from each training set; 0 is all (ours)
+N_TEST = 0  # problems from each test set; 0 is all (ours)
+HELD_OUT = 0  # training problems set aside, scored in a separate table (TEST_DATA may be empty); 0 is none (ours)
 ROUNDS = 5  # after round 0 (ours)
-SEED = 0  # of everything random (ours)
+SEED = 0  # for everything random (ours)
 
 # Knowledge points
-TAG = False  # have TAGGER name those of the training problems, for all later runs, and stop (paper: offline)
-TAGGER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"  # whose tags are used, where --tag was run; else the text (paper)
-OWN_TAGS = True  # problems that bring tags keep them (MATH's: seven, so seven clusters), and skip the tagger (ours)
-TAG_TOKENS = 2048  # of the tagger's output, thoughts included (ours)
+TAG = False  # have TAGGER tag the training problems for all later runs, and stop (paper: offline)
+TAGGER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"  # its tags are used if --tag was run; else the text (paper)
+OWN_TAGS = True  # problems with their own tags keep them (MATH: seven, so seven clusters) and skip the tagger (ours)
+TAG_TOKENS = 2048  # most tokens of the tagger's output, thinking included (ours)
 EMBEDDER = "sentence-transformers/all-mpnet-base-v2"  # a Hub name or a folder, or tfidf (ours)
-N_CLUSTERS = 20  # of the pool; fewer where fewer problems differ (ours)
+N_CLUSTERS = 20  # of the pool; fewer if fewer problems are distinct (ours)
 
 # The method
-SELECT = "both"  # "both" | "knowledge" | "difficulty" | "random" | "static": static: shares by probe 1 (ours)
-PROBE = 0.01  # share of the problems that is probed (paper), at least 2 of each cluster (ours)
-SAMPLES_PER_ROUND = 20000  # problems drawn, before the filter (paper; that they are these: ours)
+SELECT = "both"  # "both" | "knowledge" | "difficulty" | "random" | "static": static: shares from probe 1 (ours)
+PROBE = 0.01  # share of the problems to probe (paper), at least 2 of each cluster (ours)
+SAMPLES_PER_ROUND = 20000  # problems drawn, before the filter (paper; this reading: ours)
 K_SAMPLES = 8  # K: answers to each problem, probed or drawn; p is the share right (paper)
-SMOOTHING = 1.0  # a: mass of each cluster besides its own; 0 draws where the probe failed, while that lasts (ours)
-DIFFICULTY_BEFORE = True  # weigh the draw by the probe's mean of 4 p (1 - p) in the cluster, at least 0.1 (ours)
-PREFER = "middle"  # "middle" | "hardest": of the learnable the nearest to p = 1/2, or the hardest by the key (ours)
+SMOOTHING = 1.0  # a: mass added to each cluster; 0 draws only where the probe failed, while there are any (ours)
+DIFFICULTY_BEFORE = True  # weight the draw by the probe's mean of 4 p (1 - p) in the cluster, at least 0.1 (ours)
+PREFER = "middle"  # "middle" | "hardest": take the learnable nearest to p = 1/2, or the hardest by the key (ours)
 PAIRS_PER_ROUND = 5000  # at most: about half of what is learnable with SELECT = "random" (ours)
-BETA = 0.1  # of DPO: how strongly the policy is held to the model it starts from (proxy)
+BETA = 0.1  # of DPO: how strongly the policy is held to its starting model (proxy)
 
 # Sampling
 PROMPT = "chat"  # "few_shot" | "zero_shot" | "chat": one form for drawing, training and scoring (proxy)
-SHOTS = 4  # worked examples of our own before a problem, with few_shot (ours)
+SHOTS = 4  # our own worked examples before a problem, with few_shot (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
-THINK = ""  # "" | "on" | "off": under "chat", to think before the answer; for templates that know it (ours)
-TEMPERATURE = 1.0  # of all draws (proxy)
+THINK = ""  # "" | "on" | "off": with "chat", whether to think before the answer; for templates that know it (ours)
+TEMPERATURE = 1.0  # for all draws (proxy)
 TOP_P = 1.0  # 1: off (proxy)
 TOP_K = 0  # 0: off (proxy)
-MAX_NEW_TOKENS = 3072  # an answer is cut there, and then not trained on (ours; 4096, the proxy's, leave no room)
-GRADER = ""  # file.py:function, (problem, text) -> (correct, reason), in place of math-verify; empty is that (ours)
+MAX_NEW_TOKENS = 3072  # longer answers are cut off and not trained on (ours; the proxy's 4096 leave no room)
+GRADER = ""  # file.py:function, (problem, text) -> (correct, reason); empty is math-verify (ours)
 
 # Training
-LR_DPO = 5e-7  # of DPO, its peak; cosine to 0 (proxy)
-WARMUP = 0.03  # share of the steps, or from 1 on their number; 0 is none (ours)
+LR_DPO = 5e-7  # peak for DPO; cosine decay to 0 (proxy)
+WARMUP = 0.03  # share of the steps if below 1, else their number; 0 is none (ours)
 EPOCHS = 2  # passes over the pairs (proxy)
 BATCH_SIZE = 128  # pairs per optimizer step, over all GPUs (proxy)
-WEIGHT_DECAY = 0.0  # of AdamW; 0 is none (proxy)
+WEIGHT_DECAY = 0.0  # for AdamW; 0 is none (proxy)
 CLIP = 1.0  # largest gradient norm (ours)
-LORA_RANK = 0  # of the adapters that are trained in place of all weights; 0 is full fine-tuning (ours)
-LORA_ALPHA = 32.0  # adapters count LORA_ALPHA / LORA_RANK times (ours)
+LORA_RANK = 0  # of the adapters trained instead of all weights; 0 is full fine-tuning (ours)
+LORA_ALPHA = 32.0  # adapters are scaled by LORA_ALPHA / LORA_RANK (ours)
 
 # Machine: may differ when a run resumes
 NAME = ""  # the folder under runs/; empty is script name and seed (ours)
-DATA = "data"  # folder of the known problem sets, as data/gsm8k/train.jsonl (ours)
-ENGINE = ""  # "" | "vllm" | "transformers": what samples; empty is vLLM on a GPU, else transformers (ours)
+DATA = "data"  # folder of the known problem sets, such as data/gsm8k/train.jsonl (ours)
+ENGINE = ""  # "" | "vllm" | "transformers": sampling engine; empty is vLLM on a GPU, else transformers (ours)
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower (ours)
-SEEDED = True  # a seed for each of vLLM's answers; without, they may come faster, and are others each time (ours)
-GPU_MEMORY = 0.85  # share of a GPU that vLLM may fill while it samples; asleep it gives it back (ours)
-MAX_TOKENS = 16384  # of a micro-batch on one GPU: changes memory, never the result; on a CPU fewer if need be (ours)
-RECOMPUTE = False  # make activations again in the backward pass: less memory, a third more time (ours)
-SAVE_MINUTES = 30.0  # between saves inside a training, of 12 bytes a parameter; 0 is after each step (ours)
-KEEP_MODELS = 0  # how many rounds' models stay on disk, besides those still needed; 0 is all (ours)
-KEEP = False  # resume a folder that was made by other code: what is finished there stays (ours)
-WANDB = False  # log to Weights & Biases too (ours)
+SEEDED = True  # give each vLLM answer a seed; without one, answers may come faster but differ each time (ours)
+GPU_MEMORY = 0.85  # share of a GPU that vLLM may use while sampling; it is freed while vLLM sleeps (ours)
+MAX_TOKENS = 16384  # per micro-batch on one GPU: affects memory, never the result; on a CPU fewer if needed (ours)
+RECOMPUTE = False  # recompute activations in the backward pass: less memory, a third more time (ours)
+COMPILE = False  # torch.compile the blocks for training: a minute at the start; no gain on a CPU (ours)
+SAVE_MINUTES = 30.0  # between saves during training, 12 bytes per parameter each; 0 is after each step (ours)
+KEEP_MODELS = 0  # how many rounds' models to keep on disk, in addition to those still needed; 0 is all (ours)
+KEEP = False  # resume a folder made with different code; finished phases stay as they are (ours)
+WANDB = False  # also log to Weights & Biases (ours)
 
-# What is legal: the values, or the least one (of other numbers 0)
+# What is legal: the values, or the minimum (0 for other numbers)
 ARMS = {"both": ("clusters", "difficulty"), "static": ("clusters", "difficulty"), "knowledge": ("clusters",),
-        "difficulty": ("difficulty",), "random": ()}  # of SELECT: what they draw by, and keep by
+        "difficulty": ("difficulty",), "random": ()}  # for each SELECT: what it draws and keeps by
 LEGAL = dict(START=("base", "previous"), TAG_TOKENS=1, N_CLUSTERS=1, SELECT=tuple(ARMS), SAMPLES_PER_ROUND=1,
              K_SAMPLES=1, PREFER=("middle", "hardest"), PAIRS_PER_ROUND=1, PROMPT=("few_shot", "zero_shot", "chat"),
              THINK=("", "on", "off"), MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1, MAX_TOKENS=1,
@@ -130,7 +130,7 @@ def steps_of(text):
 
 def measure(responses):
     """Return [{id, outcomes, p, steps, length}] of problems, probed or drawn, from K answers each: p is the share
-    right, steps and length are means. A cut answer is wrong and in neither mean; where all were cut, both are 0."""
+    right, steps and length are means. A cut answer is wrong and in neither mean; if all were cut, both are 0."""
     rows = []
     for i, drawn in by_problem(responses).items():
         outcomes = outcomes_of(drawn)
@@ -143,7 +143,7 @@ def measure(responses):
 
 
 def probe_of(clusters, rng):
-    """Return the places of the problems to probe, in order: PROBE of each cluster, but 2 at least (or all it has)."""
+    """Return the places of the problems to probe, in order: PROBE of each cluster, but at least 2 (or all it has)."""
     probe = []
     for cluster, size in enumerate(np.bincount(clusters)):
         members = rng.permutation(np.flatnonzero(clusters == cluster))
@@ -152,25 +152,25 @@ def probe_of(clusters, rng):
 
 
 def mean_by(clusters, values):
-    """Return the mean of each cluster (k,) of values (m,) whose clusters are given (m,)."""
+    """Return the mean of each cluster (k,) from values (m,) and their clusters (m,)."""
     return np.bincount(clusters, values) / np.bincount(clusters)
 
 
 def error_masses(rates, clusters, unused):
-    """Return m(j), (k,), from p and cluster (m,) of the probed problems and the number of unused ones of each cluster
-    (k,): what the probe failed at, carried over to these, and scaled to sum to the probe's errors."""
+    """Return m(j), (k,), from p and cluster (m,) of the probed problems and the number of unused ones in each cluster
+    (k,): the probe's error rates carried over to these, and scaled to sum to the probe's errors."""
     masses = unused * mean_by(clusters, 1 - rates)
     return masses * sum(1 - rates) / max(masses.sum(), 1e-12)  # 0 where nothing failed
 
 
 def shares_of(masses):
-    """Return q(j), (k,): they sum to one, and are all the same where nothing failed."""
+    """Return q(j), (k,): they sum to one, and are all equal if nothing failed."""
     smoothed = masses + max(SMOOTHING, 1e-12)
     return smoothed / smoothed.sum()
 
 
 def weights_of(shares, rates, clusters):
-    """Return what clusters are drawn by, (k,), from p and cluster (m,) of the probe; None: all problems alike."""
+    """Return the weights to draw clusters by, (k,), from p and cluster (m,) of the probe; None: all problems alike."""
     if "clusters" not in ARMS[SELECT]:
         return None
     if not DIFFICULTY_BEFORE or "difficulty" not in ARMS[SELECT]:
@@ -180,7 +180,7 @@ def weights_of(shares, rates, clusters):
 
 
 def take(clusters, weights, n):
-    """Return the places of n problems: the first of each cluster, by the weights of clusters (k,); None: of all."""
+    """Return the places of n problems: the first of each cluster, by the clusters' weights (k,); None: first of all."""
     if weights is None:
         return np.arange(len(clusters))[:n]
     room = np.bincount(clusters, minlength=len(weights))
@@ -191,27 +191,27 @@ def take(clusters, weights, n):
 
 
 def draw(unused, clusters, weights, n, rng):
-    """Draw n unused problems, by places: by the weights of clusters, at random inside these; None: all at random."""
+    """Draw n unused problems, by place: by the clusters' weights, at random within a cluster; None: all at random."""
     unused = rng.permutation(unused)
     return np.sort(unused[take(clusters[unused], weights, n)])
 
 
 def is_learnable(row):
-    """Tell whether a problem was answered both right and wrong, so that there is a pair."""
+    """Whether a problem was answered both right and wrong, so that there is a pair."""
     return 1 in row["outcomes"] and 0 in row["outcomes"]
 
 
 def priority_of(row):
-    """Rank a learnable problem; the largest is trained on first: nearest to p = 1/2, of equals the hardest."""
+    """Return a learnable problem's priority, largest first: nearest to p = 1/2, among ties the hardest."""
     key = 1 - row["p"], row["steps"], row["length"]  # self-aware difficulty, larger is harder
     if PREFER == "hardest":
         return key
-    return -round(abs(row["p"] - 0.5), 9), key  # rounded: 1/3 and 2/3 are as near
+    return -round(abs(row["p"] - 0.5), 9), key  # rounded, so that 1/3 and 2/3 tie
 
 
 def keep(rows, shares, rng):
-    """Return the learnable rows to train on, PAIRS_PER_ROUND at most: by priority (at random in arms that do not look
-    at difficulty), of each cluster its share (in arms that know of clusters)."""
+    """Return the learnable rows to train on, at most PAIRS_PER_ROUND: by priority (at random in arms that ignore
+    difficulty), of each cluster its share (in arms that use clusters)."""
     learnable = [row for row in rows if is_learnable(row)]
     rng.shuffle(learnable)
     if "difficulty" in ARMS[SELECT]:
@@ -229,29 +229,29 @@ def choose_pair(outcomes, rng):
 
 
 def dpo_loss(logprobs, batch):
-    """L = - log sigmoid(beta (log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x))), a mean over the pairs of the step
-    (Rafailov et al. 2023, eq. 7): y_w is the chosen answer, y_l the rejected one, ref the policy at its start."""
+    """L = - log sigmoid(beta (log pi(y_w|x)/ref(y_w|x) - log pi(y_l|x)/ref(y_l|x))), averaged over the pairs of
+    the step (Rafailov et al. 2023, eq. 7): y_w is the chosen answer, y_l the rejected one, ref the initial policy."""
     gain = sequence_logprobs(logprobs, batch) - batch["reference"]  # of y_w, y_l, y_w, y_l, ...
     margin = BETA * (gain[0::2] - gain[1::2])
     metrics = {"margin": margin.detach().sum(), "preferred": (margin > 0).sum()}
     return -F.logsigmoid(margin).sum(), len(margin), metrics
 
 
-# Knowledge points: tags by a language model, clusters of tags ---------------------------------------------------------
+# Knowledge points: tags from a language model, clusters of tags -------------------------------------------------------
 
 def tag_request(problem):
-    """Return what the tagger is asked."""
+    """Return the request to the tagger."""
     return ("List the 1 to 5 mathematical knowledge points that are needed to solve this problem, as a JSON list of "
             f"short English phrases, the most general first. Do not solve it.\n\nProblem: {problem['problem']}")
 
 
 def parse_tags(output):
-    """Return the tags in a tagger's output {text, finish}: of the last list of quoted strings behind its thoughts the
-    first five different phrases, in lower case; none if it was cut."""
+    """Return the tags in a tagger's output {text, finish}: the first five distinct phrases, in lower case, of the last
+    list of quoted strings after its thinking; none if it was cut."""
     if output["finish"] != "stop":
         return []
     text = output["text"].rpartition("</think>")[2][-2000:]
-    # Not read as JSON: models write single quotes, one comma too many, and LaTeX such as \frac
+    # Not read as JSON, because models write single quotes, extra commas, and LaTeX such as \frac
     lists = ["", *re.findall(r"""\[(?=\s*["'{])(?:[^]["]|"[^"]{0,200}")*\]""", text)]
     phrases = re.findall(r"""(?s)(?<=[\[,])\s*["'](.{1,80}?)["'](?=\s*[,\]])""", lists[-1])
     phrases = [" ".join(phrase.replace("\\\\", "\\").lower().split()) for phrase in phrases]
@@ -266,14 +266,14 @@ def tags_name(problems):
 
 
 def tag_problems(problems):
-    """Have TAGGER name the knowledge points of problems, at most two tries each; resume like any run."""
+    """Have TAGGER name the knowledge points of problems, with at most two tries each; resumes like any run."""
     tagger = load_tokenizer(TAGGER, "chat")
     constants = {name: globals()[name] for name in MACHINE}
     constants |= {"MODEL": TAGGER, "SEED": 0, "GRADER": "", "NAME": tags_name(problems), "__file__": __file__}
     run = start_run(constants, problems)
     untagged = [p for p in problems if not (OWN_TAGS and p.get("tags"))]
     if not untagged:
-        fail("--tag: all problems have tags (--no-own-tags ignores those that they bring)")
+        fail("--tag: all problems already have tags (--no-own-tags ignores these)")
 
     def request(problem, draw):
         return make_prompt(tagger, "chat", {"problem": tag_request(problem)})
@@ -287,11 +287,11 @@ def tag_problems(problems):
     outputs = sample(run, "round_0/outputs.jsonl", TAGGER, untagged, 2, request, enough, grade, style="chat",
                      temperature=0.6, top_p=0.95, max_new_tokens=TAG_TOKENS)
     show_answers(run, 0, untagged, outputs)
-    say(f"correct are outputs with tags; runs on these problems use them: {run.folder}/round_0/outputs.jsonl")
+    say(f"outputs with tags count as correct; runs on these problems use them: {run.folder}/round_0/outputs.jsonl")
 
 
 def tags_of(problems, held_out):
-    """Return the tags of each problem: its own, else those that --tag has found, else none."""
+    """Return the tags of each problem: its own, else those found by --tag, else none."""
     path = Path(f"runs/{tags_name(problems + held_out)}/round_0/outputs.jsonl")
     found = {}
     if path.exists():
@@ -301,12 +301,12 @@ def tags_of(problems, held_out):
     tags = [found.get(p["id"], []) for p in problems]
     if [] in tags:
         say(f"  tags     {tags.count([]):,} problems have none, and are grouped by their text (python sai_dpo.py "
-            "--tag, with the same data, has them tagged first)")
+            "--tag with the same data tags them first)")
     return tags
 
 
 def group(problems, tags, run):
-    """Group problems by their tags, or their texts where they have none: {id, tags, cluster, probed} of each."""
+    """Group problems by their tags, or by their text if they have none: {id, tags, cluster, probed} of each."""
     texts = [", ".join(own) or p["problem"] for p, own in zip(problems, tags)]
     clusters = cluster_texts(EMBEDDER, texts, N_CLUSTERS, run.rng("clusters"))
     probed = set(probe_of(clusters, run.rng("probe")))
@@ -328,7 +328,7 @@ def apportion(shares, room, total):
 def cluster_texts(encoder, texts, k, rng):
     """Return the cluster of each text (n,), at most k, 0 the largest."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order: the same clusters however many cores there are
+    torch.set_num_threads(1)  # sums in a fixed order, so the number of cores does not change the clusters
     vectors = tfidf(texts) if encoder == "tfidf" else embed(encoder, texts)
     clusters = kmeans(vectors, k, rng)
     torch.set_num_threads(threads)
@@ -336,25 +336,25 @@ def cluster_texts(encoder, texts, k, rng):
 
 
 def tfidf(texts, size=512):
-    """Return unit tf-idf vectors (n, size) of texts, hashed: a word's place follows from its letters."""
+    """Return unit tf-idf vectors (n, size) of texts, hashed: a hash of each word gives its place."""
     counts = np.zeros((len(texts), size), dtype="float32")
     for row, text in zip(counts, texts):
-        for word in re.findall(r"\\?[^\W\d_]{2,}", text.lower()):  # two letters or more, or a LaTeX command
+        for word in re.findall(r"\\?[^\W\d_]{2,}", text.lower()):  # two or more letters, or a LaTeX command
             row[seed_of(word) % size] += 1
     texts_with = np.maximum(1, np.count_nonzero(counts, axis=0))
-    rarity = np.log(len(texts) / texts_with) + 1e-3  # not quite 0 for a word that all texts have
+    rarity = np.log(len(texts) / texts_with) + 1e-3  # not quite 0 for a word in all texts
     return F.normalize(torch.from_numpy(np.log1p(counts) * rarity)).numpy()
 
 
 def read_encoder(name):
-    """Return a sentence encoder's tokenizer, set to its longest text; fail unless it takes the mean of its tokens."""
+    """Return a sentence encoder's tokenizer, set to its longest text; fail unless the encoder uses mean pooling."""
     folder = Path(local_folder(name))
     tokenizer = load_tokenizer(name, "")
     pooling = folder / "1_Pooling" / "config.json"
-    if pooling.exists():  # a plain model has none, and its mean is taken too
+    if pooling.exists():  # a plain model has none, and its mean is used too
         how = read(pooling)
-        if not how.get("pooling_mode_mean_tokens") and how.get("pooling_mode") != "mean":  # old files or new
-            fail(f"{name}: only mean pooling encoders are read here")
+        if not how.get("pooling_mode_mean_tokens") and how.get("pooling_mode") != "mean":  # old or new format
+            fail(f"{name}: only encoders with mean pooling are supported")
         settings = read(folder / "sentence_bert_config.json")
         tokenizer.model_max_length = settings.get("max_seq_length") or tokenizer.model_max_length
     return tokenizer
@@ -371,11 +371,11 @@ def embed(name, texts, batch_size=64):
         batch = tokenizer(own, padding=True, truncation=True, return_tensors="pt").to(device())
         hidden = encoder(**batch).last_hidden_state * batch["attention_mask"][:, :, None]
         sums.append(hidden.sum(1).cpu())
-    return F.normalize(torch.cat(sums)).numpy()  # the direction of a sum is that of the mean
+    return F.normalize(torch.cat(sums)).numpy()  # the sum has the same direction as the mean
 
 
 def first_centres(points, k, rng):
-    """Return at most k different points as centres (k, H), by k-means++ (Arthur & Vassilvitskii 2007)."""
+    """Return at most k distinct points as centres (k, H), by k-means++ (Arthur & Vassilvitskii 2007)."""
     centres = points[[rng.integers(len(points))]]
     while len(centres) < k:
         squares = torch.cdist(points, centres).min(1).values.double().square()
@@ -388,7 +388,7 @@ def first_centres(points, k, rng):
 
 
 def kmeans(points, k, rng, starts=10, steps=100):
-    """Return the cluster of each point (n,), at most k, 0 the largest, of points (n, H): Lloyd's, the best start."""
+    """Return the clusters (n,) of points (n, H), at most k, 0 the largest: Lloyd's algorithm, the best of `starts`."""
     points = torch.from_numpy(points)
     smallest = math.inf
     for _ in range(starts):
@@ -411,8 +411,8 @@ def kmeans(points, k, rng, starts=10, steps=100):
 # The loop -------------------------------------------------------------------------------------------------------------
 
 def select(clusters, masses, shares, weights, responses, run, t):
-    """selection.jsonl: for each problem of a round all that was decided, with the numbers it was decided from.
-    clusters: that of each problem; masses, shares, weights: of each cluster (weights None: drawn at random)."""
+    """Make selection.jsonl: for each problem of a round, everything that was decided and the numbers behind it.
+    clusters: of each problem; masses, shares, weights: of each cluster (weights None: drawn at random)."""
     rows = measure(responses)
     for row, j in zip(rows, clusters.tolist()):
         row |= {"cluster": j, "mass": masses[j], "share": shares[j],
@@ -423,7 +423,7 @@ def select(clusters, masses, shares, weights, responses, run, t):
 
 
 def report_clusters(run, t, groups, errors, selection):
-    """Per cluster: problems, probed ones, error in the probe, drawn, learnable, trained on, typical tags."""
+    """Report per cluster: problems, probed ones, error in the probe, drawn, learnable, trained on, typical tags."""
     clusters = {}
     for j, error in enumerate(errors):
         members = [g for g in groups if g["cluster"] == j]
@@ -438,13 +438,13 @@ def report_clusters(run, t, groups, errors, selection):
     pairs = sum(s["pair"] is not None for s in selection)
     report(run, t, "select", **clusters, pairs=pairs)
     if pairs < PAIRS_PER_ROUND:
-        say("           fewer are learnable than --pairs-per-round, so their order has no say")
+        say("           fewer are learnable than --pairs-per-round, so their order does not matter")
 
 
 def check_constants():
-    """End the program where constants do not go together."""
+    """End the program if constants contradict each other."""
     if PREFER == "hardest" and "difficulty" not in ARMS[SELECT]:
-        fail(f"--prefer hardest is for a --select that looks at difficulty, not {SELECT}")
+        fail(f"--prefer hardest is for a --select that uses difficulty, not {SELECT}")
 
 
 def main():
@@ -471,10 +471,10 @@ def main():
     k = 1 + max(clusters)
     probe = [i for i, g in enumerate(groups) if g["probed"]]
     probed = [problems[i] for i in probe]
-    texts = {p["problem"] for p in probed}  # never trained on, nor what says the same
+    texts = {p["problem"] for p in probed}  # never trained on, and neither are their duplicates
     pool = [i for i, p in enumerate(problems) if p["problem"] not in texts]
     if not pool:
-        fail("the probe takes all problems, 2 of each cluster at least; lower --n-clusters, or --probe")
+        fail("the probe takes all problems, at least 2 of each cluster; lower --n-clusters or --probe")
     n = min(SAMPLES_PER_ROUND, len(pool))
     say(f"  clusters {k}, with {len(probe):,} problems in the probe")
     if ROUNDS * n > len(pool):
@@ -489,8 +489,8 @@ def main():
         answers = sample(run, f"round_{t}/probe.jsonl", model, probed, K_SAMPLES, ask, **drawn)
         rates = np.array([row["p"] for row in measure(answers)])
         if t == 1 or SELECT != "static":
-            seen = rates  # with "static" those of the first probe
-        if len(unused) < n:  # all over again
+            seen = rates  # with "static", those of the first probe
+        if len(unused) < n:  # start over
             unused = pool
         masses = error_masses(seen, clusters[probe], np.bincount(clusters[unused], minlength=k))
         shares = shares_of(masses)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # else what does not exist is asked for over and over
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact is exact on CPU; tests/gpu_check.py is for the GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is exact is exact on CPU; tests/studies/gpu_check.py is for the GPU
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "tests" / "toy"
 SHARED = ROOT.parent / "shared"

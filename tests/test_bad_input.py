@@ -64,7 +64,7 @@ def test_bad_problems(tmp_path, name, script):
     ("folder.jsonl", "dast.py", ["folder.jsonl: no such file"]),
     ("p.jsonl,p.jsonl", "adastar.py", ["two problems have the id", "/p/1'"]),
     ("a/q.jsonl,b/a/q.jsonl", "hs_star.py", ["two problems have the id 'a/q/1'"]),
-    ("p.pkl", "sai_dpo.py", ["p.pkl: no such file, nor one of the sets"]),
+    ("p.pkl", "sai_dpo.py", ["p.pkl: no such file, nor one of the known sets"]),
     (",", "dast.py", ["no problem set is named"]),
     ("secret.jsonl", "hs_star.py", ["secret.jsonl"]),
     ("p.jsonl,p.jsonl", "eval.py", ["share a file"]),  # it keeps the answers to each set in one
@@ -128,7 +128,7 @@ MODELS = {  # name: (what is done to the toy's folder, words of the line)
     "no end token": (lambda f: config_of(f, "tokenizer_config.json", eos_token=None, pad_token=None),
                      ["m: its tokenizer has no end token"]),
     "another tokenizer": (lambda f: config_of(f, vocab_size=300),
-                          ["m: its tokenizer has 431 tokens, and the model only 300"]),
+                          ["m: its tokenizer has 431 tokens, but the model only 300"]),
     "cut weights": (lambda f: os.truncate(f / "model.safetensors", 1_000_000), ["m: ", "incomplete metadata"]),
     "a missing shard": (sharded, ["m/model-00002-of-00002.safetensors"]),
     "a missing tensor": (lambda f: weights_of(f, lambda w: w.pop(NORM)), ["m: ", NORM, "missing"]),

@@ -251,6 +251,21 @@ def test_recompute_keeps_less_and_gives_the_same_gradient(start):
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
+def test_compiled_blocks_give_the_same_gradient(start, monkeypatch):
+    """Traced as on a GPU, but run by torch as it stands: to compile for a CPU takes a minute."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **options: compile(block, backend="eager", **options))
+    found = []
+    for compiled in False, True:
+        network, policy = common.load_for_training(start(str(compiled), COMPILE=compiled), str(TOY / "model"))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        policy(common.pack(SEQUENCES)).sum().backward()
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs) == compiled
+        found.append(gradients(network))
+    for name, gradient in found[0].items():
+        assert (gradient - found[1][name]).norm() <= 1e-5 * gradient.norm(), name
+
+
 # The plan and the schedule --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("processes, max_tokens", [(1, 1), (2, 100), (3, 500), (8, 10**6)])

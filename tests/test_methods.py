@@ -193,7 +193,7 @@ def test_rule_by_chance_gives_all_that_it_may_and_nothing_else(monkeypatch, rule
 
 
 @pytest.mark.parametrize("script, constants, words", [
-    (dast, {"SHOTS": 0}, "without examples in the prompt L can do nothing"),
+    (dast, {"SHOTS": 0}, "without examples in the prompt L has no effect"),
     (dast, {"CUTS": (0.4, 0.7)}, "--cuts (0.4, 0.7)"),
     (dast, {"DRAWS_LIKE": "runs/x"}, "make controls without P"),
     (dast, {"VARIANT": "L", "SIZE_LIKE": "runs/x"}, "runs/x/round_3/selection.jsonl: no such file"),
@@ -201,11 +201,11 @@ def test_rule_by_chance_gives_all_that_it_may_and_nothing_else(monkeypatch, rule
     (adastar, {"TRACES": 2}, "--traces 2 needs --no-retry"),
     (adastar, {"TRACES": 3, "RETRY": False}, "as many --k-samples"),
     (adastar, {"HINT": True, "K_SAMPLES": 1}, "--hint needs --k-samples above 1"),
-    (hs_star, {"PRE_SAMPLES": 9}, "--pre-samples 9 are more than --budget 8"),
+    (hs_star, {"PRE_SAMPLES": 9}, "--pre-samples 9 must not exceed --budget 8"),
     (hs_star, {"PRM": ""}, "without --prm there are no rewards"),
     (hs_star, {"PRM": "", "DIFFICULTY": "accuracy", "PAIRING": "random", "REPORT_ONLY": True}, "nothing to report"),
     (hs_star, {"MODEL": "other"},
-     "--tau-low 0.0 and --tau-high 0.0 of Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B with other"),
+     "--tau-low 0.0 and --tau-high 0.0 for Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B with other"),
     (hs_star, {"TAU_LOW": 0.9}, "--tau-low 0.9 and --tau-high 0.65"),
     (sai_dpo, {"SELECT": "knowledge", "PREFER": "hardest"}, "--prefer hardest is for"),
 ])
@@ -597,7 +597,7 @@ def without_mark(folder):
      "missing tensors, first layers.1.mlp.up_proj.weight"),
     ("score", {}, without_mark, "its tokenizer has no token for the end of a step, '<extra_0>'"),
     ("score", {"model_type": "unheard_of"}, None, "contains custom code which must be executed"),
-    ("v_head", {"drop": ["v_head.summary.weight", "v_head.summary.bias"]}, None, "no process reward model"),
+    ("v_head", {"drop": ["v_head.summary.weight", "v_head.summary.bias"]}, None, "not a process reward model"),
 ])
 def test_broken_reward_model_is_refused_in_one_line(write_prm, capsys, layout, more, change, words):
     folder = write_prm(layout, **more)
@@ -611,7 +611,7 @@ def test_rewards_that_are_not_numbers_end_the_program(write_prm, capsys):
     prm.load()
     prm.head[0].bias.data *= math.nan
     line = refusal_of(capsys, prm.read, {"p/1": PROBLEM}, [{"id": "p/1", "text": "7"}])
-    assert "its rewards are not numbers" in line
+    assert "its rewards are not finite" in line
 
 
 @pytest.mark.parametrize("batch", [1, 16])
@@ -880,7 +880,7 @@ def test_embeddings_equal_sentence_transformers(tmp_path, alone):
 
 def test_encoder_that_is_not_mean_pooling_is_refused(tmp_path, capsys):
     folder = write_encoder(tmp_path / "encoder", pooling="cls")
-    assert "only mean pooling encoders are read here" in refusal_of(capsys, sai_dpo.embed, folder, ["sums"])
+    assert "only encoders with mean pooling are supported" in refusal_of(capsys, sai_dpo.embed, folder, ["sums"])
 
 
 # Tags by a real tagger --------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_node_started_with_another_constant_is_refused(nodes, tmp_path):
     for status, said in launch(nodes, tmp_path, RUN, [*RUN, "--lr", "0.1"]):
         [line] = [line for line in said.splitlines() if line.startswith("dast.py: error")]
         assert status == 1
-        assert "with other constants or code than " in line and "LR " in line
+        assert "with different constants or code than " in line and "LR " in line
         assert "all nodes need the same command" in line
     assert not list(tmp_path.glob("runs/*/round_*"))
 

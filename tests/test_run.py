@@ -59,7 +59,7 @@ def test_flags_are_the_constants(constants, flags, changed):
 @pytest.mark.parametrize("flags, words", [
     ("--k-sample 4", ["--k-sample", "--help lists all flags"]), ("--toyy", ["--toyy"]),
     ("--k-samples many", ["--k-samples", "invalid int value: 'many'"]),
-    ("--k-samples 0", ["--k-samples 0: at least 1"]), ("--n -2", ["--n -2: at least 0"]),
+    ("--k-samples 0", ["--k-samples 0: must be finite"]), ("--n -2", ["--n -2: must be finite and at least"]),
     ("--lr nan", ["--lr nan"]), ("--lr inf", ["--lr inf"]),
     ("--variant PLX", ["--variant 'PLX': choose from ('PL', '')"]),
     ("--cuts 0.5", ["--cuts", "expected 2 arguments"]),
@@ -216,7 +216,7 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "no/such/folder"], ["no/such/folder"]),
-    (["--test-data", "gsm9k"], ["gsm9k: no such file, nor one of the sets that are known"]),
+    (["--test-data", "gsm9k"], ["gsm9k: no such file, nor one of the known sets"]),
     (["--held-out", "18"], ["--held-out 18 leaves nothing of the 18 problems"]),
     (["--grader", "none.py:grade"], ["No such file or directory: 'none.py'"]),
     (["--model", "short"], ["the prompt of toy/train/", "exceeds the context of 200", "--shots"]),

@@ -426,7 +426,7 @@ def test_changed_constants_are_refused_with_the_list(whole, tmp_path):
     run = shutil.copytree(whole("dast.py"), tmp_path / "runs" / "one")
     line = error_of(resumed(tmp_path, "dast.py", "--temperature", "0.5", "--seed", "3", "--save-minutes", "1",
                             "--rounds", "5", check=False))
-    assert "with other constants or code than " in line and "(SEED 0 -> 3; TEMPERATURE " in line
+    assert "with different constants or code than " in line and "(SEED 0 -> 3; TEMPERATURE " in line
     assert "SAVE_MINUTES" not in line and "ROUNDS" not in line
     assert files(run) == files(whole("dast.py"))
 
@@ -491,11 +491,11 @@ def test_script_without_a_machine_constant_fails_in_one_line(tmp_path):
 def test_folder_of_another_script_or_in_use_is_refused(whole, tmp_path):
     run = shutil.copytree(whole("sai_dpo.py"), tmp_path / "runs" / "one")
     line = error_of(resumed(tmp_path, "dast.py", check=False))
-    assert "runs/one was made by sai_dpo.py with other " in line and "choose another --name" in line
+    assert "runs/one was made by sai_dpo.py with different " in line and "choose a different --name" in line
     with open(run / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         line = error_of(resumed(tmp_path, "dast.py", check=False))
-    assert "runs/one is in use by another program; wait for its end, or choose another --name" in line
+    assert "runs/one is in use by another program; wait until it ends or choose a different --name" in line
 
 
 # Failures -------------------------------------------------------------------------------------------------------------

@@ -98,4 +98,4 @@ def test_eval_refuses_models_of_two_shapes(tmp_path):
                   "--n-test", "4", "--max-new-tokens", "16", "--engine", "vllm", check=False)
     [line] = [line for line in done.stderr.splitlines() if ".py: error: " in line]  # beside warnings of libraries
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "other: vLLM's engine was built for a model of another shape; score them one by one" in line
+    assert "other: vLLM's engine was built for a model of a different shape; score one model at a time" in line

@@ -2,8 +2,8 @@
 
   python tests/studies/architectures.py
 
-packed, padded: largest difference of log-probabilities of two sequences, laid end to end or in padded rows, from each
-alone. `train` makes the same test with the real model, and takes padded rows where packing leaks."""
+packed, padded: the largest difference between log-probabilities of two sequences, laid end to end or in padded rows,
+and those of each alone. `train` makes the same test with the real model, and uses padded rows if packing leaks."""
 import sys
 from pathlib import Path
 
@@ -32,7 +32,7 @@ SECOND = [([], list(range(99, 67, -1)))]
 
 @torch.no_grad()
 def differences(name, options):
-    """How far log-probabilities of packed and of padded sequences are from those of each alone."""
+    """Return how far log-probabilities of packed and of padded sequences are from those of each alone."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **SMALL | options)
     if any(getattr(config, name, None) for name in common.SCALED):
@@ -40,7 +40,7 @@ def differences(name, options):
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter.mul_(3)  # so that layers have a say
+            parameter.mul_(3)  # so that the layers matter
     policy = common.Policy(model)
     alone = torch.cat([policy(common.pack([FIRST])), policy(common.pack([SECOND]))])
     found = []
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     for name, options in MODELS.items():
         try:
             packed, padded = differences(name, options)
-        except SystemExit:  # said on standard error
+        except SystemExit:  # printed on standard error
             print(f"| {name} | - | - | refused |")
             continue
         print(f"| {name} | {packed:.1g} | {padded:.1g} | {'packed' if packed < 0.001 else 'in padded rows'} |")

@@ -1,28 +1,27 @@
-"""Speed, by the targets P1 to P10 that this project has set itself: both sides in one run, medians.
+"""Speed, measured by this project's targets P1 to P10: both sides in one run, medians.
 
   python tests/studies/bench.py                           every row that this machine can show (half an hour)
   python tests/studies/bench.py P2 P7                     some rows
   python tests/studies/bench.py P1 P4 --shape 7b          on a GPU: a random model of Qwen2.5-7B's shape
   python tests/studies/bench.py profile                   where the seconds of a round of dast.py go
-  python tests/studies/bench.py toys walk --against OLD   against another checkout of this project, in turn
+  python tests/studies/bench.py toys walk --against OLD   against a different checkout of this project, in turn
 
 The rows print a table, the ratio first (ours against theirs; more is better):
   P1 P2  SFT in tokens per second against TRL's SFTTrainer and the padded Hugging Face Trainer (GPU: and MFU)
   P3     DPO in pairs per second against TRL's DPOTrainer, with its reference computed before training
-  P4     peak memory of SFT against TRL's (each in a process of its own; a GPU only)
-  P5     answers drawn and checked, in tokens per second, against plain LLM.generate on the same engine (where
-         vLLM is installed), with and without a seed for each, and transformers.generate in batches of as many
+  P4     peak memory of SFT against TRL's (each in its own process; a GPU only)
+  P5     answers drawn and checked, in tokens per second, against plain LLM.generate on the same engine (if vLLM is
+         installed), with and without a seed for each, and transformers.generate in batches of the same size
   P6     seconds from the last optimizer step to the first new token
   P7     checking, processor seconds, against plain math-verify, on one core and more
-  P8     what of a round is neither sampling nor training steps
+  P8     the part of a round that is neither sampling nor training steps
   P9     processor seconds and memory of a round's decisions for 1,000,000 problems, each method
-  P10    the same round on 1, 2 and 4 processes: the same files?
+  P10    the same round on 1, 2 and 4 processes: are the files the same?
   rewards, clusters   the reward model against padded batches of 4; 400,000 problems in clusters
   toys   --toy of each script: wall time, processor time, final accuracy
-  walk   AdaSTaR's draws, tokens, seconds, and what the cores do not do while it samples
+  walk   AdaSTaR's draws, tokens, seconds, and how much of the cores is unused while it samples
 
-P1 to P4 need: pip install accelerate, and TRL's part of them: pip install trl.
-"""
+P1 to P4 need: pip install accelerate; their TRL part needs: pip install trl."""
 import argparse
 import contextlib
 import functools
@@ -51,13 +50,13 @@ def row(name, ratio, target, text):
 
 
 def alone(function, *arguments):
-    """The result of a function in a process of its own."""
+    """Return the result of a function run in its own process."""
     with multiprocessing.get_context("spawn").Pool(1) as fresh:
         return fresh.apply(function, arguments)
 
 
 def race(turns, **ways):
-    """{way: median seconds} of functions of the turn's number, in turn; the first turn is to warm up."""
+    """Return {way: median seconds} of functions of the turn's number, run in turn; the first turn is a warm-up."""
     seconds = {way: [] for way in ways}
     for turn in range(turns + 1):
         for way, of_way in seconds.items():
@@ -75,10 +74,10 @@ def installed(package):
 
 
 def problems_of(data, n):
-    """[(prompt, its solution, another's)]: the toy's own, or MATH's."""
+    """Return [(prompt, its solution, that of a different problem)]: the toy's own, or MATH's."""
     import common
     problems = lines(TOY / "train.jsonl")
-    if data == "math":  # longer ones, rare, would cost the padded side most of its time
+    if data == "math":  # rare longer ones would cost the padded side most of its time
         problems = [p for p in common.load_problems("math", "train", SHARED / "data", 2 * n)
                     if len(p["problem"] + p["solution"]) <= 2000]
     return [(f"Question: {p['problem']}\nAnswer:\n", p["solution"], q["solution"])
@@ -88,7 +87,7 @@ def problems_of(data, n):
 # P1 to P4: training -----------------------------------------------------------------------------------------
 
 def ours(what, rows, run, model, turn):
-    """Seconds of common.train on rows (prompt, right, wrong), saving left out."""
+    """Return the seconds of common.train on rows (prompt, right, wrong), without saving."""
     import common
     import dast
     examples = []
@@ -107,10 +106,10 @@ def ours(what, rows, run, model, turn):
 
 
 def theirs(way, rows, model, turn):
-    """Seconds of a Trainer on the same rows: "trainer" (padded, SFT), "sft" or "dpo" (TRL's), as they come
-    but for what makes them equal: AdamW, 32 a step, nothing cut, float32 on CPU and bfloat16 compute on a
-    GPU. There TRL packs where flash attention is installed, and saves memory as it does by default; on CPU it
-    keeps its activations."""
+    """Return the seconds of a Trainer on the same rows: "trainer" (padded, SFT), "sft" or "dpo" (TRL's), with their
+    defaults except for what makes them equal: AdamW, 32 a step, nothing cut, float32 on CPU and bfloat16 compute on a
+    GPU. There TRL packs if flash attention is installed, and saves memory as it does by default; on CPU it keeps its
+    activations."""
     import datasets
     import torch
     import transformers
@@ -144,7 +143,7 @@ def theirs(way, rows, model, turn):
         import trl
         data = datasets.Dataset.from_list([{"prompt": p, "chosen": r, "rejected": w} for p, r, w in rows])
         made = []
-        for precompute in (False, True):  # which it does as it is made, after tokenizing
+        for precompute in (False, True):  # which happens in its constructor, after tokenizing
             began = time.time()
             settings = trl.DPOConfig(**plain, max_length=8192, precompute_ref_log_probs=precompute, beta=0.1)
             with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
@@ -162,7 +161,7 @@ NAMES = {"trainer": "padded Hugging Face Trainer", "sft": "TRL SFTTrainer", "dpo
 
 
 def training(name, what, others, target, shape, sets):
-    """Rows of P1, P2 or P3."""
+    """Print the rows of P1, P2 or P3."""
     import common
     model = model_of(shape)
     run = open_run(model, MAX_TOKENS=8192)
@@ -186,7 +185,7 @@ def training(name, what, others, target, shape, sets):
 
 
 def peak_of(way, shape):
-    """Peak GiB of a GPU, by torch, of an epoch of SFT on 64 of MATH's solutions."""
+    """Return the peak GiB of a GPU, from torch, in an epoch of SFT on 64 of MATH's solutions."""
     import torch
     rows = problems_of("math", 64)
     model = model_of(shape)
@@ -226,13 +225,13 @@ class Drawing:
         return common.make_prompt(self.tokenizer, self.style, problem, self.shown)
 
     def rate(self, began, tokens):
-        """Seconds for as many tokens as our own first turn drew: answers are random, so their number differs
-        a bit."""
+        """Return the seconds for the number of tokens that our own first turn drew: answers are random, so their number
+        differs a bit."""
         self.tokens = self.tokens or tokens
         return (time.time() - began) * self.tokens / tokens
 
     def forget(self):
-        """Have vLLM compute each prompt anew."""
+        """Make vLLM compute each prompt anew."""
         if self.run.engine.streams and self.run.engine.llm:
             self.run.engine.llm.reset_prefix_cache()
 
@@ -265,7 +264,7 @@ class Drawing:
 
     @functools.cached_property
     def plain(self):
-        """(tokenizer, model) as transformers has them."""
+        """Return (tokenizer, model) as transformers loads them."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(self.model, padding_side="left")
         return tokenizer, AutoModelForCausalLM.from_pretrained(self.model).eval()
@@ -308,7 +307,7 @@ def sampling(engine, shots, turns=5):
 
 
 def switch(shape):
-    """P6, from the metrics of: draw, train one step, draw one token."""
+    """Print P6, from the metrics of: draw, train one step, draw one token."""
     import common
     import dast
     drawing = Drawing("vllm", 0, 8, model_of(shape))
@@ -333,7 +332,7 @@ def switch(shape):
 # P7: checking -----------------------------------------------------------------------------------------------
 
 def responses(n):
-    """{what it is: [(problem, text)]}."""
+    """Return {what it is: [(problem, text)]}."""
     import common
     problems = common.load_problems("math", "test", SHARED / "data", n)
     outputs = []
@@ -357,7 +356,7 @@ def by_checker(pairs, workers=1):
     import common
     checker = common.Checker(workers)
     ready = [checker.submit({"answer": "3"}, f"\\boxed{{\\frac{{{i}}}{{2}}}}") for i in range(50 * workers)]
-    verdicts = [future.result()[0] for future in ready]  # now all workers that are needed run
+    verdicts = [future.result()[0] for future in ready]  # now all workers needed are running
     assert not any(verdicts[:6])
     pids = family(os.getpid())
     began = sum(map(processor_seconds, pids))
@@ -368,7 +367,7 @@ def by_checker(pairs, workers=1):
 
 
 def checking(n=2000):
-    """MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model
+    """Check MATH test solutions as responses to their own problem (right) and to the next one (wrong), and model
     outputs."""
     cases = responses(n)
     for what, pairs in cases.items():
@@ -389,7 +388,7 @@ def checking(n=2000):
     pairs = cases["wrong answers"]
     cores = os.cpu_count()
     walls = [alone(by_checker, pairs, workers)[2] for workers in (1, cores)]
-    with multiprocessing.get_context("spawn").Pool(cores) as pool:  # what this machine's cores give at all
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:  # the most that this machine's cores give
         one = pool.apply(plainly, (pairs,))[1]
         began = time.time()
         pool.map(plainly, [pairs] * cores)
@@ -402,7 +401,7 @@ def checking(n=2000):
 # P8: the rest of a round; P9: decisions; P10: scale-out -----------------------------------------------------
 
 def round_of(folder, script, *flags, processes=1):
-    """A real run of a script in a folder, by torchrun; its metrics."""
+    """Run a script in a folder, by torchrun; return its metrics."""
     (folder / "tests").symlink_to(ROOT / "tests")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                str(processes), str(ROOT / script), "--toy", "--name", "r", *map(str, flags)]
@@ -433,12 +432,12 @@ def decisions(n=1_000_000):
         quarter, _, _ = alone(selection.measure, method, n // 4)
         seconds, data, added = alone(selection.measure, method, n)
         row("P9", f"{seconds:.1f} s", "<= 10 s", f"{method}: {n:,} problems decided, {seconds / quarter:.1f} "
-            f"times as long as a quarter of them; {added:.2f} GiB (<= 2) beside {data:.1f} of records and "
+            f"times as long as a quarter of them; {added:.2f} GiB (<= 2) on top of {data:.1f} of records and "
             "libraries")
 
 
 def scale_out():
-    """The first round of dast.py, and what depends on its answers, with 1, 2 and 4 processes."""
+    """Compare the first round of dast.py, and what depends on its answers, on 1, 2 and 4 processes."""
     from safetensors.torch import load_file
     rounds = {}
     for processes in (1, 2, 4):
@@ -461,8 +460,7 @@ def scale_out():
 # Against another checkout -----------------------------------------------------------------------------------
 
 def watch(command, folder):
-    """Run a command: its [(time, processor seconds of it and all that descends from it)], ten times a
-    second."""
+    """Run a command; return [(time, processor seconds of it and all its descendants)], ten times a second."""
     with open(folder / "output.txt", "w") as out:
         running = subprocess.Popen(command, cwd=folder, stdout=out, stderr=out)
     seconds = {}
@@ -482,13 +480,13 @@ def watch(command, folder):
 
 
 def toy_command(checkout, script, flags):
-    """`--toy` of a script of a checkout, named "r"; the flag for the name was --run up to commit 7b3eeee."""
+    """Return `--toy` of a script of a checkout, named "r"; the flag for the name was --run up to commit 7b3eeee."""
     named = "--name" if "\nNAME = " in (checkout / script).read_text() else "--run"
     return [sys.executable, str(checkout / script), "--toy", *flags, named, "r"]
 
 
 def paired(script, against, flags, turns):
-    """[(ours, theirs)], in turn A B A B: of each the run's folder and what `watch` saw."""
+    """Return [(ours, theirs)], in turn A B A B: for each the run's folder and what `watch` saw."""
     found = []
     for _ in range(turns):
         pair = []
@@ -501,13 +499,13 @@ def paired(script, against, flags, turns):
 
 
 def final_accuracy(run):
-    """Of a run's last round, on its test problems."""
+    """Return the accuracy of a run's last round on its test problems."""
     last = max(run.glob("round_*/eval.json"), key=lambda path: int(path.parent.name[6:]))
     return json.loads(last.read_text())["accuracy"]
 
 
 def toys(against, flags, turns):
-    """Seconds of --toy, both of the wall and of the processor, medians of pairs."""
+    """Print seconds of --toy, both wall and processor time, medians of pairs."""
     for script in ("dast.py", "adastar.py", "hs_star.py", "sai_dpo.py"):
         runs = paired(script, against, flags, turns)
         walls = []
@@ -524,8 +522,8 @@ def toys(against, flags, turns):
 
 
 def walk_of(run, series):
-    """Sums over a run's walks: draws that count, all draws, their tokens, phases, seconds, core-seconds that
-    were not used while sampling, and those of them behind the last moment at which all cores were busy."""
+    """Sum over a run's walks: draws that count, all draws, their tokens, phases, seconds, core-seconds not used while
+    sampling, and those of them after the last moment at which all cores were busy."""
     cores = os.cpu_count()
     times, processor = series.T
     busy = np.diff(processor) / np.diff(times) > cores - 0.5
@@ -549,8 +547,8 @@ def walk_of(run, series):
 
 
 def walks(against, flags, turns):
-    """What AdaSTaR's walk in blocks costs against the walk of another checkout. (Where others use the cores,
-    what they take counts as not used.)"""
+    """Compare the cost of AdaSTaR's walk in blocks with the walk of a different checkout. (If other programs use the
+    cores, what they take counts as not used.)"""
     both = [[], []]
     for pair in paired("adastar.py", against, flags, turns):
         for of_checkout, (run, series) in zip(both, pair):
@@ -571,7 +569,7 @@ def walks(against, flags, turns):
 # Where the time goes ----------------------------------------------------------------------------------------
 
 def profile_of(shape):
-    """The five largest items of rounds 0 and 1 of dast.py, by operation, on one core."""
+    """Print the five largest items of rounds 0 and 1 of dast.py, by operation, on one core."""
     import common
     import dast
     from torch.profiler import profile
@@ -598,7 +596,7 @@ def profile_of(shape):
 # More -------------------------------------------------------------------------------------------------------
 
 def padded_loop(prm, model, pairs):
-    """Rewards of each step as a plain Hugging Face program finds them."""
+    """Return the rewards of each step as a plain Hugging Face program computes them."""
     import torch
     found = []
     for at in range(0, len(pairs), 4):
@@ -612,8 +610,7 @@ def padded_loop(prm, model, pairs):
 
 
 def rewards(turns=5):
-    """The toy's reward model reads 1,600 answers that the toy draws, the toy's solutions and 300 of
-    MATH's."""
+    """Read 1,600 answers that the toy draws, the toy's solutions and 300 of MATH's with the toy's reward model."""
     import common
     import hs_star
     from transformers import AutoModel
@@ -689,13 +686,13 @@ def clusters(n=400_000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", help="as above; none: P1 to P10")
+    parser.add_argument("rows", nargs="*", help="as above; default: P1 to P10")
     parser.add_argument("--shape", choices=("toy", "0.1b", "1.5b", "7b"), help="1.5b on a GPU, else toy")
     parser.add_argument("--quick", action="store_true",
-                        help="a tenth of the problems: to see that a row runs")
-    parser.add_argument("--against", type=Path, help="toys, walk: the other checkout")
+                        help="a tenth of the problems, to see that a row runs")
+    parser.add_argument("--against", type=Path, help="toys, walk: the checkout to compare with")
     parser.add_argument("--turns", type=int, default=2, help="toys, walk: pairs of runs [2]")
-    parser.add_argument("--flags", default="", help="toys, walk: more flags of both, in one string")
+    parser.add_argument("--flags", default="", help="toys, walk: more flags for both, in one string")
     arguments = parser.parse_args()
     import common
     gpu = common.torch.cuda.is_available()
@@ -720,7 +717,7 @@ def main():
         for one in ("toy", "0.1b"):
             alone(profile_of, one)
 
-    rows = {  # name: (what it needs, if that is not here; what to do)
+    rows = {  # name: (what is missing here to run it; what to do)
         "P1": (needs_gpu, lambda: training("P1", "sft", ("sft", "trainer"), ">= 1.3x", shape, sets)),
         "P2": (needs_cpu, lambda: training("P2", "sft", ("trainer", "sft"), ">= 2x", shape, sets)),
         "P3": ("", lambda: training("P3", "dpo", ("dpo",), ">= 1.5x", shape, pairs)),

@@ -1,4 +1,4 @@
-"""Texts that nobody vetted, through the whole of checking: what study.py fuzz and test_checking.py run."""
+"""Unvetted texts through all of checking: what study.py fuzz and test_checking.py run."""
 import json
 import os
 import sys
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import sai_dpo  # noqa: E402
 
-PIECES = [  # what graders are known to trip over; {} is filled with other texts
+PIECES = [  # forms that graders are known to trip over; {} is filled with other texts
     "\\boxed{{{}}}", "\\boxed{{", "{}}}", "\\frac{{{}}}{{{}}}", "\\dfrac{}{}", "\\sqrt[{}]{{{}}}",
     "{}^{{{}}}",
     "{}_{{{}}}", "\\left({}\\right)", "\\left[{},{}\\right)", "\\{{{},{}\\}}", "({},{},{})",
@@ -44,7 +44,7 @@ ATOM = st.one_of(
 
 
 def bigger(inner):
-    """Texts made of other texts: one of PIECES with four of them, or one over and over."""
+    """Return texts made of other texts: one of PIECES filled with four of them, or one repeated."""
     filled = st.tuples(st.sampled_from(PIECES), st.lists(inner, min_size=4, max_size=4))
     repeated = st.tuples(inner, st.integers(2, 40))
     return st.one_of(filled.map(lambda pair: pair[0].format(*pair[1])),
@@ -54,11 +54,11 @@ def bigger(inner):
 TEXTS = st.recursive(ATOM, bigger, max_leaves=12)
 KINDS = st.sampled_from(["math", "math", "math", "choice", "label", "yesno"])
 CASES = st.lists(st.tuples(TEXTS, TEXTS, KINDS),
-                 min_size=20, max_size=20)  # so many are checked side by side
+                 min_size=20, max_size=20)  # 20 are checked side by side
 
 
 def children_of(pid):
-    """The processes that a process has started and that still run; each of its threads lists its own."""
+    """Return the running child processes of a process; each of its threads lists its own."""
     found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         found += path.read_text().split()
@@ -66,9 +66,9 @@ def children_of(pid):
 
 
 def fuzz(examples, derandomize=False):
-    """Check 20 pairs of texts `examples` times: {executions, verdicts by reason, the slowest of what the main
-    process does itself, in seconds, files and processes left over, and those called right that are not the
-    same text}."""
+    """Check 20 pairs of texts `examples` times. Return {executions, verdicts by reason, the slowest of what the main
+    process does itself, in seconds, files and processes left over, and the pairs called right that are not the same
+    text}."""
     others = set(children_of(os.getpid()))
     checker = common.Checker(2)
     reasons = Counter()
@@ -78,7 +78,7 @@ def fuzz(examples, derandomize=False):
 
     def timed(what, function, *arguments):
         seconds = []
-        # once more where it may have been a pause of Python's garbage collector
+        # repeat if it may have been a pause of Python's garbage collector
         while not seconds or seconds[-1] > 0.05 and len(seconds) < 3:
             began = time.thread_time()
             result = function(*arguments)
@@ -112,7 +112,7 @@ def fuzz(examples, derandomize=False):
                 right.add((gold, text))
 
     with tempfile.TemporaryDirectory() as empty:
-        os.chdir(empty)  # the workers that are started now, too
+        os.chdir(empty)  # so do the workers started now
         check()
         left = os.listdir(empty)
         os.chdir(here)

@@ -1,19 +1,18 @@
-"""Everything that needs a GPU to be checked, in three commands of under ten minutes on a machine with one:
+"""Every check that needs a GPU, in three commands of under ten minutes each on a machine with a GPU:
 
   python tests/studies/gpu_check.py --only machine,attention,step,rewards,updates
   python tests/studies/gpu_check.py --only toy_dast,toy_adastar,toy_hs_star,toy_sai_dpo
   python tests/studies/gpu_check.py --only train_1.5b,switch_1.5b,smollm2
 
-and on a GPU of 141 GB also --only train_7b,switch_7b. More flags:
+then --only compile_1.5b, and on a GPU of 141 GB --only train_7b,switch_7b. More flags:
 
-  --bundle vllm.tar.xz   where there is no network: an archive of packages to unpack and put on the path first
-  --smollm2 FOLDER       what tests/studies/real_model.py has made (for smollm2, which is left out without it)
-  --cpu                  how far the checks themselves go without a GPU (by vLLM's CPU build)
+  --bundle vllm.tar.xz   if there is no network: an archive of packages to unpack and put on the path first
+  --smollm2 FOLDER       the output of tests/studies/real_model.py (for smollm2, which is left out without it)
+  --cpu                  see how far the checks themselves get without a GPU (with vLLM's CPU build)
 
-Each check is a process of its own with a time limit, so that one that fails does not hide the others. Prints
-a line and writes gpu_check/report.json after each ($OUT/report.json where $OUT is set); what passed checks
-said goes to passed.log, what others said to a file of their own. Status 0 if all passed.
-"""
+Each check is a separate process with a time limit, so that one that fails does not hide the others. Prints a line
+and writes gpu_check/report.json after each ($OUT/report.json if $OUT is set). Output of passed checks goes to
+passed.log, that of each other check to its own file. Status 0 if all passed."""
 import argparse
 import json
 import math
@@ -30,7 +29,8 @@ from pieces import ROOT, TOY, lines, model_of, open_run, training_figures
 
 LIMITS = {"machine": 40, "attention": 40, "step": 80, "rewards": 80, "updates": 240,
           "toy_dast": 140, "toy_adastar": 120, "toy_hs_star": 130, "toy_sai_dpo": 130,
-          "train_1.5b": 170, "switch_1.5b": 170, "smollm2": 200, "train_7b": 260, "switch_7b": 280}  # seconds
+          "train_1.5b": 170, "switch_1.5b": 170, "smollm2": 200, "train_7b": 260, "switch_7b": 280,
+          "compile_1.5b": 240}  # seconds
 COMMAND_SECONDS = 540  # all limits of one command together
 
 
@@ -40,12 +40,12 @@ def on_gpu():
 
 
 def machine():
-    """What is here, and whether vLLM can be imported."""
+    """Report what is here, and whether vLLM can be imported."""
     from importlib.metadata import version
 
     import torch
     import transformers
-    import common  # on a CPU vLLM cannot be imported before it has seen to torchvision
+    import common  # on a CPU, vLLM cannot be imported before common has dealt with torchvision
     found = {"gpu": None, "processor": common.processor(), "torch": torch.__version__,
              "cuda": torch.version.cuda, "python": sys.version.split()[0],
              "transformers": transformers.__version__, "math-verify": version("math-verify")}
@@ -60,7 +60,7 @@ def machine():
 
 
 def attention():
-    """packed_attention and its gradients, bfloat16 on GPU, against float64 on CPU, sequence by sequence."""
+    """Compare packed_attention and its gradients, bfloat16 on GPU, with float64 on CPU, sequence by sequence."""
     import common
     import torch
     lengths = [1, 7, 130, 64, 513]
@@ -93,7 +93,7 @@ def attention():
 
 
 def random_pairs(rng):
-    """Tokenized pairs of completions of random tokens, short and long."""
+    """Return tokenized pairs of completions of random tokens, short and long."""
     import torch
 
     def tokens(n):
@@ -107,8 +107,7 @@ def random_pairs(rng):
 
 
 def step():
-    """Loss and gradient of the SFT and the DPO loss on a packed batch, against transformers in float64 on
-    CPU."""
+    """Compare loss and gradient of the SFT and the DPO loss on a packed batch with transformers in float64 on CPU."""
     import common
     import dast
     import torch
@@ -134,7 +133,7 @@ def step():
         with torch.no_grad():
             reference = common.sequence_logprobs(policy(batch), batch)
         first, weight, _ = loss(policy(batch), batch | {"reference": reference})
-        offset = torch.linspace(-20, 20, 8)  # some reference that is not the policy
+        offset = torch.linspace(-20, 20, 8)  # a reference that is not the policy
         total, weight, _ = loss(policy(batch), batch | {"reference": reference + offset.to(reference)})
         (total / weight).backward()
         theirs = common.sequence_logprobs(exact, batch).detach() + offset.double()
@@ -156,8 +155,8 @@ def step():
 
 
 def rewards():
-    """The toy's reward model, packed in the GPU's precision, and embeddings (of the toy model), padded in
-    float32, against float64 on CPU, answer by answer and text by text."""
+    """Compare the toy's reward model, packed in the GPU's precision, and embeddings (of the toy model), padded in
+    float32, with float64 on CPU, answer by answer and text by text."""
     import common
     import hs_star
     import sai_dpo
@@ -196,7 +195,7 @@ def rewards():
 
 
 def run_script(folder, *command):
-    """A script in a folder of its own: (status, what it printed, seconds)."""
+    """Run a script in the given folder: (status, what it printed, seconds)."""
     began = time.time()
     (folder / "tests").symlink_to(ROOT / "tests")
     done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
@@ -209,7 +208,7 @@ def run_script(folder, *command):
 
 
 def engine_figures(metrics):
-    """What the engine and its self-test say in the metrics of the phases that loaded a model."""
+    """Return the figures of the engine and its self-test in the metrics of the phases that loaded a model."""
     figures = []
     for m in metrics:
         if "load_seconds" in m:
@@ -220,7 +219,7 @@ def engine_figures(metrics):
 
 
 def updates():
-    """The toy through real vLLM: sleep, new weights, the self-test, and three forgotten updates that must be
+    """Run the toy through real vLLM: sleep, new weights, the self-test, and three forgotten updates that must be
     caught."""
     folder = Path(tempfile.mkdtemp())
     status, said, seconds = run_script(folder, ROOT / "tests" / "studies" / "updates.py", TOY / "model")
@@ -237,7 +236,7 @@ def updates():
 
 
 def toy(script, *flags):
-    """A script's `--toy` whole: on a GPU by vLLM in bfloat16, with sleep and new weights in each round."""
+    """Run a script's whole `--toy`: on a GPU with vLLM in bfloat16, with sleep and new weights in each round."""
     folder = Path(tempfile.mkdtemp())
     status, said, seconds = run_script(folder, ROOT / f"{script}.py", "--toy", "--name", "toy", *flags)
     if status:
@@ -262,43 +261,42 @@ def too_small(shape):
 
 
 def train_shape(shape, cases):
-    """Three steps of training by common.train at a shape: tokens per second, MFU, peak memory. On answers
-    (pairs) of 200 to 1,000 random tokens, all states in float32. cases: (loss, tokens of a micro-batch,
-    RECOMPUTE)."""
+    """Train three steps at a shape with common.train: tokens per second, MFU, peak memory. On answers (pairs) of 200 to
+    1,000 random tokens. cases: (loss, constants). Without a GPU, one step of a small model."""
     import common
     import dast
     import numpy as np
     import torch
     if too_small(shape):
         return {"passed": True, "left_out": "this GPU is too small"}
-    folder = model_of(shape)
+    folder = model_of(shape if on_gpu() else "0.04b")
     rng = np.random.default_rng(0)
     run = open_run(folder, ENGINE="transformers")
     letters = list("abcdefghijklmnopqrstuvwxyz ")  # about a token each
     found = {}
-    for number, (loss, max_tokens, recompute) in enumerate(cases):
+    for number, (loss, constants) in enumerate(cases):
         examples = []
-        for i in range(96):
+        for i in range(96 if on_gpu() else 8):
             sizes = rng.integers(200, 1000, 2 if loss == "dpo" else 1)
             completions = ["".join(rng.choice(letters, size)) for size in sizes]
             examples.append({"id": str(i), "prompt": "Question: ", "end": "<|endoftext|>",
                              "completions": completions, "ids": [None] * len(completions)})
-        run.constants |= {"MAX_TOKENS": max_tokens, "RECOMPUTE": recompute}
+        run.constants |= {"RECOMPUTE": False, "COMPILE": False, "LORA_RANK": 0, **constants}
         (run.folder / "max_tokens_1.json").unlink(missing_ok=True)
         if on_gpu():
             torch.cuda.reset_peak_memory_stats()
         common.train(run, f"round_{number}/model", str(folder), examples, vars(dast)[f"{loss}_loss"], lr=1e-5,
-                     warmup=0, epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, reference=loss == "dpo")
-        found[f"{loss}, {max_tokens} tokens{', recomputed' if recompute else ''}"] = training_figures(run,
-                                                                                                      number)
+                     warmup=0, epochs=1, batch_size=32, weight_decay=0.0, clip=1.0, reference=loss == "dpo",
+                     lora_rank=run.constants["LORA_RANK"], lora_alpha=32)
+        found[f"{loss} {constants}"] = training_figures(run, number)
         shutil.rmtree(run.folder / f"round_{number}")
         print(json.dumps(found), file=sys.stderr)
     return found | {"passed": all(np.isfinite(of_case["loss"]) for of_case in found.values())}
 
 
 def switch_shape(shape):
-    """`bench.py P6`: seconds from the last optimizer step to the first new token, the engine's weights
-    proven."""
+    """Run `bench.py P6`: seconds from the last optimizer step to the first new token, with the engine's weights
+    verified."""
     if too_small(shape):
         return {"passed": True, "left_out": "this GPU is too small"}
     bench = ROOT / "tests" / "studies" / "bench.py"
@@ -310,7 +308,7 @@ def switch_shape(shape):
 
 
 def kept_in_bfloat16(before, after):
-    """The share of an update's norm that is left if both models are rounded to bfloat16."""
+    """Return the share of an update's norm that is left if both models are rounded to bfloat16."""
     from safetensors.torch import load_file
     start = load_file(Path(before) / "model.safetensors")
     end = load_file(Path(after) / "model.safetensors")
@@ -325,8 +323,8 @@ def kept_in_bfloat16(before, after):
 
 
 def smollm2():
-    """A real model of 135M parameters in bfloat16: the self-test's figures after a training, and what of an
-    update at the learning rate of DPO would be lost if models were saved in bfloat16."""
+    """Check a real model of 135M parameters in bfloat16: the self-test's figures after training, and how much of an
+    update at DPO's learning rate would be lost if models were saved in bfloat16."""
     import common
     import dast
     folder = Path(os.environ["SMOLLM2"])
@@ -336,7 +334,7 @@ def smollm2():
     run = open_run(base, ENGINE="vllm", EAGER=True, GPU_MEMORY=0.5, MAX_TOKENS=8192)
     problems = common.load_problems(str(folder / "train.jsonl"), "train", "")[:32]
     tokenizer = common.load_tokenizer(base, "chat")
-    examples = [common.make_example(tokenizer, "chat", p, p["solution"]) for p in problems]
+    examples = [common.make_example(tokenizer, "chat", p, f"The answer is {p['answer']}.") for p in problems]
 
     def prompt(problem, draw):
         return common.make_prompt(tokenizer, "chat", problem)
@@ -356,25 +354,30 @@ def smollm2():
 
 
 def train_1_5b():
-    cases = [("sft", 8192, False), ("sft", 16384, True), ("dpo", 8192, False)]
-    return train_shape("1.5b", cases)
+    return train_shape("1.5b", [
+        ("sft", {"MAX_TOKENS": 8192}), ("sft", {"MAX_TOKENS": 16384, "RECOMPUTE": True}),
+        ("dpo", {"MAX_TOKENS": 8192}), ("sft", {"MAX_TOKENS": 8192, "LORA_RANK": 32})])
+
+
+def compile_1_5b():
+    return train_shape("1.5b", [("sft", {"MAX_TOKENS": 8192, "COMPILE": True})])
 
 
 def train_7b():
-    return train_shape("7b", [("sft", 8192, True)])
+    return train_shape("7b", [("sft", {"MAX_TOKENS": 8192, "RECOMPUTE": True}),
+                              ("sft", {"MAX_TOKENS": 8192, "LORA_RANK": 32})])
 
 
 CHECKS = {"machine": machine, "attention": attention, "step": step, "rewards": rewards, "updates": updates,
-          "toy_dast": lambda: toy("dast", "--loss", "dpo"),  # its round 0 is SFT, so it tells of both
+          "toy_dast": lambda: toy("dast", "--loss", "dpo"),  # its round 0 is SFT, so it covers both
           "toy_adastar": lambda: toy("adastar"), "toy_hs_star": lambda: toy("hs_star"),
           "toy_sai_dpo": lambda: toy("sai_dpo"), "train_1.5b": train_1_5b, "train_7b": train_7b,
-          "smollm2": smollm2,
+          "compile_1.5b": compile_1_5b, "smollm2": smollm2,
           "switch_1.5b": lambda: switch_shape("1.5b"), "switch_7b": lambda: switch_shape("7b")}
 
 
 def one_check(name, limit, environment, folder):
-    """Run a check in a process of its own; what it found. Its log goes to passed.log, or to a file of its
-    own."""
+    """Run a check in its own process; return what it found. Its log goes to passed.log, or to its own file."""
     log = folder / f"{name}.log"
     with open(log, "w") as errors:
         check = subprocess.Popen([sys.executable, __file__, "--check", name], cwd=ROOT,
@@ -384,7 +387,7 @@ def one_check(name, limit, environment, folder):
             said, _ = check.communicate(timeout=limit)
             found = json.loads(said.splitlines()[-1]) if check.returncode == 0 else {"passed": False}
         except subprocess.TimeoutExpired:
-            os.killpg(check.pid, signal.SIGKILL)  # and what it has started, which may hold the GPU
+            os.killpg(check.pid, signal.SIGKILL)  # and its child processes, which may hold the GPU
             found = {"passed": False, "late": limit}
     text = log.read_text(errors="replace")
     if not found["passed"]:
@@ -406,7 +409,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.check:
         out = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # what libraries print is no result
+        os.dup2(2, 1)  # what libraries print is not a result
         print(json.dumps(CHECKS[arguments.check]()), file=out, flush=True)
         os._exit(0)  # an engine's finalizers may abort
     names = (arguments.only or "").split(",")
@@ -415,7 +418,7 @@ def main():
             parser.error(f"--only {name}: the checks are {', '.join(CHECKS)}")
     seconds = sum(LIMITS[name] for name in names)
     if seconds > COMMAND_SECONDS and not arguments.cpu:
-        parser.error(f"these may take {seconds} s, and a command has {COMMAND_SECONDS}; take two")
+        parser.error(f"these may take {seconds} s, and a command has {COMMAND_SECONDS}; use two")
     environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "SMOLLM2": arguments.smollm2}
     if arguments.bundle:
         site = tempfile.mkdtemp()

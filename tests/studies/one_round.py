@@ -1,9 +1,8 @@
 """One round of each script, told with its records: tests/studies/one_round.md.
 
-  python tests/studies/one_round.py    runs what is not there yet (runs/one-round-*, ten minutes on two cores)
+  python tests/studies/one_round.py    runs what is missing (runs/one-round-*, ten minutes on two cores)
 
-Two problems of each run: the first that was decided on and trained on, and the first that was not.
-"""
+Shows two problems of each run: the first that was decided on and trained on, and the first that was not."""
 import json
 import re
 import subprocess
@@ -41,7 +40,7 @@ def one_line(text):
 
 
 def told(run, script, problem, decision, trained):
-    """The part of the page on one problem."""
+    """Return the part of the page on one problem."""
     text = [f"### {problem['problem']}\n", f"The answer is {problem['answer']}.\n", "| drawn | answer | verdict |",
             "|---|---|---|"]
     for name in DRAWN[script][0]:

@@ -1,5 +1,5 @@
-"""What several studies are made of: models of random weights in real shapes, runs opened without a
-script, processes and files."""
+"""Parts shared by several studies: models of random weights in real shapes, runs opened without a script,
+processes and files."""
 import contextlib
 import io
 import json
@@ -24,8 +24,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  #
 
 
 def training_figures(run, round):
-    """What a training of this process gave: tokens a second, share of the GPU's FLOPs (6 a parameter and
-    token) and its peak memory. The first step, a warm-up, counts only where there is no other."""
+    """Return the figures of a training in this process: tokens a second, share of the GPU's FLOPs (6 per parameter and
+    token) and its peak memory. The first step, a warm-up, counts only if there is no other."""
     import common
     log = run.metrics[round, "train"]
     seconds = [s["seconds"] for s in lines(run.folder / f"round_{round}" / "steps.jsonl")]
@@ -41,8 +41,8 @@ def training_figures(run, round):
 
 
 def model_of(shape):
-    """A folder with a model of random weights in one of SHAPES, in bfloat16 from 1.5b on, with the toy's
-    tokenizer; or the toy. Made once."""
+    """Return a folder with a model of random weights in one of SHAPES, in bfloat16 from 1.5b on, with the toy's
+    tokenizer; or the toy. It is made once."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
     if shape == "toy":
@@ -68,12 +68,12 @@ def model_of(shape):
 
 
 def lines(path):
-    """The records of a .jsonl file."""
+    """Return the records of a .jsonl file."""
     return [json.loads(line) for line in open(path)]
 
 
 def family(pid):
-    """A process and all that descend from it, from /proc."""
+    """Return a process and all its descendants, from /proc."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
@@ -85,12 +85,12 @@ def family(pid):
 
 
 def quiet():
-    """A context without what the product prints."""
+    """Return a context that hides what the product prints."""
     return contextlib.redirect_stdout(io.StringIO())
 
 
 def open_run(model, **constants):
-    """A run folder as dast.py opens it, in a temporary folder, silent; one in a process."""
+    """Open a run folder as dast.py does, in a temporary folder, silently; only one in a process."""
     import common
     import dast
     os.chdir(tempfile.mkdtemp())

@@ -1,16 +1,14 @@
-"""What a round's decision costs each method: METHODS and `measure`, for P9 of bench.py.
+"""The cost of a round's decision in each method: METHODS and `measure`, for P9 of bench.py.
 
-The decision is each pure function between the answers and selection.jsonl, by its own name; no file is read
-or written. Records are made up, with the keys that are read (hs_star: reward too), an id object each, as
-after reading, and texts of one letter. Draws per problem are those of the script's constants (of dast.py up
-to 50, and once as few as of its toy, 9 on average); the share of right answers is a problem's own, Beta(0.5,
-0.5): most are solved nearly always or hardly ever. In hs_star.py a third of the problems are the round's
-slice, in sai_dpo.py 19 % are drawn.
+The decision is every pure function between the answers and selection.jsonl, called by its own name; no file is read
+or written. Records are made up, with the keys that are read (hs_star: also reward), a separate id object each, as
+after reading, and texts of one letter. Draws per problem follow the script's constants (dast.py up to 50, and
+once as few as in its toy, 9 on average); the share of right answers is drawn for each problem from Beta(0.5, 0.5):
+most are solved nearly always or hardly ever. In hs_star.py a third of the problems are the round's slice, in
+sai_dpo.py 19 % are drawn.
 
-Seconds are of the processor, all threads, garbage collection and the kernel's page faults included. GiB are
-of the whole process: first libraries (about 0.53) and records, then what the decision adds at the worst
-moment.
-"""
+Seconds are processor time of all threads, including garbage collection and the kernel's page faults. GiB are of
+the whole process: first libraries (about 0.53) and records, then what the decision adds at its peak."""
 import functools
 import os
 import resource
@@ -19,12 +17,12 @@ from pathlib import Path
 
 
 def gib():
-    """What the process has in memory now."""
+    """Return the GiB that the process has in memory now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 class Seeded:
-    """What the decisions need of a run: a generator of its own for each key has its price."""
+    """What the decisions need of a run: a separate generator for each key, which has its price."""
 
     @staticmethod
     def rng(*key):
@@ -34,8 +32,7 @@ class Seeded:
 
 
 def record(k, draw, right):
-    """A draw of problem k; as after reading, its id is no other record's object (looking it up takes
-    longer)."""
+    """Return a draw of problem k. As after reading, no other record shares its id object (which slows look-ups)."""
     return {"id": f"big/train/{k}", "draw": draw, "text": "abcdefgh"[draw % 8], "tokens": 100 + draw,
             "finish": "stop", "correct": right}
 
@@ -45,14 +42,14 @@ def problems_of(n):
 
 
 def adastar(n):
-    """A walk that visits all, with one draw or two to each problem."""
+    """A walk that visits all problems, with one or two draws to each."""
     import adastar
     import numpy as np
     rng = np.random.default_rng(0)
     problems = problems_of(n)
     last = rng.integers(0, 20, n)
     w = rng.integers(0, 3, n) / 2
-    place = {p["id"]: k for k, p in enumerate(problems)}  # main() has it for the whole run
+    place = {p["id"]: k for k, p in enumerate(problems)}  # main() makes it once for the whole run
     first, second = (rng.random((2, n)) < rng.beta(0.5, 0.5, n)).tolist()
     responses = []
     for k in range(n):
@@ -77,8 +74,7 @@ def adastar(n):
 
 
 def dast(n, **constants):
-    """Ten draws of the probe, then draws until there are T distinct correct ones, or B: 29 records to a
-    problem."""
+    """Ten draws of the probe, then draws until there are T distinct correct ones, or B: 29 records per problem."""
     import common
     import dast
     import numpy as np
@@ -94,7 +90,7 @@ def dast(n, **constants):
         drawn = (rng.random(budget) < shares[k]).tolist()
         needed = [d for d, hit in enumerate(drawn) if hit][target - 1:target]
         responses += [record(k, d, hit) for d, hit in enumerate(drawn[:needed[0] + 1 if needed else budget])]
-    level = {}  # once and for all rounds
+    level = {}  # once for all rounds
     for i, probed in common.by_problem(probe).items():
         level[i] = dast.level_of(dast.pass_rate(probed))
 
@@ -105,8 +101,7 @@ def dast(n, **constants):
 
 
 def hs_star(n, rounds=3):
-    """A slice of n / 3, as the default is of GSM8K and MATH: three pre-samples each, and five more on
-    average."""
+    """A slice of n / 3, the default's share of GSM8K and MATH: three pre-samples each, and five more on average."""
     import hs_star
     import numpy as np
     total = n
@@ -140,14 +135,12 @@ def hs_star(n, rounds=3):
 
 
 def sai_dpo(n):
-    """20 clusters; of n problems 1 % are probed, and as many drawn and kept as the defaults are of
-    103,000."""
+    """20 clusters; of n problems 1 % are probed, and the defaults' shares of 103,000 are drawn and kept."""
     import numpy as np
     import sai_dpo
     size = n * sai_dpo.SAMPLES_PER_ROUND // 103_000
     sai_dpo.PAIRS_PER_ROUND = n * sai_dpo.PAIRS_PER_ROUND // 103_000
     rng = np.random.default_rng(0)
-    problems = problems_of(n)
     k = sai_dpo.N_CLUSTERS
     clusters = rng.integers(0, k, n)
     shares_right = rng.beta(0.5, 0.5, n)
@@ -185,8 +178,7 @@ METHODS = {"adastar": adastar, "dast, the toy's numbers of draws": functools.par
 
 
 def measure(method, n):
-    """(processor seconds, GiB of libraries and records, GiB that the decision adds to them), in this very
-    process."""
+    """Return (processor seconds, GiB of libraries and records, GiB that the decision adds), all in this process."""
     decide = METHODS[method](n)
     before = gib()
     began = time.process_time()

@@ -1,10 +1,9 @@
-"""The engine before and after training, and with updates that are forgotten, by real vLLM, for gpu_check.py.
+"""The engine before and after training, and with forgotten updates, with real vLLM, for gpu_check.py.
 
   python tests/studies/updates.py MODEL        in an empty folder; prints one line, RESULT and JSON
-  python tests/studies/updates.py MODEL 20     so many healthy updates at 5e-7 in a row, then a forgotten one
+  python tests/studies/updates.py MODEL 20     20 healthy updates at 5e-7 in a row, then a forgotten one
 
-A forgotten update is vLLM's own: it is asked to load new weights, and loads those that it had.
-"""
+A forgotten update is vLLM's own: it is told to load new weights but loads the old ones again."""
 import json
 import os
 import shutil
@@ -39,7 +38,7 @@ def train(name, start, lr, epochs=2):
 
 
 def status_of(name, model):
-    """The exit status of a run whose engine should have this model and has another."""
+    """Return the exit status of a run whose engine should have this model but has a different one."""
     try:
         draw(name, model)
     except SystemExit as stop:
@@ -48,7 +47,7 @@ def status_of(name, model):
 
 
 def forget_updates(old):
-    """From now on vLLM loads the weights of the folder `old`, whatever it is asked to load."""
+    """From now on, make vLLM load the weights of the folder `old`, whatever it is told to load."""
     rpc = run.engine.llm.collective_rpc
 
     def forget(method, *arguments, **options):
@@ -74,7 +73,7 @@ def main():
     large = train("large", new, 1e-2)
     forget_updates(new)
     caught = [status_of("forgotten_small", small), status_of("forgotten_large", large)]
-    common.compare_weights = lambda folder, model: (1, [])  # and by the log-probabilities alone
+    common.compare_weights = lambda folder, model: (1, [])  # and with the log-probabilities alone
     caught.append(status_of("forgotten_logprobs", large))
     run.engine.sleep()
     run.engine = common.TransformersEngine(run)
@@ -85,7 +84,7 @@ def main():
 
 
 def many(n):
-    """n healthy updates of one small step each, which must pass, and one that is forgotten, which must not."""
+    """Make n healthy updates of one small step each, which must pass, and a forgotten one, which must not."""
     model = MODEL
     figures = []
     for k in range(n):

@@ -1,4 +1,4 @@
-"""What the programs withstand, by real runs that take long: study.py starts these by their names."""
+"""What the programs withstand, tested in long real runs: study.py starts these by name."""
 import itertools
 import json
 import os
@@ -14,20 +14,20 @@ from pathlib import Path
 from pieces import ROOT, family, lines
 
 sys.path.insert(0, str(ROOT / "tests"))
-from conftest import SMALL, counts, files  # noqa: E402  and no GPU: what is exact is exact on CPU
+from conftest import SMALL, counts, files  # noqa: E402  and no GPU: exactness holds on a CPU
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
 class Results:
-    """{what: how it went} of a study, kept in a file, so that a rerun does only what is missing."""
+    """The results of a study, {what: how it went}, kept in a file, so that a rerun does only what is missing."""
 
     def __init__(self, study):
         self.path = ROOT / "runs" / f"{study}.json"
         self.found = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def of(self, what, make, *arguments):
-        """What `make(*arguments)` gave, now or in an earlier run of the study."""
+        """Return what `make(*arguments)` gave, now or in an earlier run of the study."""
         if what not in self.found:
             self.found[what] = make(*arguments)
             self.path.write_text(json.dumps(self.found, indent=1))
@@ -36,13 +36,13 @@ class Results:
 
 
 def command_of(script, name, processes, *flags):
-    """A run as a user starts it: on one process without torchrun."""
+    """Return the command for a run as a user starts it: on one process without torchrun."""
     program = [sys.executable] if processes == 1 else [*TORCHRUN, processes]
     return list(map(str, [*program, ROOT / script, *flags, "--name", name]))
 
 
 def start(script, name, processes):
-    """Start a small run, its output in runs/<name>.out."""
+    """Start a small run with its output in runs/<name>.out."""
     command = command_of(script, name, processes, *SMALL[script], "--save-minutes", 0)
     with open(ROOT / "runs" / f"{name}.out", "w") as out:
         return subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
@@ -53,13 +53,13 @@ def output(name):
 
 
 def finish(script, name, processes):
-    """Run to the end; the run's folder."""
+    """Run to the end; return the run's folder."""
     assert start(script, name, processes).wait() == 0, output(name)
     return ROOT / "runs" / name
 
 
 def same(run, other):
-    """Whether two runs left the same files, and counted the same."""
+    """Whether two runs left the same files and counts."""
     return files(run) == files(other) and counts(run) == counts(other)
 
 
@@ -72,18 +72,18 @@ def kill(*pids):
 
 
 def products(folder):
-    """[(when, name)] of what a run has made, in that order: a rename sets the time of change."""
+    """Return [(when, name)] of what a run has made, in that order: a rename sets the time of change."""
     made = [path for path in folder.glob("round_*/*") if path.suffix != ".part"]
     return sorted((path.stat().st_ctime, str(path.relative_to(folder))) for path in made)
 
 
 def begin(folder):
-    """When a run was started: it opens this file anew."""
+    """Return when a run was started: it opens this file anew."""
     return (folder / "lock").stat().st_ctime
 
 
 def wait_for(running, folder, before):
-    """Wait until a run has made all of `before` and is at work; whether it still runs then."""
+    """Wait until a run has made all of `before` and is at work; return whether it is still running then."""
     started = time.time()
     while running.poll() is None:
         at_work = (folder / "lock").exists() and begin(folder) >= started
@@ -94,8 +94,8 @@ def wait_for(running, folder, before):
 
 
 def killed_in(script, name, processes, whole, number, rng):
-    """Start a run, and kill all its processes at a random moment of the time in which the uninterrupted run
-    `whole` made its product `number`. What it was at, or None if it had ended."""
+    """Start a run, and kill all its processes at a random moment of the time in which the uninterrupted run `whole`
+    made its product `number`. Return the product it was at, or None if it had ended."""
     folder = ROOT / "runs" / name
     made = products(whole)
     before = made[number - 1][0] if number else begin(whole)
@@ -112,8 +112,8 @@ def killed_in(script, name, processes, whole, number, rng):
 
 
 def killed_in_each_phase(script, processes, whole):
-    """Kill a run in each phase, resume each time, and compare: [the phases in which it died], whether all is
-    the same."""
+    """Kill a run in each phase, resume each time, and compare: [the phases in which it died], whether all files are the
+    same."""
     name = f"kills-{script[:-3]}-{processes}"
     rng = random.Random(f"{script} {processes}")
     shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
@@ -126,8 +126,8 @@ def killed_in_each_phase(script, processes, whole):
 
 
 def one_of_two_killed(script, whole):
-    """Kill one process of two at a random moment: seconds until the run ends, whether torchrun names the
-    signal, whether a rerun is as if nothing had been."""
+    """Kill one process of two at a random moment. Return the seconds until the run ends, whether torchrun names the
+    signal, and whether a rerun ends as if nothing had happened."""
     name = f"kills-{script[:-3]}-one-of-two"
     rng = random.Random(script)
     folder = ROOT / "runs" / name
@@ -150,8 +150,8 @@ def one_of_two_killed(script, whole):
 
 
 def other_numbers_of_processes(script, whole):
-    """Killed once in each phase of the first round, and resumed with 2, 3, 2, ..., at last 1 process: whether
-    all up to the first model is the same, and by how much its weights differ at most."""
+    """Kill once in each phase of the first round, and resume with 2, 3, 2, ..., finally 1 process. Return whether all
+    files up to the first model are the same, and by how much its weights differ at most."""
     import torch
     from safetensors.torch import load_file
     name = f"kills-{script[:-3]}-other"
@@ -160,7 +160,7 @@ def other_numbers_of_processes(script, whole):
     made = [path for _, path in products(whole)]
     model = next(i for i, path in enumerate(made) if path.endswith("model"))
     kills = 0
-    for turn in range(model + 3):  # three times in training, which ends with steps.jsonl and the model
+    for turn in range(model + 3):  # three kills in training, which ends with steps.jsonl and the model
         number = min(turn, model - 1)
         kills += killed_in(script, name, 2 + turn % 2, whole, number, rng) is not None
     folder = finish(script, name, 1)
@@ -175,7 +175,7 @@ def other_numbers_of_processes(script, whole):
 
 
 def kills():
-    """All of it, and the sums."""
+    """Do all of it, and print the sums."""
     results = Results("kills")
     whole = {}
     for script, processes in itertools.product(SMALL, (1, 2)):
@@ -198,7 +198,7 @@ def kills():
 
 
 def fuzz():
-    """Hypothesis' texts, in ten parts."""
+    """Check texts from Hypothesis, in ten parts."""
     from fuzz import fuzz as check
     results = Results("fuzz")
     total = 0
@@ -220,7 +220,7 @@ SOAK = ["--toy", "--n-train", 80, "--held-out", 0, "--n-test", 4, "--steps", 1, 
 
 
 def held(pid):
-    """What a process has: resident MB (its own, without files that are mapped), open files, threads."""
+    """Return what a process holds: resident MB (its own, without mapped files), open files, threads."""
     status = Path(f"/proc/{pid}/status").read_text()
     kilobytes = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon",
                                                                                              "RssShmem")))
@@ -229,7 +229,7 @@ def held(pid):
 
 
 def growth(least, rounds):
-    """MB more in 100 iterations: the median of the slopes between any two of {iteration: MB}, taken each
+    """Return the MB gained in 100 iterations: the median of the slopes between any two of {iteration: MB}, taken every
     25."""
     least = {t: min(mb for u, mb in least.items() if t <= u < t + 25) for t in least if t % 25 == 0
              and t < rounds - 1}
@@ -239,9 +239,9 @@ def growth(least, rounds):
 
 
 def soaked(rounds, processes, *flags):
-    """One run of adastar.py of so many short iterations, looked at all the time: how much each of its
-    processes has grown in 100 iterations after the first 50 (of the least of 25 each, since what has leaked
-    is never given back), and what numbers of files, threads and temporary files were seen."""
+    """Run adastar.py once for `rounds` short iterations, watched all the time: how much each of its processes has
+    grown in 100 iterations after the first 50 (from the least of 25 each, since leaked memory is never given back),
+    and which numbers of files, threads and temporary files were seen."""
     name = f"soak-{processes}{''.join(flags)}"
     temporary = ROOT / "runs" / "soak-tmp"
     for folder in (ROOT / "runs" / name, temporary):
@@ -273,7 +273,7 @@ def soaked(rounds, processes, *flags):
     assert running.returncode == 0, output(name)
     found = {"iterations": rounds, "temporary files": sorted(temporaries)}
     for process, of_process in seen.items():
-        if len(of_process) > rounds / 4:  # looked at more often than by chance
+        if len(of_process) > rounds / 4:  # seen more often than by chance
             found[process] = growth({t: now["MB"] for t, now in of_process.items()}, rounds)
             for what in ("files", "threads"):
                 found[process][what] = sorted({now[what] for now in of_process.values()})
@@ -281,7 +281,7 @@ def soaked(rounds, processes, *flags):
 
 
 def soak():
-    """On one and two processes, and with vLLM's CPU build where it is installed."""
+    """Run on one and two processes, and with vLLM's CPU build if it is installed."""
     results = Results("soak")
     kinds = {"one process": (250, 1), "two processes": (200, 2), "vLLM": (200, 1, "--engine", "vllm")}
     for what, arguments in kinds.items():
@@ -290,8 +290,8 @@ def soak():
 
 
 def full_disk(script, kilobytes, whole):
-    """A small run on a disk of so many kB (a tmpfs; it takes root), and again when there is room: how it
-    ended, the one line that it left, what it was at, and whether all files are as they should be."""
+    """Run a small run on a disk of `kilobytes` kB (a tmpfs; needs root), and again when there is room: how it ended,
+    the one line that it left, which product it was at, and whether all files are as they should be."""
     disk = ROOT / "runs" / "disk"
     command = command_of(script, "full", 1, *SMALL[script], "--save-minutes", 0)
     disk.mkdir(exist_ok=True)
@@ -311,7 +311,7 @@ def full_disk(script, kilobytes, whole):
 
 
 def disk():
-    """Disks of many sizes, and the sums."""
+    """Run on disks of many sizes, and print the sums."""
     results = Results("disk")
     found = []
     for script in SMALL:
@@ -324,7 +324,7 @@ def disk():
 
 
 def exact():
-    """How many of vLLM's answers differ from run to run, on as many processes and on two."""
+    """Print how many of vLLM's answers differ from run to run, on the same number of processes and on two."""
     drawn = {}
     for name, processes in (("exact-1", 1), ("exact-1-again", 1), ("exact-2", 2)):
         command = command_of("dast.py", name, processes, "--toy", "--rounds", 0, "--engine", "vllm")
