@@ -401,9 +401,9 @@ REAL = ("--model runs/real/float32 --train-data runs/real/train.jsonl --test-dat
         "--grader tests/studies/last_number.py:last_number --engine vllm --eager --keep-models 1")
 REAL_DAST = f"dast.py {REAL} --lr 3e-5 --shots 0"
 REAL_ADASTAR = f"adastar.py {REAL} --lr 3e-5 --shots 0 --held-out 0 --steps 4 --rounds 7"
-REAL_HS_STAR = f"hs_star.py {REAL} --lr-dpo 1e-5 --prm= --difficulty accuracy --pairing random --slice 72 --rounds 3"
-REAL_SAI_DPO = (f"sai_dpo.py {REAL} --lr-dpo 1e-5 --embedder tfidf --n-clusters 9 --k-samples 6 "
-                "--samples-per-round 90 --rounds 5")
+REAL_DPO = f"{REAL} --batch-size 8 --lr-dpo 1e-5"
+REAL_HS_STAR = f"hs_star.py {REAL_DPO} --prm= --difficulty accuracy --pairing random --slice 72 --rounds 3"
+REAL_SAI_DPO = f"sai_dpo.py {REAL_DPO} --embedder tfidf --n-clusters 9 --k-samples 6 --samples-per-round 60 --rounds 4"
 REAL_ARMS = {
     "vanilla rejection sampling": f"{REAL_DAST} --variant= --k-probe 1 --k-samples 3 --rounds 3",
     "DAST": f"{REAL_DAST} --variant P --k-probe 3 --targets 1 2 3 3 --budgets 1 2 4 4 --rounds 2",
