@@ -13,25 +13,27 @@ from pieces import ROOT, lines
 PAGE = ROOT / "tests" / "studies" / "one_round.md"
 HEAD = """# One round, told with real records
 
-Made by `python tests/studies/one_round.py` from round 1 of each script's `--toy`, seed 0. Two problems of each run: the
-first that is trained on, and the first that is not. In a table of draws `/` is a new line. What the keys of a decision
-mean: [details](details.md).
+Made by `python tests/studies/one_round.py` from round 1 of each script's `--toy`, seed 0. It follows two problems of each
+run: the first that is trained on, and the first that is not. In the tables of draws, `/` is a new line. The keys of a
+decision are explained in [details](details.md).
 """
 DRAWN = {  # script: what is drawn for a decision, and what happens there
     "dast.py": (["round_0/probe", "round_1/responses"],
-                "The base answers each problem five times (probe), which gives its level; then more and more distinct "
-                "answers are asked of harder problems. The first of each distinct correct text is trained on, and "
-                "the problem's own solution (the last below)."),
+                "The base answers each problem five times (the probe), which gives its level. Harder problems then get "
+                "more draws, until they have more distinct correct answers. The first of each distinct correct text is "
+                "trained on, and so is the problem's own solution (the last below)."),
     "adastar.py": (["round_1/responses_0"],
                    "Problems are visited in the order of (`last`, `w`); in the first round all are equal. A problem gets "
                    "a second draw if the first is wrong. The walk stops when there are enough correct answers, and the "
                    "first floor(m alpha^2) problems are marked as seen."),
     "hs_star.py": (["round_1/presamples", "round_1/resamples"],
                    "A few answers to each problem give `phi_a`, the share correct, and `phi_r`, the mean reward; the "
-                   "rest of the budget goes to boundary problems. The best-looking right and wrong answers make pairs."),
+                   "rest of the budget goes to boundary problems. The right and the wrong answers with the highest "
+                   "rewards make pairs."),
     "sai_dpo.py": (["round_1/responses"],
-                   "Clusters in which the probe failed more are drawn from more. Of problems answered both right and "
-                   "wrong those nearest to one half are trained on, as a random pair of a right and a wrong answer."),
+                   "Clusters in which the probe failed more often are drawn from more often. Of the problems answered "
+                   "both right and wrong, those nearest to one half are trained on, as a random pair of a right and a "
+                   "wrong answer."),
 }
 
 
