@@ -2225,11 +2225,11 @@ def optimizer_step(policy, optimizer, loss, examples, micro_batches, clip):
     for parameter in policy.parameters():
         if parameter.grad is not None:
             parameter.grad.mul_(world_size() / weight)  # undo FSDP's average over processes: this is a sum
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip or math.inf).full_tensor()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
     values = {name: total / weight for name, total in sums.items()}
-    return values | {"norm": float(norm), "lr": optimizer.param_groups[0]["lr"], "seconds": time.time() - began}
+    return values | {"norm": float(whole(norm)), "lr": optimizer.param_groups[0]["lr"], "seconds": time.time() - began}
 
 
 def load_for_training(run, model, lora_rank=0, lora_alpha=0, rng=None):
@@ -2260,9 +2260,15 @@ def load_for_training(run, model, lora_rank=0, lora_alpha=0, rng=None):
             block.compile(dynamic=True)
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
     mesh = dist.device_mesh.init_device_mesh(device().type, (world_size(),))
-    for module in (*blocks, policy):
-        fully_shard(module, mesh=mesh, mp_policy=mixed)
+    if world_size() > 1 or device().type == "cuda":  # a single process on a CPU would be a sixth slower, for nothing
+        for module in (*blocks, policy):
+            fully_shard(module, mesh=mesh, mp_policy=mixed)
     return network, policy
+
+
+def whole(tensor):
+    """Return a tensor gathered from its shards, if it has any; all processes take part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def add_adapters(blocks, lora_rank, lora_alpha, rng):
@@ -2405,7 +2411,7 @@ def save_model(network, tokenizer, folder, row):
     learning rate of 5e-7 would be lost. config.json names the base's dtype; loaders that use it, such as vLLM, cast."""
     weights = {}
     for name, tensor in network.state_dict().items():
-        tensor = tensor.full_tensor()
+        tensor = whole(tensor)
         if rank() == 0 and not (name == "lm_head.weight" and network.config.tie_word_embeddings):
             weights[name] = tensor.float().cpu()
     if rank() == 0:

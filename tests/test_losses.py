@@ -65,7 +65,7 @@ def one_at_a_time(model, sequences):
 
 
 def gradients(network):
-    return {name: parameter.grad.full_tensor() for name, parameter in network.named_parameters()}
+    return {name: common.whole(parameter.grad) for name, parameter in network.named_parameters()}
 
 
 # Losses ---------------------------------------------------------------------------------------------------------------

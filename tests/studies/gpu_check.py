@@ -140,7 +140,7 @@ def step():
         expected, weight, _ = loss(exact, batch | {"reference": theirs})
         plain.zero_grad()
         (expected / weight).backward(retain_graph=True)
-        mine = {n: p.grad.full_tensor().cpu().double() for n, p in network.named_parameters()}
+        mine = {n: common.whole(p.grad).cpu().double() for n, p in network.named_parameters()}
         distance = 0.0
         norm = 0.0
         for parameter, tensor in plain.named_parameters():
