@@ -371,7 +371,7 @@ def print_at(title, arms, amounts):
     reached = {"base": [past.rounds[0]["right"] for past in arms[first]]}
     for arm, of_arm in arms.items():
         reached[arm] = [past.at("generated", amounts[arm]) for past in of_arm]
-    print(f"\n{title:<33}{'accuracy by seed':<39}{'mean':<20}{'generated':<12}{'trained on':<12}{'FLOPs':<9}"
+    print(f"\n{title:<33}{'accuracy by seed':<39}{'mean':<22}{'generated':<12}{'trained on':<12}{'FLOPs':<9}"
           f"{'minutes':<9}against {first}")
     for arm, scores in reached.items():
         table = evaluation.table_of(scores, scores[0])
@@ -384,7 +384,7 @@ def print_at(title, arms, amounts):
             flops = spent_at(arms[arm], "flops", amounts[arm])
             minutes = spent_at(arms[arm], "seconds", amounts[arm]) / 60
             spent = f"{amounts[arm]:<12,}{trained:<12,.0f}{flops:<9.2g}{minutes:<9.1f}"
-        print(f"{arm:<33}{by_seed:<39}{mean:<20}{spent}{difference(scores, reached[first])}")
+        print(f"{arm:<33}{by_seed:<39}{mean:<22}{spent}{difference(scores, reached[first])}")
 
 
 def most_tokens(pasts):
