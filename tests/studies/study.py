@@ -357,7 +357,7 @@ def compare(arms, against, folder):
         amount = most_tokens(arms[arm] + arms[control])
         gain = difference(*[[past.at("generated", amount) for past in arms[name]] for name in (arm, control)])
         print(f"{arm:<33}{f'against {control}':<39}{gain:<20} at {amount:,}")
-    main = {arm: arms[arm] for arm in MAIN if arm in arms}
+    main = {arm: arms[arm] for arm in MAIN if arm in arms} or arms
     print("\ntimes trained on, at the ends: problems with below 25 %, to 50 %, to 75 %, more right")
     bins, counts = evaluation.effort(main)
     for arm, of_arm in counts.items():
