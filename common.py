@@ -1657,15 +1657,12 @@ def end_draws(run, round, phase, known, loading, seconds):
 
 
 def costs_of(answers, parameters):
-    """Return counts of answers, and FLOPs (2 N per token). Padded: as if each prompt were as long as the longest, as
-    programs that pad, and AdaSTaR's tables, count."""
+    """Return counts of answers, and FLOPs (2 N per token)."""
     tokens = sum(a["tokens"] for a in answers)
-    prompts = [a["prompt_tokens"] for a in answers]
-    padded = len(prompts) * max(prompts, default=0)
-    return {"draws": len(prompts), "correct": sum(a["correct"] for a in answers), "tokens": tokens,
-            "prompt_tokens": sum(prompts), "cut": sum(a["finish"] == "length" for a in answers),
-            "verdicts": Counter(a["reason"] for a in answers), "flops": 2 * parameters * (sum(prompts) + tokens),
-            "padded_flops": 2 * parameters * (padded + tokens)}
+    prompt_tokens = sum(a["prompt_tokens"] for a in answers)
+    return {"draws": len(answers), "correct": sum(a["correct"] for a in answers), "tokens": tokens,
+            "prompt_tokens": prompt_tokens, "cut": sum(a["finish"] == "length" for a in answers),
+            "verdicts": Counter(a["reason"] for a in answers), "flops": 2 * parameters * (prompt_tokens + tokens)}
 
 
 class TransformersEngine:
@@ -2440,17 +2437,15 @@ def report_training(run, round, history, lengths, epochs, reference, network, fi
     """Log and print the figures of a training, including those of its last step. Tokens include prompts.
 
     FLOPs: 6 N per token trained on (2 forward, 2 for gradients of activations, 2 for gradients of weights, if these are
-    trained; Kaplan et al. 2020), 2 N per token of a reference pass. Padded: as if all were as long as the longest."""
+    trained; Kaplan et al. 2020), 2 N per token of a reference pass."""
     tokens = sum(lengths) * epochs
     reference_tokens = sum(lengths) * reference
     flops = network.num_parameters() * (4 * tokens + 2 * reference_tokens)
     flops += network.num_parameters(only_trainable=True) * 2 * tokens
-    padded = max(lengths) * len(lengths) / sum(lengths)
     first_loss = history[0]["loss"]
     figures = history[-1] | figures
     run.log(round, "train", first_loss=first_loss, tokens=tokens, reference_tokens=reference_tokens,
-            flops=flops, spent_flops=flops, padded_flops=flops * padded,
-            peak_gib=torch.cuda.max_memory_allocated() / 2**30, **figures)
+            flops=flops, spent_flops=flops, peak_gib=torch.cuda.max_memory_allocated() / 2**30, **figures)
     say(f"  round {round}  train     {len(history):>7,} steps, loss {first_loss:.3f} -> {figures['loss']:.3f}, "
         f"{tokens / figures['seconds']:,.0f} tok/s, {figures['seconds']:.1f} s")
 
@@ -2538,15 +2533,14 @@ def show_answers(run, t, problems, responses):
 def end_round(run, t, keep=()):
     """Log the FLOPs of sampling, rewards and training (not of scoring) up to the end of round t; delete models
     according to KEEP_MODELS, except those in `keep`."""
-    costs = {"total_flops": 0.0, "total_padded_flops": 0.0, "total_spent_flops": 0.0}
+    costs = {"total_flops": 0.0, "total_spent_flops": 0.0}
     for (round, phase), values in run.metrics.items():
         if round <= t and not phase.startswith(("eval", "round")):
             for name in costs:
                 costs[name] += values.get(name.removeprefix("total_"), 0)
     run.log(t, "round", **costs)
-    counted, padded, drawn = costs.values()
-    say(f"  round {t}  FLOPs     {counted:.3g} so far, without scoring; {padded:.3g} with padded prompts, {drawn:.3g} "
-        "with draws that did not count")
+    say(f"  round {t}  FLOPs     {costs['total_flops']:.3g} so far, without scoring; with draws that did not count "
+        f"{costs['total_spent_flops']:.3g}")
     if rank() == 0 and run.constants["KEEP_MODELS"]:
         for older in range(t - run.constants["KEEP_MODELS"] + 1):
             model = run.folder / f"round_{older}/model"

@@ -364,13 +364,14 @@ def compare(folders):
     print_accuracy(arms, ids, "at the end")
     print_accuracy(arms, ids, f"at {most:,} tokens", most)
     say(f"\n{len(ids):,} problems were scored in all runs; {most:,} is the most tokens that all have generated.\n"
-        "The round of each run's end, and mean costs up to there, without scoring:")
+        "The round of each run's end, and mean costs up to there, without scoring (tokens generated and\n"
+        "trained on, FLOPs, seconds):")
     costs = {}
     for name, arm in arms.items():
         ends = [past.end for past in arm]
-        costs[name] = {"round": ", ".join(str(end["round"]) for end in ends)}
-        for what, column in zip(COSTS, ("tokens generated", "tokens trained on", "FLOPs", "seconds")):
-            costs[name][column] = sum(end[what] for end in ends) // len(ends)
+        costs[name] = {"round": str([end["round"] for end in ends])}
+        for what in COSTS:
+            costs[name][what] = sum(end[what] for end in ends) // len(ends)
     print_rows(costs)
     draw(arms, ids, Path("runs") / (NAME or f"compare-{slug('-'.join(arms))[:100]}"))
 

@@ -328,8 +328,7 @@ def step_rewards(run, file, prm, problems, responses):
     tokens = sum(lengths)
     report(run, round, phase, responses=len(responses), different=len(found), steps=sum(map(len, steps)),
            tokens=tokens, filled_context=lengths.count(prm.context), unread=steps.count([]), flops=cost * tokens,
-           spent_flops=cost * tokens, padded_flops=cost * len(found) * max(lengths, default=0),
-           seconds=time.time() - began, **slept)
+           spent_flops=cost * tokens, seconds=time.time() - began, **slept)
     return records
 
 

@@ -75,7 +75,7 @@ def test_effort_is_binned_by_the_right_answers_of_all_runs(two_runs):
 
 def costs_of(said):
     """The rows of the table of costs: {first word: the others}."""
-    rows = [line.split() for line in said.partition("mean costs")[2].splitlines()[1:]]
+    rows = [line.split() for line in said.partition("seconds):")[2].splitlines()[1:]]
     return {row[0]: row[1:] for row in rows}
 
 
@@ -84,8 +84,8 @@ def test_compare_prints_accuracies_gains_and_costs(two_runs, tmp_path):
     for words in ("4    100.0%  51.0% - 100.0%   100.0%   100.0%", "b: +50.0 [+1.0, +99.0] points against a",
                   "at 300 tokens", "4     75.0%", "b: +25.0 ["):
         assert words in said
-    assert costs_of(said)["round"][:4] == ["tokens", "generated", "tokens", "trained"]
-    assert costs_of(said)["b"][:4] == ["2", "400", "21", "320"]  # round, generated, trained on, FLOPs
+    assert costs_of(said)["round"] == ["generated", "trained", "flops", "seconds"]
+    assert costs_of(said)["b"][:4] == ["[2]", "400", "21", "320"]  # round, generated, trained on, FLOPs
 
 
 def test_compare_pools_seeds_and_says_which_runs_are_unlike(two_runs, tmp_path):
@@ -94,7 +94,7 @@ def test_compare_pools_seeds_and_says_which_runs_are_unlike(two_runs, tmp_path):
     said = launch(tmp_path, "eval.py", "--compare", "runs/a-0", "runs/b-0", "runs/a-1", "runs/a-2", "runs/a-1/").stdout
     warnings = [line for line in said.splitlines() if line.startswith("warning")]
     assert warnings == ["warning: runs/a-2 and runs/a-0 differ in LR", "warning: runs/b-0 and runs/a-0 differ in MODEL"]
-    assert costs_of(said)["a"][:3] == ["2,", "2,", "2"] and costs_of(said)["b"][0] == "2"
+    assert costs_of(said)["a"][:3] == ["[2,", "2,", "2]"] and costs_of(said)["b"][0] == "[2]"
 
 
 def test_compare_leaves_held_out_problems_out(tmp_path):

@@ -138,8 +138,8 @@ def explained(phase):
     for phases, text in re.findall(r"(?m)^\| ([^|]+) \| (.+) \|$", EXPLAINED):
         if phase in re.findall(r"\w+", phases):
             known |= names_in(text)
-            if "the three FLOPs" in text:
-                known |= {"flops", "padded_flops", "spent_flops"}
+            if "both FLOPs" in text:
+                known |= {"flops", "spent_flops"}
     return known
 
 
