@@ -7,7 +7,7 @@
 then --only compile_1.5b, and on a GPU of 141 GB --only train_7b,switch_7b. More flags:
 
   --bundle vllm.tar.xz   if there is no network: an archive of packages to unpack and put on the path first
-  --smollm2 FOLDER       the output of tests/studies/real_model.py (for smollm2, which is left out without it)
+  --smollm2 FOLDER       the output of tests/studies/real_model.py [runs/real] (else smollm2 is left out)
   --cpu                  see how far the checks themselves get without a GPU (with vLLM's CPU build)
 
 Each check is a separate process with a time limit, so that one that fails does not hide the others. Prints a line
@@ -403,7 +403,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="names of checks, comma-separated")
     parser.add_argument("--bundle", help="an archive of packages, unpacked and put on the path")
-    parser.add_argument("--smollm2", default=str(ROOT.parent / "smollm2"))
+    parser.add_argument("--smollm2", default=ROOT / "runs" / "real")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)  # one check in this process
     arguments = parser.parse_args()
@@ -419,7 +419,7 @@ def main():
     seconds = sum(LIMITS[name] for name in names)
     if seconds > COMMAND_SECONDS and not arguments.cpu:
         parser.error(f"these may take {seconds} s, and a command has {COMMAND_SECONDS}; use two")
-    environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "SMOLLM2": arguments.smollm2}
+    environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "SMOLLM2": str(Path(arguments.smollm2).resolve())}
     if arguments.bundle:
         site = tempfile.mkdtemp()
         shutil.unpack_archive(arguments.bundle, site)
