@@ -368,10 +368,9 @@ def compare(folders):
         "trained on, FLOPs, seconds):")
     costs = {}
     for name, arm in arms.items():
-        ends = [past.end for past in arm]
-        costs[name] = {"round": str([end["round"] for end in ends])}
+        costs[name] = {"round": str([past.end["round"] for past in arm])}
         for what in COSTS:
-            costs[name][what] = sum(end[what] for end in ends) // len(ends)
+            costs[name][what] = sum(past.end[what] for past in arm) // len(arm)
     print_rows(costs)
     draw(arms, ids, Path("runs") / (NAME or f"compare-{slug('-'.join(arms))[:100]}"))
 
