@@ -582,11 +582,11 @@ def lines_of(error):
 def comments_of(script):
     """Return {name: (heading above it, comment after it)} of the upper-case constants at the top level of a script."""
     comments = {}
-    heading = ""
+    heading = "Constants"  # of a script that has none
     for line in Path(script).read_text().splitlines():
         constant = re.match(r"([A-Z][A-Z0-9_]*) = .*?(?:  # (.*))?$", line)
         if constant:
-            comments[constant[1]] = heading, constant[2]
+            comments[constant[1]] = heading, constant[2] or ""
         elif line.startswith("# "):
             heading = line.strip("#- ")
     return comments
@@ -855,10 +855,12 @@ def report(run, round, phase, **values):
 
 def print_rows(rows):
     """Print {name: {column: number or text}}, all with the same columns, as a table."""
-    width = max(map(len, rows), default=0)
-    for columns in list(rows.values())[:1]:
-        rows = {"": {column: column for column in columns}} | rows
-    for name, row in rows.items():
+    if not rows:
+        return
+    width = max(map(len, rows))
+    columns = next(iter(rows.values()))
+    header = {column: column for column in columns}
+    for name, row in {"": header, **rows}.items():
         cells = [f"  {written(value):>{max(8, len(column))}}" for column, value in row.items()]
         say(f"           {name:<{width}}" + "".join(cells))
 

@@ -23,12 +23,13 @@ CUTS = (0.7, 0.4)  # two numbers
 FOLDERS = ()  # any number of texts
 SEEDED = True  # or not
 N = 5  # at most; 0 is all
+PLAIN = 1
 
 LEGAL = dict(K_SAMPLES=1, VARIANT=("PL", ""))
 TOY = dict(K_SAMPLES=2, NAME="toy")
 '''
 DEFAULTS = {"K_SAMPLES": 10, "LR": 2e-5, "VARIANT": "PL", "NAME": "", "CUTS": [0.7, 0.4], "FOLDERS": [],
-            "SEEDED": True, "N": 5}
+            "SEEDED": True, "N": 5, "PLAIN": 1}
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def test_flags_are_the_constants(constants, flags, changed):
 @pytest.mark.parametrize("flags, words", [
     ("--k-sample 4", ["--k-sample", "--help lists all flags"]), ("--toyy", ["--toyy"]),
     ("--k-samples many", ["--k-samples", "invalid int value: 'many'"]),
-    ("--k-samples 0", ["--k-samples 0: must be finite"]), ("--n -2", ["--n -2: must be finite and at least"]),
+    ("--k-samples 0", ["--k-samples 0: must be finite and at least 1"]),
+    ("--n -2", ["--n -2: must be finite and at least 0"]),
     ("--lr nan", ["--lr nan"]), ("--lr inf", ["--lr inf"]),
     ("--variant PLX", ["--variant 'PLX': choose from ('PL', '')"]),
     ("--cuts 0.5", ["--cuts", "expected 2 arguments"]),
@@ -78,7 +80,8 @@ def test_help_has_every_constant(constants, capsys):
         constants("--help")
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for words in ["What it does.", "The method:", "100 % of them (paper) [10; toy 2]", "--no-seeded", "--toy", "--folders"]:
+    for words in ["What it does.", "The method:", "100 % of them (paper) [10; toy 2]", "--no-seeded", "--toy",
+                  "--folders", "--plain PLAIN         [1]"]:
         assert words in text, text
 
 

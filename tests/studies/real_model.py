@@ -84,7 +84,7 @@ def check(folder, model, tokenizer):
 
 
 def make_problems():
-    """(train, test): problems of each skill and level. With a skill no pair of numbers and no question comes twice."""
+    """Return (train, test): problems of each skill and level. A skill has no pair of numbers and no question twice."""
     rng = random.Random(0)
     train = []
     test = []

@@ -434,9 +434,10 @@ def real(seeds, words):
             results = lines(RESULTS) if RESULTS.exists() else []
             if command not in [line["command"] for line in results]:
                 script, *flags = shlex.split(command)
+                commit = commit_of_code()
                 past = evaluation.Past(run(script, f"real-{name_of(arm)}-{seed}", *flags))
                 results = [line for line in results if (line["arm"], line["seed"]) != (arm, seed)]
-                results.append({"arm": arm, "seed": seed, "command": command} | packed(past, ids))
+                results.append({"arm": arm, "seed": seed, "command": command, "commit": commit} | packed(past, ids))
                 common.write(RESULTS, results)
             [line] = [line for line in results if line["command"] == command]
             arms[arm].append(Stored(line, ids))
@@ -444,20 +445,24 @@ def real(seeds, words):
 
 
 def packed(past, ids):
-    """A run in few letters: the commit whose code made it, and what a Past has."""
-    commit = output_of("git", "log", "-1", "--format=%h", "--", "*.py")
-    if output_of("git", "status", "--porcelain", "--", "*.py"):
-        commit += ", changed"
+    """Return what a Past has, in few letters."""
     rounds = []
     for r in past.rounds:
         right = "".join(str(r["right"][i]) for i in ids["test"])
         rounds.append(r | {"seconds": round(r["seconds"]), "flops": float(f"{r['flops']:.4g}"), "right": right})
     counts = np.array([past.problems[i] for i in ids["train"]], dtype=int).T.tolist()
-    return {"commit": commit, "rounds": rounds, **dict(zip(("sampled", "correct", "trained"), counts))}
+    return {"rounds": rounds, **dict(zip(("sampled", "correct", "trained"), counts))}
+
+
+def commit_of_code():
+    """Return the last commit that touched code, and whether code has changed since."""
+    commit = output_of("git", "log", "-1", "--format=%h", "--", "*.py")
+    changed = output_of("git", "status", "--porcelain", "--", "*.py")
+    return f"{commit}, changed" if changed else commit
 
 
 def output_of(*command):
-    """What a command prints."""
+    """Return what a command prints."""
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
