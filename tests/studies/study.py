@@ -1,4 +1,5 @@
-"""Long runs whose results stand in README: seeds and arms, resumable (each run is), outside CI.
+"""Long runs whose results stand in README: seeds and arms, resumable (each run is), outside CI. Runs of head_to_head and
+real leave a line each in head_to_head.jsonl and real_model.jsonl here, so that nothing is run twice.
 
   python tests/studies/study.py NAME           with three seeds, where there are any
   python tests/studies/study.py dast --seeds 0   with one
@@ -334,13 +335,75 @@ def of_words(arms, words):
 def head_to_head(seeds, words):
     """Arms on the toy whose names have one of the words (without words all)."""
     without_solutions()
-    arms = {arm: [] for arm in of_words(HEAD_TO_HEAD, words)}
-    for seed in seeds:
-        for arm in arms:
-            script, *flags = HEAD_TO_HEAD[arm].replace("SEED", str(seed)).split()
-            folder = run(script, f"head-{name_of(arm)}-{seed}", *flags, "--seed", seed)
-            arms[arm].append(evaluation.Past(folder))
+    ids = ids_of("tests/toy/train.jsonl", 300, "tests/toy/test.jsonl")
+    arms = stored("head_to_head", HEAD_TO_HEAD, seeds, words, ids)
     compare(arms, AGAINST, ROOT / "runs" / "head_to_head")
+
+
+def ids_of(train, n_train, test):
+    """The ids of the problems that all arms train on, and of those that score them."""
+    train = common.load_problems(train, "train", "data", n_train)
+    test = common.load_problems(test, "test", "data", 0)
+    return {"train": [p["id"] for p in train], "test": [p["id"] for p in test]}
+
+
+FOLDERS = {"head_to_head": "head", "real_model": "real"}  # how the names of a study's runs begin
+
+
+def stored(study, arms, seeds, words, ids):
+    """{arm: a Stored for each seed}. A run whose command has a line in the study's file is not made again; the others
+    are made now. So take a line out to have its run made again (with those of --size-like and --draws-like, which read
+    its folder)."""
+    file = ROOT / f"tests/studies/{study}.jsonl"
+    file.touch()
+    pasts = {arm: [] for arm in of_words(arms, words)}
+    for seed in seeds:
+        for arm in pasts:
+            command = f"{arms[arm].replace('SEED', str(seed))} --seed {seed}"
+            if command not in [line["command"] for line in lines(file)]:
+                script, *flags = shlex.split(command)
+                commit = commit_of_code()
+                past = evaluation.Past(run(script, f"{FOLDERS[study]}-{name_of(arm)}-{seed}", *flags))
+                others = [line for line in lines(file) if (line["arm"], line["seed"]) != (arm, seed)]
+                line = {"arm": arm, "seed": seed, "command": command, "commit": commit} | packed(past, ids)
+                common.write(file, [*others, line])
+            [line] = [line for line in lines(file) if line["command"] == command]
+            pasts[arm].append(Stored(line, ids))
+    return pasts
+
+
+def packed(past, ids):
+    """Return what a Past has, in few letters."""
+    rounds = []
+    for r in past.rounds:
+        right = "".join(str(r["right"][i]) for i in ids["test"])
+        rounds.append(r | {"seconds": round(r["seconds"]), "flops": float(f"{r['flops']:.4g}"), "right": right})
+    counts = np.array([past.problems[i] for i in ids["train"]], dtype=int).T.tolist()
+    return {"rounds": rounds, **dict(zip(("sampled", "correct", "trained"), counts))}
+
+
+def commit_of_code():
+    """Return the last commit that touched code, and whether code has changed since."""
+    commit = output_of("git", "log", "-1", "--format=%h", "--", "*.py")
+    changed = output_of("git", "status", "--porcelain", "--", "*.py")
+    return f"{commit}, changed" if changed else commit
+
+
+def output_of(*command):
+    """Return what a command prints."""
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+class Stored(evaluation.Past):
+    """A run's line, unpacked."""
+
+    def __init__(self, line, ids):
+        self.rounds = []
+        for r in line["rounds"]:
+            self.rounds.append(r | {"right": dict(zip(ids["test"], map(int, r["right"])))})
+        self.end = self.rounds[-1]
+        counts = np.array([line["sampled"], line["correct"], line["trained"]]).T
+        self.problems = dict(zip(ids["train"], counts))
 
 
 def compare(arms, against, folder):
@@ -418,64 +481,12 @@ REAL_ARMS = {
 }
 REAL_AGAINST = [("DAST", "DAST, draws spread evenly"), ("AdaSTaR", "AdaSTaR, random order"),
                 ("HS-STaR", "vanilla iterative DPO"), ("SAI-DPO", "SAI-DPO, random problems")]
-RESULTS = ROOT / "tests/studies/real_model.jsonl"  # a line for each run; one that is taken out is made again
-
 
 def real(seeds, words):
-    """Arms on the real model whose names have one of the words (without words all). Runs whose line is in RESULTS are
-    not made again, unless their flags are others now."""
-    arms = {arm: [] for arm in of_words(REAL_ARMS, words)}
-    ids = {}
-    for kind, number in ("train", REAL_TRAIN), ("test", 0):
-        ids[kind] = [p["id"] for p in common.load_problems(f"runs/real/{kind}.jsonl", kind, "data", number)]
-    for seed in seeds:
-        for arm in arms:
-            command = f"{REAL_ARMS[arm].replace('SEED', str(seed))} --seed {seed}"
-            results = lines(RESULTS) if RESULTS.exists() else []
-            if command not in [line["command"] for line in results]:
-                script, *flags = shlex.split(command)
-                commit = commit_of_code()
-                past = evaluation.Past(run(script, f"real-{name_of(arm)}-{seed}", *flags))
-                results = [line for line in results if (line["arm"], line["seed"]) != (arm, seed)]
-                results.append({"arm": arm, "seed": seed, "command": command, "commit": commit} | packed(past, ids))
-                common.write(RESULTS, results)
-            [line] = [line for line in results if line["command"] == command]
-            arms[arm].append(Stored(line, ids))
+    """Arms on the real model whose names have one of the words (without words all)."""
+    ids = ids_of("runs/real/train.jsonl", REAL_TRAIN, "runs/real/test.jsonl")
+    arms = stored("real_model", REAL_ARMS, seeds, words, ids)
     compare(arms, REAL_AGAINST, ROOT / "runs" / "real_model")
-
-
-def packed(past, ids):
-    """Return what a Past has, in few letters."""
-    rounds = []
-    for r in past.rounds:
-        right = "".join(str(r["right"][i]) for i in ids["test"])
-        rounds.append(r | {"seconds": round(r["seconds"]), "flops": float(f"{r['flops']:.4g}"), "right": right})
-    counts = np.array([past.problems[i] for i in ids["train"]], dtype=int).T.tolist()
-    return {"rounds": rounds, **dict(zip(("sampled", "correct", "trained"), counts))}
-
-
-def commit_of_code():
-    """Return the last commit that touched code, and whether code has changed since."""
-    commit = output_of("git", "log", "-1", "--format=%h", "--", "*.py")
-    changed = output_of("git", "status", "--porcelain", "--", "*.py")
-    return f"{commit}, changed" if changed else commit
-
-
-def output_of(*command):
-    """Return what a command prints."""
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-
-class Stored(evaluation.Past):
-    """A run's line in RESULTS, unpacked."""
-
-    def __init__(self, line, ids):
-        self.rounds = []
-        for r in line["rounds"]:
-            self.rounds.append(r | {"right": dict(zip(ids["test"], map(int, r["right"])))})
-        self.end = self.rounds[-1]
-        counts = np.array([line["sampled"], line["correct"], line["trained"]]).T
-        self.problems = dict(zip(ids["train"], counts))
 
 
 def main():
