@@ -1,5 +1,5 @@
-"""Long runs whose results stand in README: seeds and arms, resumable (each run is), outside CI. Runs of head_to_head and
-real leave a line each in head_to_head.jsonl and real_model.jsonl here, so that nothing is run twice.
+"""Long runs whose results stand in README: arms and seeds, outside CI. Each run is resumable, and those of head_to_head
+and real leave a line each in head_to_head.jsonl and real_model.jsonl here, so that nothing is run twice.
 
   python tests/studies/study.py NAME           with three seeds, where there are any
   python tests/studies/study.py dast --seeds 0   with one
