@@ -494,6 +494,7 @@ REAL_ARMS = {
 REAL_AGAINST = [("DAST", "DAST, draws spread evenly"), ("AdaSTaR", "AdaSTaR, random order"),
                 ("HS-STaR", "vanilla iterative DPO"), ("SAI-DPO", "SAI-DPO, random problems")]
 
+
 def real(seeds, words):
     """Arms on the real model whose names have one of the words (without words all)."""
     ids = ids_of("runs/real/train.jsonl", REAL_TRAIN, "runs/real/test.jsonl")
