@@ -106,7 +106,7 @@ def test_commands_name_scripts_and_flags_that_exist():
 def test_flags_files_and_links_in_the_text_exist():
     known = set().union(*map(flags_of, PROGRAMS)) | {"--max-restarts", "--nproc-per-node", "--nnodes", "--node-rank"}
     for flag in re.findall(r"`(--[a-z][\w-]*)", PAGES):
-        assert flag in known | {"--run"}, flag  # results.md tells of a flag that had this name
+        assert flag in known, flag
     of_a_run = re.compile(r"(round_\d/)?(selection|presamples|resamples|prerewards|rerewards|responses(_\d)?|probe|"
                           r"metrics|clusters|steps|train|eval(_base|_examples)?(_held_out)?|tags|outputs)\.jsonl?")
     for name in re.findall(r"`((?:tests/|\.ci/)?[\w/]+\.(?:py|md|txt|jsonl|png))`", PAGES):
