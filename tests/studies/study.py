@@ -348,7 +348,7 @@ def head_to_head(seeds, words):
     """Arms on the toy whose names have one of the words (without words all)."""
     without_solutions()
     ids = ids_of("tests/toy/train.jsonl", 300, "tests/toy/test.jsonl")
-    arms = stored("head_to_head", HEAD_TO_HEAD, seeds, words, ids)
+    arms = stored("head_to_head.jsonl", "head", HEAD_TO_HEAD, seeds, words, ids)
     compare(arms, AGAINST, ROOT / "runs" / "head_to_head")
 
 
@@ -359,15 +359,11 @@ def ids_of(train, n_train, test):
     return {"train": [p["id"] for p in train], "test": [p["id"] for p in test]}
 
 
-FOLDERS = {"head_to_head": "head", "real_model": "real"}  # how the names of a study's runs begin
-
-
-def stored(study, arms, seeds, words, ids):
-    """{arm: a Stored for each seed}. A run whose command has a line in the study's file is not made again; the others
-    are made now. So take a line out to have its run made again (with those of --size-like and --draws-like, which read
-    its folder)."""
-    file = ROOT / f"tests/studies/{study}.jsonl"
-    file.touch()
+def stored(file, study, arms, seeds, words, ids):
+    """{arm: a Stored for each seed}. A run whose command has a line in `file` is not made again; the others are made
+    now, in folders whose names begin with `study`. So take a line out to have its run made again (with those of
+    --size-like and --draws-like, which read its folder)."""
+    file = ROOT / "tests/studies" / file
     pasts = {arm: [] for arm in of_words(arms, words)}
     for seed in seeds:
         for arm in pasts:
@@ -375,7 +371,7 @@ def stored(study, arms, seeds, words, ids):
             if command not in [line["command"] for line in lines(file)]:
                 script, *flags = shlex.split(command)
                 commit = commit_of_code()
-                past = evaluation.Past(run(script, f"{FOLDERS[study]}-{name_of(arm)}-{seed}", *flags))
+                past = evaluation.Past(run(script, f"{study}-{name_of(arm)}-{seed}", *flags))
                 others = [line for line in lines(file) if (line["arm"], line["seed"]) != (arm, seed)]
                 line = {"arm": arm, "seed": seed, "command": command, "commit": commit} | packed(past, ids)
                 common.write(file, [*others, line])
@@ -498,7 +494,7 @@ REAL_AGAINST = [("DAST", "DAST, draws spread evenly"), ("AdaSTaR", "AdaSTaR, ran
 def real(seeds, words):
     """Arms on the real model whose names have one of the words (without words all)."""
     ids = ids_of("runs/real/train.jsonl", REAL_TRAIN, "runs/real/test.jsonl")
-    arms = stored("real_model", REAL_ARMS, seeds, words, ids)
+    arms = stored("real_model.jsonl", "real", REAL_ARMS, seeds, words, ids)
     compare(arms, REAL_AGAINST, ROOT / "runs" / "real_model")
 
 
@@ -510,7 +506,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=[*studies, "dast-dpo", "head_to_head", "real", *others])
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated, of the first five [0,1,2]")
-    parser.add_argument("--arms", default="", help="of the last two: words in their names, comma-separated [all]")
+    parser.add_argument("--arms", default="",
+                        help="of head_to_head and real: words in their names, comma-separated [all]")
     arguments = parser.parse_args()
     (ROOT / "runs").mkdir(exist_ok=True)
     seeds = list(map(int, arguments.seeds.split(",")))
