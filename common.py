@@ -2294,9 +2294,10 @@ def compute_dtype():
 
 
 def memory_of_process():
-    """Return the bytes a process may use to train: its GPU's, or its share of half the machine's (or container's)."""
+    """Return the bytes a process may use to train: its GPU's, except 3 GiB for a sleeping vLLM (from reading), or
+    its share of half the machine's (or container's)."""
     if device().type == "cuda":
-        return torch.cuda.mem_get_info()[1]
+        return torch.cuda.mem_get_info()[1] - 3 * 2**30
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit: "max"
         memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -2304,7 +2305,8 @@ def memory_of_process():
 
 
 def tokens_that_fit(run):
-    """Return the tokens of a micro-batch: MAX_TOKENS; on a CPU at most what fits. Print an estimate of training memory.
+    """Return the tokens of a micro-batch: MAX_TOKENS, or what fits. Print an estimate of training memory; end the
+    program if a GPU has too little.
 
     Does not depend on what is free at the moment, so a rerun gets the same. Per token, layers keep 16 H + 6 I numbers
     on a CPU (SmolLM2-135M: 1.9 MB measured, 2.2 by this formula), 11 H + 4 I on a GPU (from reading, not measured; H
@@ -2327,12 +2329,14 @@ def tokens_that_fit(run):
     a_token = size * layers * numbers
     if run.constants["RECOMPUTE"]:
         a_token = size * (layers * hidden + numbers)
-    if device().type == "cpu" and fixed + tokens * a_token > memory:
+    if fixed + tokens * a_token > memory:
         tokens = max(256, int((memory - fixed) / a_token))
-        say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits into half the machine's")
+        say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits")
     filled = (fixed + tokens * a_token) / 2**30
     say(f"  memory   training fills up to {filled:.3g} of {memory / 2**30:.3g} GiB per process, "
         f"{tokens * a_token / 2**30:.2g} of it due to --max-tokens {tokens:,}")
+    if filled * 2**30 > memory and device().type == "cuda":
+        fail("this model is too large to train on this GPU; use --lora-rank, --recompute, more GPUs or a smaller model")
     return tokens
 
 

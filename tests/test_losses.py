@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import common
 import dast
@@ -364,6 +364,22 @@ def test_micro_batch_is_cut_to_the_memory_of_the_machine(start, examples, capsys
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 256 <= tokens < memory / 2 / 52_224
     assert "was 1,000,000,000: cut to what fits" in capsys.readouterr().out
+
+
+def test_model_too_large_for_a_gpu_is_refused_before_sampling(start, tmp_path, monkeypatch, capsys):
+    """A 24 GB card takes the shape of Qwen2.5-0.5B, 9,600 tokens at a time, and not that of Qwen2.5-1.5B."""
+    run = start(MODEL=str(tmp_path), MAX_TOKENS=16_384)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 24_564 * 2**20))
+
+    def fit(parameters, **shape):
+        LlamaConfig(**shape).save_pretrained(tmp_path)
+        monkeypatch.setattr(common, "count_parameters", lambda model: parameters)
+        return common.tokens_that_fit(run)
+
+    assert 9_600 <= fit(494_000_000, hidden_size=896, intermediate_size=4864, num_hidden_layers=24) < 9_700
+    shape = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28)
+    assert "too large to train on this GPU" in refusal_of(capsys, lambda: fit(1_544_000_000, **shape))
 
 
 def test_micro_batch_that_was_cut_stays_in_the_run_folder(start, examples):
