@@ -1,23 +1,23 @@
 """AdaSTaR: adaptive data sampling for self-taught reasoners (Koh et al. 2025, https://arxiv.org/abs/2505.16322).
 
-A model repeatedly answers training problems and trains on its correct answers (STaR). AdaSTaR takes first the problems
+A model repeatedly answers training problems and trains on its correct answers (STaR). AdaSTaR first takes the problems
 that have waited longest and were hardest, and stops drawing when it has enough. While the model is weak, it discards
 most of what it has just measured, so that easier problems, seen before, come up again.
 
   State of each problem i: t~_i, the last iteration whose statistics were kept, and w_i, its share of correct draws.
   In iteration t = 1, 2, ... with the model pi_t:
   1. AdaD. Walk the problems in order of (t~_i, w_i), both ascending, without removing any. Draw an answer to each, and
-     a second one if the first is wrong (shown the right answer, if HINT); stop at beta_t correct answers D+.
+     a second one if the first is wrong (with the answer shown, if HINT); stop at beta_t correct answers D+.
   2. Train pi_t on D+ to get pi_{t+1}.
   3. AdaC. alpha = problems solved / problems visited m. Only the first floor(m alpha^2) visited get t~_i = t and their
      new w_i; the others keep their place at the head of the line.
 
 Differences from the paper: alpha is measured while sampling, because the paper leaves it open (code); beta_t is a whole
 number of optimizer steps (code); one answer per problem is trained on, and if the problems give fewer than beta_t,
-these are repeated to fill the steps (code); AdamW on float32 weights; our own prompts, and answers in a box; the
-iteration to report is chosen on held-out training problems, never on the test set as in the paper.
+the answers are repeated to fill the steps (code); AdamW on float32 weights; our own prompts, and answers in a box; the
+iteration to report is chosen on held-out training problems, not on the test set as in the paper.
 
-  python adastar.py --toy                                     2 CPU cores: 1 min, from 47 to 61 % (measured)
+  python adastar.py --toy                                     2 CPU cores: 1 min, from 47 to 61% (measured)
   python adastar.py --model Qwen/Qwen2.5-3B                   one GPU: not measured yet
   torchrun --nproc-per-node 8 adastar.py --model meta-llama/Llama-3.2-3B --train-data adastar_arc \\
       --test-data arc_challenge --hint                        eight GPUs: not measured yet"""
@@ -35,7 +35,7 @@ TEST_DATA = "gsm8k"  # scored each round (paper)
 N_TRAIN = 0  # problems from each training set; 0 is all (paper)
 N_TEST = 0  # problems from each test set; 0 is all (paper)
 HELD_OUT = 200  # training problems set aside to choose the iteration to report; 0 reports the last (ours)
-ROUNDS = 20  # iterations (ours; the paper reports the best of its own, between 2 and 23)
+ROUNDS = 20  # iterations (ours; the paper reports its best iteration, between 2 and 23)
 SEED = 0  # for everything random (ours)
 
 # The method: tests/studies/results.md lists the values for STaR, STaR-Acc-Full-K, ReST-EM, AdaD and the other arms
@@ -44,9 +44,9 @@ STEPS = 40  # sigma_1: optimizer steps of the first iteration; beta_t is BATCH_S
 GROWTH = 1.2  # of the steps, per iteration (paper)
 STOP_AT_BETA = True  # stop at beta_t correct answers; off: visit all (the order does not matter), take beta_t (paper)
 TRAIN_ON_ALL = False  # train on all correct answers, not only beta_t: STaR-Full; needs STOP_AT_BETA off (paper)
-K_SAMPLES = 2  # most draws per problem (paper)
+K_SAMPLES = 2  # maximum draws per problem (paper)
 RETRY = True  # draw again only after a wrong draw; off: make all K_SAMPLES draws, like STaR-Full-K (paper)
-HINT = False  # show the answer in draws after the first: on for choices, labels, yes/no; off for mathematics (paper)
+HINT = False  # show the answer in draws after the first (paper: on for choices, labels, yes/no; off for mathematics)
 TRACES = 1  # correct answers per problem to train on; 0 is all; other values than 1 need RETRY off (code)
 CURRICULUM_POWER = 2  # f(alpha) = alpha^2; 0 keeps all statistics: AdaD without AdaC (paper)
 FILL_STEPS = True  # if the problems give fewer than beta_t, repeat these to fill up; off: train once on each (code)
@@ -54,7 +54,7 @@ FILL_STEPS = True  # if the problems give fewer than beta_t, repeat these to fil
 # Sampling
 PROMPT = "few_shot"  # "few_shot" | "zero_shot" | "chat": for the draws; training and scoring use no examples (paper)
 SHOTS = 8  # worked examples before a problem; 0 is none (code; 6 for ARC, 7 for CommonsenseQA; ours are 6 for these)
-EXAMPLES_FROM = ""  # a set whose solutions are shown instead; empty is our own (ours)
+EXAMPLES_FROM = ""  # the set whose solutions are shown as worked examples; empty is our own (ours)
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # for "chat" only (ours)
 THINK = ""  # "" | "on" | "off": with "chat", whether to think before the answer; for templates that know it (ours)
 TEMPERATURE = 1.0  # for all draws (paper)
@@ -68,7 +68,7 @@ LR = 1e-5  # constant after the warm-up (paper; constant: code)
 WARMUP = 100.0  # share of the steps if below 1, else their number; 0 is none (paper; code: none for gsm8k)
 BATCH_SIZE = 8  # answers per optimizer step, over all GPUs (paper)
 WEIGHT_DECAY = 0.01  # for AdamW; 0 is none (paper; not applied in the code)
-CLIP = 1.0  # largest gradient norm (ours)
+CLIP = 1.0  # largest gradient norm; 0 is none (ours)
 LORA_RANK = 0  # of the adapters trained instead of all weights; 0 is full fine-tuning (ours)
 LORA_ALPHA = 32.0  # adapters are scaled by LORA_ALPHA / LORA_RANK (ours)
 
@@ -83,11 +83,11 @@ MAX_TOKENS = 16384  # per micro-batch on one GPU: affects memory and rounding on
 RECOMPUTE = False  # recompute activations in the backward pass: less memory, a third more time (ours)
 COMPILE = False  # torch.compile the blocks for training: a minute at the start, then a tenth faster on a CPU (ours)
 SAVE_MINUTES = 30.0  # between saves during training, 12 bytes per parameter each; 0 is after each step (ours)
-KEEP_MODELS = 0  # how many rounds' models to keep on disk, in addition to those still needed; 0 is all (ours)
+KEEP_MODELS = 0  # how many of the last rounds' models to keep on disk, plus any still needed; 0 is all (ours)
 KEEP = False  # resume a folder made with different code; finished phases stay as they are (ours)
 WANDB = False  # also log to Weights & Biases (ours)
 
-# What is legal: the values, or the minimum (0 for other numbers)
+# Legal values of each constant, or its minimum (0 for other numbers)
 LEGAL = dict(START=("base", "previous"), ORDER=("adaptive", "stale", "hardest", "random"), STEPS=1, GROWTH=1.0,
              K_SAMPLES=1, PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1,
              BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
@@ -130,8 +130,8 @@ def walk(order, beta, rate, draw):
     """AdaD (Algorithm 1, lines 5-12): visit problems in `order` until there are beta_t correct answers.
 
     draw(block) -> {problem: responses} draws for a block of problems at once, which keeps the sampler busy. Draws past
-    the end are dropped, so the result does not depend on the size of the blocks. rate: answers to train on per problem
-    in the last iteration. Return {problem: responses} of the visited problems, in order."""
+    the end are dropped, so the size of the blocks does not bias the result. rate: a guess of the answers to train on
+    per problem, for the first block. Return {problem: responses} of the visited problems, in order."""
     visited = {}
     collected = 0  # |D+|
     while len(visited) < len(order):
@@ -172,7 +172,7 @@ def to_commit(visited, solved):
 
 
 def select(problems, visited, last, w, beta, rng):
-    """Make selection.jsonl: for each visited problem, in the order of the walk, everything that was decided and why.
+    """Return the records of selection.jsonl: each visited problem's decisions and why, in the order of the walk.
 
     visited: {place of a problem: its responses}; last and w: t~ (n,) and w (n,) before. `chosen` are the draws that
     enter D+, `copies` says how often each is trained on, `committed` whether (t, win_rate) replaces (last, w)."""
@@ -217,7 +217,7 @@ def make_examples(tokenizer, selection, by_id, responses):
 
 
 def report_selection(run, t, selection, beta):
-    """Report how far the walk went and what it gave; if all gave less than beta_t, say what becomes of that."""
+    """Report how far the walk went and what it gave; if it gave fewer than beta_t, say how these are used."""
     answers = sum(len(s["chosen"]) for s in selection)
     trained = sum(sum(s["copies"]) for s in selection)
     report(run, t, "select", visited=len(selection), solved=sum(any(s["outcomes"]) for s in selection),
@@ -225,7 +225,7 @@ def report_selection(run, t, selection, beta):
            committed=sum(s["committed"] for s in selection), beta=beta, answers=answers, trained=trained)
     if 0 < answers < beta and not TRAIN_ON_ALL:
         fate = f"repeated to {trained:,}" if trained > answers else "each trained on once"
-        say(f"  round {t}  all problems are visited and gave {answers:,} correct answers of {beta:,}: {fate}")
+        say(f"  round {t}  all problems together gave only {answers:,} of {beta:,} correct answers, {fate}")
 
 
 def best_round(scores):
@@ -322,7 +322,7 @@ def main():
             start = model if START == "previous" else MODEL
             model = train(run, f"round_{t}/model", start, d_plus, sft_loss, lr=LR, **training)
         else:
-            say(f"  round {t}  {len(responses):,} answers and none is correct: D+ is empty, the model stays as it is")
+            say(f"  round {t}  {len(responses):,} answers, none correct: D+ is empty, so the model stays as it is")
 
         # 3. AdaC (lines 15-19): the first floor(m alpha^2) visited now count as seen; the others stay where they are
         alpha = selection[0]["alpha"]

@@ -246,7 +246,7 @@ def boxed_answer(text, boxes):
 
 @functools.lru_cache(1 << 14)
 def rewritten(answer):
-    """Return an answer in the form that is compared: reword what math-verify cannot read or misreads."""
+    """Rewrite an answer for comparison: reword what math-verify cannot read or misreads."""
     answer = re.sub("([⁻⁰¹²³⁴-⁹]+)", r"^{\1}", re.sub("(?=[¼-¾⅐-⅞])", " ", answer))
     answer = unicodedata.normalize("NFKC", answer)
     for pattern, by in REWRITES:
@@ -255,7 +255,7 @@ def rewritten(answer):
 
 
 def plain(text):
-    """Strip LaTeX, quotes and capitals from a letter, a label or an option's text."""
+    """Return a letter, a label or an option's text in lower case, without LaTeX and quotes."""
     return rewritten(text).strip('{}" ').casefold()
 
 
@@ -312,7 +312,7 @@ def canonical(answer):
 
 
 def same_value(gold, answer, equal):
-    """Whether two mathematical answers are equal, decided from their texts as far as possible."""
+    """Return whether two mathematical answers are equal, decided from their texts as far as possible."""
     if len(answer) > LONG + 2 * len(gold):
         return False
     (gold, unit), (answer, its_unit) = canonical(gold), canonical(answer)
@@ -379,7 +379,7 @@ class Checker:
         self.works = False  # a grader that has only crashed so far ends the program
         if grader:
             self.submit({"id": "check/1", "problem": "1 + 1 = ?", "answer": "2", "kind": "math"}, "\\boxed{2}").result()
-            self.works = False  # real problems may demand more of it
+            self.works = False  # it may still crash on real problems
 
     def submit(self, problem, text, finish="stop"):
         """Return a future of (correct, reason): equal, different, no_answer, one of NO_VERDICT, or a grader's own."""
@@ -420,8 +420,8 @@ class Checker:
                 [sys.executable, "-B", __file__, self.grader], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True)
             line = worker.stdout.readline().strip()
-            if line != "ready":  # in several threads at once, so raise for the main one instead of printing
-                raise RuntimeError(f"a checking worker does not start: {line}")
+            if line != "ready":  # several threads may get here at once, so raise for the main one instead of printing
+                raise RuntimeError(f"a checking worker failed to start: {line}")
             self.own.worker = worker
         return worker
 
@@ -434,7 +434,7 @@ def given(verdict):
 
 
 class Stop(BaseException):
-    """A case ran out of time or tried what no comparison needs. Not an Exception, because sympy catches those."""
+    """A case ran out of time or tried something no comparison needs. Not an Exception, because sympy catches those."""
 
 
 def late(*_):
@@ -442,7 +442,7 @@ def late(*_):
 
 
 def refuse(event, arguments):
-    """Audit hook: keep this process from writing files, starting programs and opening connections.
+    """Audit hook: keep this process from writing files, starting programs or opening connections.
 
     sympy evaluates its reading of some texts as Python (only numbers and names, as far as we know). If more gets
     through, it can do little: it can still read files, and C code can do anything that the kernel allows."""
@@ -751,7 +751,7 @@ def fingerprint(problem_sets, models):
 
 
 def code_of(path, constants):
-    """Hash a program, ignoring comments, docstrings and the values of its constants."""
+    """Hash a program, ignoring comments, docstrings and the values of `constants` and TOY."""
     text = ast.unparse(ast.parse(path.read_text()))  # without comments, each constant on one line
     names = "|".join([*constants, "TOY"])
     text = re.sub(rf'(?m)^(?:{names}) = .*|^ *"""(?s:.*?)"""\n', "", text)
@@ -768,7 +768,7 @@ def changes_of(old, new):
 
 
 def await_file(path, seconds=120):
-    """Wait until this process sees a file that rank 0 has made: a network disk may lag by a minute."""
+    """Wait until this process sees a file that rank 0 has made, because a network disk may lag by a minute."""
     for _ in range(seconds):
         if path.exists():
             return
@@ -788,7 +788,7 @@ def lock_folder(folder):
 
 
 class Run:
-    """A run folder runs/<name>. What is made is kept, so a rerun resumes after the last complete phase."""
+    """A run folder runs/<name>. Finished phases are kept, so a rerun resumes after the last complete phase."""
 
     folder = Path()  # where error.log goes: the current folder until there is a run
     wandb = None
@@ -809,10 +809,10 @@ class Run:
                                    id=f"{name}-{constants['problems or models'][:8]}")  # the same in a rerun
 
     def once(self, name, make, *arguments, **options):
-        """Return what runs/<run>/<name> holds; if it does not exist, first make it with make(*arguments, **options).
+        """Return the contents of runs/<run>/<name>. If it does not exist, call make(*arguments, **options) first.
 
         If name ends in .jsonl or .json, make returns the records or the object (rank 0's are written). Any other name
-        is a folder, which make fills as <name>.part; its path is returned. Unfinished things are named .part."""
+        is a folder, which make fills as <name>.part; its path is returned. What is unfinished ends in .part."""
         path = self.folder / name
         half = path.with_name(path.name + ".part")
         if not gather(path.exists())[0]:
@@ -825,7 +825,7 @@ class Run:
                     write(path, made)
                 else:
                     publish(half)
-                if path.parent != self.folder:  # what lies next to the rounds is made within a phase
+                if path.parent != self.folder:  # files outside the round folders are made within a phase
                     shutil.rmtree(self.unfinished, ignore_errors=True)
             barrier()
         await_file(path)
@@ -976,7 +976,7 @@ def setup():
     options = {}
     if "RANK" not in os.environ:
         options = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # A barrier may wait for a whole sampling phase; torchrun notices a dead process, so no timeout is needed
+    # A barrier may wait for a whole sampling phase; torchrun notices a dead process, so a long timeout is safe
     dist.init_process_group(backend, timeout=timedelta(days=7), **options)
 
 
@@ -997,7 +997,7 @@ def processor():
 
 
 def threads_per_process():
-    """Return how many cores one process may use: more threads than cores spin and are 60 times slower (measured)."""
+    """Return how many cores one process may use; more threads than cores spin and are 60 times slower (measured)."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -1085,13 +1085,13 @@ ENTAILMENT = ("entailment", "neutral", "contradiction")  # names of the labels 0
 PLACEHOLDER = (r"(?i:[\s?.–—_*/-]*|n/?a\.?|none|null|nil|nan|-?inf|tbd|todo|unknown|missing|proof|"
                r"(?:not|no)[ _-]?(?:found|available|applicable|provided|given|answer))")
 ONE_OF_SEVERAL = rf"(?!{PLACEHOLDER}$)(?=.*[\d\\]|\w$)(?:[^,]+|[(\[{{].+)"  # for a list's parts: no word, no comma
-# In a record's JSON: half a character, control characters, or LaTeX with one backslash, as in \frac, \right, \times
+# In a record's JSON: a lone surrogate, control characters, or LaTeX with one backslash, as in \frac, \right, \times
 DAMAGED = (r"[\ud800-\udfff\ufffd\x7f]|(?<!\\)(?:\\\\)*\\(?:[bf]|r(?!\\n)|u00|t(?:imes|ext|heta|frac|an|o|au|ilde)\b|"
            r"n(?:(?:eq|abla|ot|otin|leq|geq)\b|e [-\d\\]|u\$))")
 
 
 def load_problems(names, split, folder, limit=0):
-    """Read the problems of sets ("gsm8k,math", "my/file.jsonl") in order; of each `limit` random, fixed ones (0: all).
+    """Load the problems of sets ("gsm8k,math", "my/file.jsonl"): a fixed random `limit` of each (0: all), in order.
 
     A name in SETS is read from `folder` if its file is there, else from the Hub; "owner/name:configuration@split" is a
     set on the Hub. `read_problem` describes a record. An unusable record in your own file ends the program with file,
@@ -1118,7 +1118,7 @@ def load_problems(names, split, folder, limit=0):
         box = last_boxed(problem.get("solution", ""))
         if box and box != problem["answer"]:
             _, reason = checker.submit(problem, f"\\boxed{{{box}}}").result()
-            if reason in ("different", "no_answer"):  # else training would teach it
+            if reason in ("different", "no_answer"):  # training would teach a wrong answer
                 del problem["solution"]
                 notes["solutions dropped because their box is not the answer"].append(problem["id"])
     for note, where in notes.items():
@@ -1157,12 +1157,12 @@ def _read_set(name, split, folder, notes):
     if not path.is_file():
         if hub.endswith((".jsonl", ".json", ".parquet")) or not re.fullmatch(ON_THE_HUB, hub):
             known = [name for name in SETS if name.endswith(split)]
-            fail(f"{path}: no such file, nor one of the known sets (in --data {folder!r} or on the Hub: "
-                 f"{', '.join(known)}), nor owner/name:configuration@split on the Hub")
+            fail(f"{path}: no such file; name a file, a set of --data {folder!r} or the Hub ({', '.join(known)}), or "
+                 "owner/name:configuration@split on the Hub")
         public = True
         where = hub if "@" in hub else f"{hub}@{split}"
         ids = re.sub("[:@]", "/", where)
-    with failing_as(f"{where} cannot be read (supported are .jsonl, .json and, with the packages pyarrow and "
+    with failing_as(f"{where} cannot be read (supported: .jsonl, .json and, with the packages pyarrow and "
                     f"datasets, .parquet and the Hub; sets are looked up in --data {folder!r})"):
         records = _records_of(where)
     problems = []
@@ -1216,7 +1216,7 @@ def read_problem(record):
         record |= record.pop("question")
     for name, value in record.items():
         if value and name not in FIELDS["choices"] and re.search(UNREAD, name):
-            raise ValueError(f"{name!r} is not read; put text into 'problem' and options as a list into 'choices'")
+            raise ValueError(f"{name!r} is not read; put text in 'problem' and options as a list in 'choices'")
     if len({str(record[name]) for name in FIELDS["answer"] if name in record}) > 1:
         raise ValueError("two fields have different answers")
     text, answer, solution, level, tags, choices = [_first(record, names) for names in FIELDS.values()]
@@ -1250,7 +1250,7 @@ def read_problem(record):
     if choices:
         _add_choices(problem, choices)
     elif not re.fullmatch(PLAIN.get(kind, ""), answer):
-        raise ValueError(f"'kind' is {kind!r}, and not math, choice or yesno with a matching answer")
+        raise ValueError(f"'kind' is {kind!r}; it must be math, choice or yesno, and the answer must match it")
     if solution:
         if not last_boxed(solution):
             solution += f"\n\n\\boxed{{{problem['answer']}}}"  # so that training teaches to state the answer
@@ -1269,7 +1269,7 @@ def _first(record, names):
 
 
 def _answer_and_solution(answer, solution):
-    """Return the answer as text or None, and the solution as text in MATH's form, with the answer in a box.
+    """Return the answer as text or None, and the solution as text, with a "####" answer put into a box.
 
     GSM8K has both in the answer: one step per line with <<calculator notes>>, the last with the answer after "####"."""
     if isinstance(answer, str) and re.search(r"####|\\boxed", answer) and not solution:
@@ -1290,7 +1290,7 @@ def _answer_and_solution(answer, solution):
         return stated, solution
     answer = _text_of(answer)
     if re.search(r"<<|####|\\boxed|^\[\s*['\"]", answer):
-        raise ValueError(f"the answer {answer[:60]!r} is a list as text, or worked out without a line '#### answer'")
+        raise ValueError(f"the answer {answer[:60]!r} is a list as text, or more than the answer")
     return answer, solution
 
 
@@ -1309,7 +1309,7 @@ def _text_of(answer):
         with contextlib.suppress(ValueError):
             value = Fraction(value)
         if len(parts) > 1 and (value in values or not re.fullmatch(ONE_OF_SEVERAL, part)):
-            raise ValueError(f"the answers {parts} are not different ones that are all required")
+            raise ValueError(f"the answers {parts} are not distinct, or one is not a bare value")
         values.add(value)
     return ", ".join(parts)
 
@@ -1368,7 +1368,7 @@ def load_network(kind, folder, **options):
     return network
 
 
-@functools.cache  # files on the Hub may change; a run keeps the version it started with
+@functools.cache  # files on the Hub may change; a process keeps the version it started with
 def local_folder(model):
     """Return the folder of a model: the given one, or the local copy of the files on the Hub, downloaded if needed."""
     if Path(model).is_dir():
@@ -1467,7 +1467,7 @@ def end_token(tokenizer, prompt):
 
 
 def end_ids(tokenizer, folder):
-    """Return the ids of all tokens that end an answer: a tuned model may use any, whatever the form of the prompt."""
+    """Return the ids of all tokens that end an answer, because a tuned model may use any of them."""
     ends = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         with contextlib.suppress(ValueError):  # an unused template that expects different turns
@@ -1668,8 +1668,8 @@ def costs_of(answers, parameters):
 
 
 class TransformersEngine:
-    """Answer requests with transformers' generate, in batches of GROUP that do not depend on the number of processes:
-    in a different batch, a row's logits differ by 1e-6, which may flip a token. On a CPU, one thread per batch."""
+    """Answer requests with transformers' generate, in batches of GROUP that do not depend on the number of processes,
+    because in a different batch, a row's logits differ by 1e-6, which may flip a token. One CPU thread per batch."""
 
     streams = False  # whether requests can be added while others are answered
     folder = None  # of the loaded model
@@ -1696,7 +1696,7 @@ class TransformersEngine:
         return costs | {"load_seconds": time.time() - began}
 
     def fits(self, text):
-        """Whether a prompt and an answer fit into the context."""
+        """Return whether a prompt and an answer fit into the context."""
         return len(encode(self.tokenizer, text)) + self.max_new_tokens <= self.room
 
     def load(self, folder):
@@ -1746,9 +1746,9 @@ class TransformersEngine:
 
     @torch.no_grad()
     def read_prefix(self, prompts):
-        """Read what all prompts start with (worked examples) once: (its ids, a cache that holds them for each prompt).
+        """Run what all prompts start with (worked examples) once; return (its ids, a cache of it for each prompt).
 
-        Padding comes after it, which only plain attention can leave out; for models with other layers: ([], None)."""
+        Padding follows it, which only plain attention can mask; for models with other layers return ([], None)."""
         cache = DynamicCache(config=self.model.config)
         if any(type(layer) is not DynamicLayer for layer in cache.layers):
             return [], None
@@ -1786,9 +1786,9 @@ class TransformersEngine:
 
 
 def noise_of(seed, temperature, top_k=0, top_p=1.0):
-    """Return a processor of logits (rows, V) after which the largest is a random draw: probabilities at a temperature,
-    cut by top_k (0: off) and top_p, each divided by an exponentially distributed number, as torch.multinomial does. It
-    has its own generator, so that groups can be generated side by side."""
+    """Return a logits processor (rows, V) whose argmax is a random draw: it divides the probabilities at a temperature,
+    cut by top_k (0: off) and top_p, by exponentially distributed noise, as torch.multinomial does. It has its own
+    generator, so that groups can be generated in parallel."""
     generator = torch.Generator(device()).manual_seed(seed)
     steps = [TemperatureLogitsWarper(temperature)]
     if top_k:
@@ -1847,7 +1847,7 @@ class VllmEngine(TransformersEngine):
         torch.set_num_threads = set_num_threads
 
     def send_weights(self, folder):
-        """Load a different folder's weights into the engine; a sleep has discarded the old ones."""
+        """Load a different folder's weights into the engine, asleep or awake."""
         if shape_of(folder) != self.shape:
             fail(f"{folder}: vLLM's engine was built for a model of a different shape; score one model at a time")
         self.llm.wake_up(tags=["weights"])  # if it is asleep
@@ -1881,7 +1881,7 @@ class VllmEngine(TransformersEngine):
         if self.folder is None or device().type != "cuda":
             return {}
         self.folder = None
-        self.llm.sleep(2)  # frees the weights too: the next load sends new ones
+        self.llm.sleep(2)  # frees the weights too, so the next load sends new ones
         free, total = torch.cuda.mem_get_info()
         return {"asleep_gib": (total - free) / 2**30}
 
@@ -1910,7 +1910,7 @@ class VllmEngine(TransformersEngine):
 
 
 def shape_of(folder):
-    """Return what an engine is built for: it can take different weights, but nothing else may change."""
+    """Return the model's type and sizes, because an engine can take different weights only if these stay the same."""
     config = AutoConfig.from_pretrained(folder)
     text = config.get_text_config()
     return config.model_type, text.hidden_size, text.num_hidden_layers, text.vocab_size
@@ -1930,8 +1930,8 @@ def count_parameters(model):
 
 
 def read_weights(folder):
-    """Yield a model's tensors for vLLM, including a tied head, which is in no file: without it, vLLM's CPU build would
-    silently keep the old one."""
+    """Yield a model's tensors for vLLM, including a tied head, which is in no file, because vLLM's CPU build would
+    silently keep the old one without it."""
     tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
     for name, tensor in saved_tensors(folder):
         yield name, tensor
@@ -1940,7 +1940,7 @@ def read_weights(folder):
 
 
 def compare_weights(folder, model):
-    """Compare vLLM's `model` with the files in `folder`: (number of parameters compared, names of those that differ).
+    """Compare vLLM's `model` with the files in `folder`; return (parameters compared, names of those that differ).
 
     vLLM fuses queries, keys and values into one matrix, and gate and up; embeddings may end in empty rows. Its CPU
     build packs the matrices away (they are empty), which leaves norms, biases and embeddings to compare."""
@@ -1963,7 +1963,7 @@ def compare_weights(folder, model):
 
 # 6. Log-probabilities -------------------------------------------------------------------------------------------------
 
-LOGITS = 2**26  # computed at a time, 256 MB in float32
+LOGITS = 2**26  # computed at a time, 256 MiB in float32
 SCALED = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # set by heads that are more than one matrix
 
 
@@ -1984,7 +1984,7 @@ def token_logprobs(hidden, weight, targets):
 
 def packed_attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None,
                      sliding_window=None, **_):
-    """Causal attention within each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D).
+    """Compute causal attention within each sequence of a packed row: query (1, heads, T, D) -> (1, T, heads, D).
 
     Without cu_seq_lens_q, each row is one sequence, padded at its end."""
     longest = max_length_q or query.shape[2]
@@ -2028,7 +2028,7 @@ class Policy(torch.nn.Module):
 
 
 def hidden_states(body, batch):
-    """Return the hidden states of a transformer without its head on a packed batch, where it predicts: (P, H)."""
+    """Return the hidden states of a transformer without its head on a packed batch, at predicting positions: (P, H)."""
     return body(input_ids=batch["tokens"][None], position_ids=batch["positions"][None], use_cache=False,
                 cu_seq_lens_q=batch["starts"], max_length_q=batch["longest"]).last_hidden_state[0, batch["predict"]]
 
@@ -2044,7 +2044,7 @@ def padded_states(body, batch):
 
 @torch.no_grad()
 def can_pack(policy):
-    """Whether log-probabilities of a sequence are independent of the sequence packed before it.
+    """Return whether log-probabilities of a sequence are independent of the sequence packed before it.
 
     Linear attention, state spaces and convolutions (Qwen3-Next, Falcon-H1, LFM2) leak into the next sequence. Both
     batches have the same shape and so the same rounding, so any difference is a leak."""
@@ -2072,7 +2072,7 @@ def tokenize(tokenizer, example):
 
 
 def completion_ids(tokenizer, prompt, text):
-    """Return the token ids of a text that follows a prompt. Alone, Llama 2 and similar would put a space before it."""
+    """Return the token ids of a text that follows a prompt. Encoded alone, it may get a leading space (Llama 2)."""
     last = prompt[-1:]
     before, both, alone = tokenizer([last, last + text, text], add_special_tokens=False,
                                     split_special_tokens=True)["input_ids"]
@@ -2126,7 +2126,7 @@ def plan_batches(lengths, batch_size, epochs, max_tokens, processes, rng):
 
     A step is `batch_size` examples over all processes (an epoch's last step may be smaller). Within a step, examples
     go, longest first, to the emptiest micro-batch. The number of micro-batches is the smallest multiple of `processes`
-    that keeps each within max_tokens (a longer example is alone). Both change memory and speed, never the step."""
+    that keeps each within max_tokens (a longer example is alone). This changes memory and speed, never the step."""
     steps = []
     for _ in range(epochs):
         order = rng.permutation(len(lengths)).tolist()
@@ -2170,7 +2170,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
     tokenizer = AutoTokenizer.from_pretrained(model)
     examples = tokenize_all(tokenizer, examples, context_of(model))
     network, policy = load_for_training(run, model, lora_rank, lora_alpha, run.rng(round, "adapters"))
-    # Before the first forward pass, after which FSDP shows different parameters from those to be trained
+    # Before the first forward pass, after which FSDP shows whole parameters instead of the shards to be trained
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     max_tokens = run.once(f"max_tokens_{world_size()}.json", tokens_that_fit, run)
     policy.packs = can_pack(policy)
@@ -2208,7 +2208,7 @@ def train(run, file, model, examples, loss, *, lr, warmup, epochs, batch_size, w
 
 
 def optimizer_step(policy, optimizer, loss, examples, micro_batches, clip):
-    """Forward, backward, scale, clip, step. Return {loss, norm, lr, seconds, ...}, means over the whole step."""
+    """Run forward, backward, clip and step. Return {loss, norm, lr, seconds, ...}; loss and metrics are step means."""
     began = time.time()
     mine = Counter()
     for micro_batch in micro_batches:
@@ -2223,7 +2223,7 @@ def optimizer_step(policy, optimizer, loss, examples, micro_batches, clip):
     weight = sums.pop("weight")
     for parameter in policy.parameters():
         if parameter.grad is not None:
-            parameter.grad.mul_(world_size() / weight)  # undo FSDP's average over processes: this is a sum
+            parameter.grad.mul_(world_size() / weight)  # undo FSDP's average over processes, because this is a sum
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
@@ -2355,7 +2355,7 @@ def learning_rate_factor(step, steps, warmup, decay):
 def add_references(policy, examples, steps):
     """Set each example's `reference`: [log p of its first completion, of its second] under the initial policy.
 
-    Uses the micro-batches of the first epoch, so where policy and reference are equal, they are exactly equal."""
+    Uses the first epoch's micro-batches, so at the first step policy and reference agree exactly."""
     found = {}
     completions = len(examples[0]["sequences"])
     for step in steps:
@@ -2440,7 +2440,7 @@ def merge_adapters(network, weights, path):
 
 
 def report_training(run, round, history, lengths, epochs, reference, network, figures):
-    """Log and print the figures of a training, including those of its last step. Tokens include prompts.
+    """Log and print the metrics of a training phase, including its last step's. Tokens include prompts.
 
     FLOPs: 6 N per token trained on (2 forward, 2 for gradients of activations, 2 for gradients of weights, if these are
     trained; Kaplan et al. 2020), 2 N per token of a reference pass."""
@@ -2459,8 +2459,8 @@ def report_training(run, round, history, lengths, epochs, reference, network, fi
 # 9. Rounds: held-out problems, scores, answers shown, costs and tables ------------------------------------------------
 
 def hold_out(problems, n, seed):
-    """Return (the other problems, n random ones held out for scoring). The split depends only on the seed, not on what
-    else is read. Problems with the same text stay on one side, so the second list may be a little longer."""
+    """Return (the other problems, n random ones held out for scoring). The split depends on the seed and the texts,
+    not on their order. Problems with the same text stay on one side, so the second list may be a little longer."""
     order = sorted(problems, key=lambda problem: seed_of(seed, "held out", problem["problem"]))
     texts = {problem["problem"] for problem in order[:n]}
     others = [problem for problem in problems if problem["problem"] not in texts]
@@ -2470,7 +2470,7 @@ def hold_out(problems, n, seed):
 
 
 def worked_examples(problem):
-    """Return our own problems with solutions to show before one like `problem`, of its family.
+    """Return our own worked examples for the family of `problem`.
 
     A mathematical problem with LaTeX in its text (a command, or $...$, but not two prices) counts as competition
     mathematics, any other as a word problem, whatever file it comes from."""
@@ -2482,10 +2482,10 @@ def worked_examples(problem):
 
 
 def evaluate(run, file, model, tests, prompt, **settings):
-    """Score a model by one greedy answer per problem: {"test": score, "held_out": score}, for those that `tests` has.
+    """Score a model by one greedy answer per problem. Return {"test": score, "held_out": score}.
 
-    tests: {"test": problems, "held_out": problems}. Answers go to `file`.jsonl, scores to `file`.json, those of
-    held-out problems to `file`_held_out."""
+    tests has the same keys: {"test": problems, "held_out": problems}, or one of them. Answers go to `file`.jsonl,
+    scores to `file`.json, those of held-out problems to `file`_held_out."""
     scores = {}
     for kind, problems in tests.items():
         name = file if kind == "test" else f"{file}_{kind}"
@@ -2517,7 +2517,7 @@ def accuracy(correct):
 
 
 def wilson_interval(right, n):
-    """Return [low, high], the 95 % interval of the share of `right` in n (Wilson 1927)."""
+    """Return [low, high], the 95% interval of the share of `right` in n (Wilson 1927)."""
     z = 1.959964
     centre = (right + z * z / 2) / (n + z * z)
     half = z * math.sqrt(right * (n - right) / n + z * z / 4) / (n + z * z)
@@ -2567,7 +2567,7 @@ def print_table(scores, first):
                 rows[f"  {name}, {part}"] = of_part
     levels = sorted(levels, key=int)
     width = max(map(len, [first, *rows])) + 4
-    say(f"\n{first:<{width}}problems  accuracy  95 % interval  " + "".join(f"  level {level}" for level in levels))
+    say(f"\n{first:<{width}}problems  accuracy  95% interval   " + "".join(f"  level {level}" for level in levels))
     for name, score in rows.items():
         low, high = score["interval"]
         row = f"{name:<{width}}{score['n']:>8,}{score['accuracy']:>10.1%}  {low:>5.1%} - {high:>5.1%}"
@@ -2585,8 +2585,7 @@ def final_table(run, scores):
     say(f"{run.folder}/metrics.jsonl")
 
 
-# Our own worked examples, for prompts where the problems have no solutions: by family, in the form that answers
-# should take
+# Our own worked examples for prompts, by family, in the form that answers should take
 
 EXAMPLES = {
     "grade-school": [

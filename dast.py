@@ -19,7 +19,7 @@ detail. T and B give H and U at least twice as many answers as without P, and D_
 (tests/studies/proportions.py). L also shows E and M problems examples of their own level.
 We cannot say where this differs from the rest of the paper, which we have not read.
 
-  python dast.py --toy                                                   2 CPU cores: 2 min, from 47 to 56 % (measured)
+  python dast.py --toy                                                   2 CPU cores: 2 min, from 47 to 56% (measured)
   python dast.py --model Qwen/Qwen2.5-1.5B                               one GPU: not measured yet
   torchrun --nproc-per-node 8 dast.py --model meta-llama/Llama-3.1-8B    eight GPUs: not measured yet"""
 from collections import Counter
@@ -44,13 +44,13 @@ SEED = 0  # for everything random (ours)
 # The method
 LOSS = "sft"  # "sft" | "dpo": DAST-S or DAST-D (paper)
 VARIANT = "PL"  # "PL" | "P" | "L" | "": which controls are on; none is vanilla rejection-sampling self-training (paper)
-K_PROBE = 10  # answers per problem to measure its difficulty (code)
+K_PROBE = 10  # draws per problem to measure its difficulty (code)
 CUTS = (0.7, 0.4)  # p > 0.7 is E, from 0.4 on M, above 0 H, and 0 U (ours; two of the cuts of the code's older levels)
-K_SAMPLES = 10  # answers per problem without P (code)
+K_SAMPLES = 10  # draws per problem without P (code)
 TARGETS = (5, 6, 7, 8)  # with P: distinct correct answers wanted at E, M, H, U (ours)
 BUDGETS = (10, 20, 40, 40)  # with P: draws allowed at E, M, H, U; tests/studies/proportions.py says why (ours)
 BETA = 0.1  # of DPO: how strongly the policy is held to its starting model (code)
-DRAWS_LIKE = ""  # a run folder: make as many draws per round as it did, spread evenly; not with P (ours)
+DRAWS_LIKE = ""  # a run folder: make as many draws per round as count in it, spread evenly; not with P (ours)
 SIZE_LIKE = ""  # a run folder: train on as many answers (pairs) per round as it did, dropping or repeating some (ours)
 
 # Sampling
@@ -71,7 +71,7 @@ WARMUP = 0.05  # share of the steps if below 1, else their number; 0 is none (co
 EPOCHS = 1  # passes over D_u (code)
 BATCH_SIZE = 32  # answers (pairs) per optimizer step, over all GPUs (code)
 WEIGHT_DECAY = 0.01  # for AdamW; 0 is none (code)
-CLIP = 0.3  # largest gradient norm (code)
+CLIP = 0.3  # largest gradient norm; 0 is none (code)
 LORA_RANK = 0  # of the adapters trained instead of all weights; 0 is full fine-tuning (ours)
 LORA_ALPHA = 32.0  # adapters are scaled by LORA_ALPHA / LORA_RANK (ours)
 
@@ -86,11 +86,11 @@ MAX_TOKENS = 16384  # per micro-batch on one GPU: affects memory and rounding on
 RECOMPUTE = False  # recompute activations in the backward pass: less memory, a third more time (ours)
 COMPILE = False  # torch.compile the blocks for training: a minute at the start, then a tenth faster on a CPU (ours)
 SAVE_MINUTES = 30.0  # between saves during training, 12 bytes per parameter each; 0 is after each step (ours)
-KEEP_MODELS = 0  # how many rounds' models to keep on disk, in addition to those still needed; 0 is all (ours)
+KEEP_MODELS = 0  # how many of the last rounds' models to keep on disk, plus any still needed; 0 is all (ours)
 KEEP = False  # resume a folder made with different code; finished phases stay as they are (ours)
 WANDB = False  # also log to Weights & Biases (ours)
 
-# What is legal: the values, or the minimum (0 for other numbers)
+# Legal values of each constant, or its minimum (0 for other numbers)
 LEGAL = dict(START=("base", "previous"), LOSS=("sft", "dpo"), VARIANT=("PL", "P", "L", ""), K_PROBE=1, K_SAMPLES=1,
              PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), MAX_NEW_TOKENS=1, EPOCHS=1,
              BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
@@ -117,9 +117,9 @@ def level_of(p):
 
 
 def target_and_budget(level):
-    """Return (T, B): how many distinct correct answers a problem of this level should give, in at most how many draws.
+    """Return (T, B): the distinct correct answers wanted from a problem of this level, and the draws allowed.
 
-    Without P, T is None: take all that K_SAMPLES draws give."""
+    Without P, T is None: take all correct answers of K_SAMPLES draws."""
     if "P" not in VARIANT:
         return None, K_SAMPLES
     hardness = "EMHU".index(level)
@@ -149,8 +149,8 @@ def choose(outcomes, target):
 def choose_pairs(responses, chosen, solved, rng):
     """DAST-D: return [(draw to prefer, draw to reject)], each chosen draw with a different wrong one, at random.
 
-    If no draw is right, a `solved` problem's own solution is preferred. Without a wrong draw that ended on its own
-    there is no pair."""
+    If no draw is right and the problem is `solved` (level U, with a solution), its solution is preferred. Without a
+    wrong draw that ended on its own there is no pair."""
     wrong = [r["draw"] for r in responses if not r["correct"] and r["finish"] == "stop"]
     if solved and not any(r["correct"] for r in responses):
         chosen = [None]  # the worked solution
@@ -199,7 +199,7 @@ def dpo_loss(logprobs, batch):
 # The loop -------------------------------------------------------------------------------------------------------------
 
 def select(problems, probe, responses, budgets, run, t):
-    """Make selection.jsonl: for each problem, everything that was decided and the numbers behind it."""
+    """Return the records of selection.jsonl: each problem's decisions and the numbers behind them."""
     probe = by_problem(probe)
     responses = by_problem(responses)
     selection = []
@@ -251,10 +251,10 @@ def check_constants():
     if (PROMPT == "zero_shot" or SHOTS == 0) and "L" in VARIANT:
         fail("without examples in the prompt L has no effect; choose --variant P or ''")
     if not 1 > CUTS[0] >= CUTS[1] > 0:
-        fail(f"--cuts {CUTS}: both must be between 0 and 1, the higher one, above which a problem is easy, first")
+        fail(f"--cuts {CUTS}: both must be between 0 and 1, the higher one first")
     for other in filter(None, (DRAWS_LIKE, SIZE_LIKE)):
         if "P" in VARIANT:
-            fail("--draws-like and --size-like make controls without P; with P, the levels determine both")
+            fail("--draws-like and --size-like are for runs without P; with P, the levels determine both")
         if ROUNDS:
             of_other_run(other, ROUNDS)
 
@@ -326,7 +326,7 @@ def main():
         report_selection(run, t, selection, level, responses, len(d_a))
         show_answers(run, t, problems, responses)
         if not d_a:
-            say(f"  round {t}  {len(responses):,} answers and D_a is empty, the model stays as it is")
+            say(f"  round {t}  {len(responses):,} answers, but D_a is empty, so the model stays as it is")
         elif LOSS == "sft":
             d_u = run.once(f"round_{t}/train.jsonl", list, d_a + d_o)
             start = model if START == "previous" else MODEL

@@ -1,4 +1,4 @@
-"""Score models on problem sets: accuracy, pass@k and maj@k with 95 % intervals, by level and subject.
+"""Score models on problem sets: accuracy, pass@k and maj@k with 95% intervals, by level and subject.
 
   python eval.py --model tests/toy/model --sets tests/toy/test.jsonl --max-new-tokens 96
   torchrun --nproc-per-node 8 eval.py --model runs/dast-0/round_0/model,runs/dast-0/round_3/model --sets gsm8k,math500
@@ -30,7 +30,7 @@ MODEL = "Qwen/Qwen2.5-1.5B"  # Hub names or folders, comma-separated
 SETS = "gsm8k,math"  # names of sets, files or owner/name on the Hub, comma-separated
 SPLIT = "test"  # "test" | "train": of the sets known by name
 N_TEST = 0  # problems from each set, a fixed random choice; 0 is all
-HELD_OUT = 0  # score what a method held out: its HELD_OUT, SEED, TRAIN_DATA (SETS), N_TRAIN (N_TEST); 0 scores all
+HELD_OUT = 0  # score what a run held out: give its HELD_OUT and SEED, TRAIN_DATA as SETS, N_TRAIN as N_TEST; 0 is off
 SEED = 0  # for the draws, the choice of examples to show, and what is held out
 REGRADE = ""  # a .jsonl file of answers to check again, without a model
 COMPARE = ()  # folders of runs to compare with the first, without a model
@@ -49,7 +49,7 @@ MAX_NEW_TOKENS = 1024  # longer answers are cut off
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason); empty is math-verify
 
 # Machine: may differ when a run resumes
-NAME = ""  # the folder under runs/; empty is made from models, sets and a number for all other settings
+NAME = ""  # the folder under runs/; empty: made of models, sets and a hash of the other settings
 DATA = "data"  # folder of the known problem sets, such as data/gsm8k/train.jsonl
 ENGINE = ""  # "" | "vllm" | "transformers": sampling engine; empty is vLLM on a GPU, else transformers
 EAGER = False  # vLLM without CUDA graphs: starts a minute sooner and samples slower
@@ -58,16 +58,16 @@ GPU_MEMORY = 0.9  # share of a GPU that vLLM may use
 KEEP = False  # resume a folder made with different code; finished phases stay as they are
 WANDB = False  # also log to Weights & Biases
 
-# What is legal: the values, or the minimum (0 for other numbers)
+# Legal values of each constant, or its minimum (0 for other numbers)
 LEGAL = dict(SPLIT=("test", "train"), PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"), SAMPLES=1,
              MAX_NEW_TOKENS=1, ENGINE=("", "vllm", "transformers"))
 
 
-# Means and their 95 % intervals ---------------------------------------------------------------------------------------
+# Means and their 95% intervals ----------------------------------------------------------------------------------------
 
 def mean_of(values):
-    """Return {accuracy, interval, n} of values between 0 and 1, (seeds, problems). The interval is Wilson's, for as
-    many zeros and ones as would give the mean its variance; with one greedy answer per problem, one per problem."""
+    """Return {accuracy, interval, n} of values between 0 and 1, (seeds, problems). The interval is Wilson's, for the
+    number of zeros and ones whose mean has the same variance: with one greedy answer per problem, one per problem."""
     mean = values.mean()
     effective = values.shape[1]
     variance = values.mean(0).var() / effective + variance_between_seeds(values)
@@ -77,7 +77,7 @@ def mean_of(values):
 
 
 def gain_of(values, others):
-    """Return the paired mean difference of two arms (seeds, problems), in points: (gain, half of its 95 % interval)."""
+    """Return the paired mean difference of two arms (seeds, problems), in points: (gain, half of its 95% interval)."""
     gains = values.mean(0) - others.mean(0)
     variance = gains.var() / len(gains) + variance_between_seeds(values) + variance_between_seeds(others)
     return 100 * gains.mean(), 195.9964 * math.sqrt(variance)
@@ -296,7 +296,7 @@ class Past:
             self.problems[example["id"]] += [0, 0, self.constants.get("EPOCHS", 1)]
 
     def read_records(self, name):
-        """Yield the records of a file that a round may have, from all rounds."""
+        """Yield the records of a file, such as probe.jsonl, from all rounds that have it."""
         for path in sorted(self.folder.glob(f"round_*/{name}.jsonl")):
             yield from read(path)
 
@@ -389,14 +389,14 @@ def print_accuracy(arms, ids, moment, amount=None):
     say_gains(tables)
 
 
-# Pictures -------------------------------------------------------------------------------------------------------------
+# Plots ----------------------------------------------------------------------------------------------------------------
 
 def draw(arms, ids, folder):
     """Write accuracy.png and problems.png to a folder."""
     try:
         from matplotlib import figure, style
     except ImportError:
-        return say("no pictures: they need matplotlib (pip install matplotlib)")
+        return say("no plots: they need matplotlib (pip install matplotlib)")
     style.use("tableau-colorblind10")
     folder.mkdir(parents=True, exist_ok=True)
     for file, panels, draw_in in (("accuracy.png", 3, draw_accuracy), ("problems.png", 2, draw_problems)):
@@ -409,9 +409,9 @@ def draw(arms, ids, folder):
 
 
 def draw_accuracy(axes, arms, ids):
-    """Plot accuracy against rounds, generated tokens and FLOPs, with bands for the 95 % intervals."""
+    """Plot accuracy against rounds, generated tokens and FLOPs, with bands for the 95% intervals."""
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
-    axes[0].set_ylabel(f"accuracy on {len(ids):,} problems, 95 % intervals")
+    axes[0].set_ylabel(f"accuracy on {len(ids):,} problems, 95% intervals")
     for i, (name, arm) in enumerate(arms.items()):
         points = []
         for seeds in zip(*[past.rounds for past in arm]):  # rounds that all seeds have finished
@@ -451,7 +451,7 @@ def draw_problems(axes, arms, ids):
         for i, name in enumerate(counts):
             means = [counts[name][bins == b, column].mean() for b in shown]
             axis.plot(shown, means, "o-", label=name, color=f"C{i}")
-        axis.set_xticks(range(4), ("below 25 %", "25 to 50 %", "50 to 75 %", "75 % or more"))
+        axis.set_xticks(range(4), ("below 25%", "25 to 50%", "50 to 75%", "75% or more"))
         axis.set_xlabel("right answers to a problem, in all runs together")
         axis.set_ylabel(f"times {what}, mean of training problems")
 
@@ -471,7 +471,7 @@ def main():
         if "" in files or len(files) < len(listed):
             fail(f"{','.join(listed)}: two names would share a file, or one has no letter or digit to name a file by")
     if SAMPLES > 1 and TEMPERATURE == 0:
-        fail("--samples above 1 needs --temperature above 0: greedy answers are all the same")
+        fail("--samples above 1 needs --temperature above 0, because greedy answers are all the same")
     if EXAMPLES_FROM and PROMPT != "few_shot":
         fail("--examples-from needs --prompt few_shot")
     tokenizers = {model: load_tokenizer(model, PROMPT, SYSTEM, THINK) for model in models}

@@ -14,14 +14,14 @@ problem to find those at the edge of what the model can do, and spends the rest 
      with the highest S (code).  M_t = DPO of M_{t-1} on them (code), with M_{t-1} as the reference (ours).
 
 We had the paper's abstract, its first lines and a figure; its code lacks the programs for sampling and training, and so
-the loss: plain DPO is ours. Thresholds are known for one of the paper's three backbones, Qwen2.5-7B.
+the loss; plain DPO is our choice. Thresholds are known for one of the paper's three backbones, Qwen2.5-7B.
 Differences from the code: M_0 is MODEL as it is, unless there is a STEP_SET (solutions with blank lines between steps);
 phi_r is a mean over all n_p answers, not only the distinct ones; exactly the budget is drawn, while the code draws more
 and drops the excess; a cut answer counts as wrong and is in no pair; in DPO, prompt and answer stay whole, while the
 code caps both together at 2,048 tokens; answers are checked with math-verify, never taken from the last number;
-AIME24 and AMC23 are for eval.py (--samples 32, and SYSTEM's text as --first).
+AIME24 and AMC23 are for eval.py (--samples 32 with --temperature, and SYSTEM's text as --first).
 
-  python hs_star.py --toy                                     2 CPU cores: 1 min, 57 % (measured)
+  python hs_star.py --toy                                     2 CPU cores: 1 min, 57% (measured)
   python hs_star.py --model Qwen/Qwen2.5-7B                   one GPU: not measured yet
   torchrun --nproc-per-node 8 hs_star.py                      eight GPUs: not measured yet"""
 import statistics
@@ -56,7 +56,7 @@ SLICE = 4900  # N: problems per round, different in each round while they last (
 ROUNDS = 3  # after round 0 (code)
 SEED = 0  # for everything random (ours)
 
-# The method: tests/studies/results.md lists the values for the other arms
+# The method: README's table of commands lists the flags for other arms
 BUDGET = 8  # n: answers per problem in a round, on average (code)
 PRE_SAMPLES = 3  # n_p: how many of them come before the decision; as many as BUDGET is uniform iterative DPO (code)
 DIFFICULTY = "both"  # "both" | "accuracy" | "reward": what to classify by: phi_a and phi_r, or only one (paper: both)
@@ -85,7 +85,7 @@ WARMUP = 0.03  # share of the steps if below 1, else their number; 0 is none (co
 EPOCHS = 1  # passes over the pairs, and over STEP_SET (code)
 BATCH_SIZE = 256  # pairs (answers) per optimizer step, over all GPUs (code)
 WEIGHT_DECAY = 0.0  # for AdamW; 0 is none (code)
-CLIP = 1.0  # largest gradient norm (ours)
+CLIP = 1.0  # largest gradient norm; 0 is none (ours)
 LORA_RANK = 0  # of the adapters trained instead of all weights; 0 is full fine-tuning (ours)
 LORA_ALPHA = 32.0  # adapters are scaled by LORA_ALPHA / LORA_RANK (ours)
 
@@ -100,11 +100,11 @@ MAX_TOKENS = 16384  # per micro-batch on one GPU: affects memory and rounding on
 RECOMPUTE = False  # recompute activations in the backward pass: less memory, a third more time (ours)
 COMPILE = False  # torch.compile the blocks for training: a minute at the start, then a tenth faster on a CPU (ours)
 SAVE_MINUTES = 30.0  # between saves during training, 12 bytes per parameter each; 0 is after each step (ours)
-KEEP_MODELS = 0  # how many rounds' models to keep on disk, in addition to those still needed; 0 is all (ours)
+KEEP_MODELS = 0  # how many of the last rounds' models to keep on disk, plus any still needed; 0 is all (ours)
 KEEP = False  # resume a folder made with different code; finished phases stay as they are (ours)
 WANDB = False  # also log to Weights & Biases (ours)
 
-# What is legal: the values, or the minimum (0 for other numbers)
+# Legal values of each constant, or its minimum (0 for other numbers)
 LEGAL = dict(START=("base", "previous"), SLICE=1, BUDGET=1, PRE_SAMPLES=1, DIFFICULTY=("both", "accuracy", "reward"),
              PAIRING=("hard", "random"), PROMPT=("few_shot", "zero_shot", "chat"), THINK=("", "on", "off"),
              MAX_NEW_TOKENS=1, EPOCHS=1, BATCH_SIZE=1, ENGINE=("", "vllm", "transformers"), MAX_TOKENS=1)
@@ -122,7 +122,7 @@ TOY = dict(MODEL="tests/toy/model", PRM="tests/toy/prm", TRAIN_DATA="tests/toy/t
 # The method -----------------------------------------------------------------------------------------------------------
 
 def slice_of(n, t, run):
-    """Return the places of round t's problems among n: SLICE of them, in order.
+    """Return the indices of round t's problems among n: SLICE of them, in order.
 
     Rounds have none in common until fewer than SLICE are left; then they start over in a different order."""
     slices = max(1, n // SLICE)
@@ -132,7 +132,7 @@ def slice_of(n, t, run):
 
 
 def reward_of(steps):
-    """Return S(r), the reward of a response: that of its worst step, or 0 if the PRM could read none."""
+    """Return S(r), the reward of a response: its lowest step reward, or 0 if the PRM could read no step."""
     return min(steps, default=0.0)
 
 
@@ -158,8 +158,8 @@ def thresholds():
 
 
 def quotas(classes, rng):
-    """Return how many more answers each problem gets: the rest of the budget, spread over the boundary, one more for
-    random ones. 101 problems, 56 of them boundary: of 505 answers, 55 problems get 9 and one gets 10."""
+    """Return how many more answers each problem gets: the rest of the budget, spread evenly over the boundary, with the
+    remainder at random. 101 problems, 56 of them boundary: of 505 answers, 55 problems get 9 and one gets 10."""
     total = (BUDGET - PRE_SAMPLES) * len(classes)
     counts = iter(spread_evenly(total, max(1, classes.count("boundary")), rng))
     return [next(counts) if name == "boundary" else 0 for name in classes]
@@ -244,9 +244,9 @@ class RewardModel:
         self.head.to(device())
 
     def encode(self, problem, text):
-        """Return a response's token ids, cut at the context, and the places of the marks after its steps.
+        """Return a response's token ids, cut at the context, and the indices of the marks after its steps.
 
-        Blank lines separate steps. A problem that leaves no room for a mark has no places."""
+        Blank lines separate steps. A problem that leaves no room for a mark has none."""
         prompt = f"{self.tokenizer.bos_token or ''}{problem['problem']}\n"
         if self.layout == "score":
             prompt = make_prompt(self.tokenizer, "chat", problem, system=PRM_SYSTEM)
@@ -335,7 +335,7 @@ def step_rewards(run, file, prm, problems, responses):
 # The loop -------------------------------------------------------------------------------------------------------------
 
 def draw_and_read(run, file, prm, model, problems, draws, prompt, drawn):
-    """Draw answers and have the PRM read them: responses, each with its steps' rewards and S(r), or 0 without a PRM.
+    """Draw answers and have the PRM read them. Return them, each with its steps' rewards and S(r), 0 without a PRM.
     file: round_1/pre or round_1/re, to which "samples.jsonl" and "rewards.jsonl" are appended."""
     responses = sample(run, f"{file}samples.jsonl", model, problems, draws, prompt, **drawn)
     if not prm:
@@ -403,8 +403,8 @@ def check_constants():
         return
     low, high = thresholds()
     if not 0 < low < high:
-        fail(f"--tau-low {low} and --tau-high {high} for {PRM} with {MODEL}: if none are known, both must be given, "
-             "--tau-high as the higher one; --report-only prints the numbers to choose them from")
+        fail(f"--tau-low {low} and --tau-high {high} for {PRM} with {MODEL}: if none are known, give both, with "
+             "--tau-high above --tau-low; --report-only prints the numbers to choose them from")
 
 
 def main():
@@ -422,7 +422,7 @@ def main():
     if prm:
         say(f"  taus     {thresholds()}")
     if ROUNDS * SLICE > len(problems):
-        say("           there are fewer problems than --rounds times --slice, so some come again")
+        say("           there are fewer problems than --rounds times --slice, so some repeat")
 
     def ask(problem, draw=0):
         text = make_prompt(tokenizer, PROMPT, problem, worked_examples(problem)[:shots], SYSTEM, THINK)
@@ -476,7 +476,7 @@ def main():
             start = model if START == "previous" else m_0
             model = train(run, f"round_{t}/model", start, pairs, dpo_nll_loss, lr=LR_DPO, reference=True, **training)
         else:
-            say(f"  round {t}  no boundary problem was answered right and wrong: no pair, the model stays as it is")
+            say(f"  round {t}  no boundary problem has right and wrong answers: no pair, so the model stays as it is")
         scores[f"round {t}"] = evaluate(run, f"round_{t}/eval", model, tests, ask, **greedy)
         end_round(run, t, keep=[m_0, model])
     final_table(run, scores)

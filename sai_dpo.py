@@ -4,25 +4,25 @@ A model answers training problems and learns from its right and wrong answers. B
 the model is weak at: it probes a few problems of every kind, and draws the round's problems to match.
 
   Once: a tagger names the knowledge points T(x) of each problem x, a sentence encoder turns them into a vector, and
-  K-Means groups the vectors into clusters C_j (paper). 1 % of the problems (paper), some from each cluster, are its
+  K-Means groups the vectors into clusters C_j (paper). 1% of the problems (paper), some from each cluster, are its
   probe S_j. In round t = 1..5, with K = 8 answers (paper) by pi_{t-1} to a problem, p(x) the share right:
   1. Probe (paper). Error mass of a cluster, where A_j are its problems not yet drawn, and its share (formulas: ours):
        m(j) = |A_j| / |S_j| * sum over S_j of (1 - p(x)), in units of the probe,     q(j) = (m(j) + a) / sum of (m + a)
   2. Draw 20,000 problems, none twice: P(x) ~ q(j) d(j) / |A_j|, d(j) the mean over S_j of 4 p (1 - p) (formula: ours).
-  3. Roll out. Self-aware difficulty is the key (1 - p, mean steps, mean length), compared in that order (paper). Of the
-     learnable problems, answered both right and wrong, train on those nearest to p = 1/2, the hardest first among ties:
-     at most 5,000, each cluster with its share q(j) (ours).
+  3. Draw K answers to each. Self-aware difficulty is the key (1 - p, mean steps, mean length), compared in that order
+     (paper). Of the learnable problems, answered both right and wrong, train on those nearest to p = 1/2, the hardest
+     first among ties: at most 5,000, each cluster with its share q(j) (ours).
   4. Pairs: a random right answer against a random wrong one (paper). pi_t = DPO of pi_{t-1}, its reference too (proxy).
 
 We had no access to the paper's body, and no code was released: (paper) is what its abstract and reviews say, (proxy) is
-from Online-DPO-R1, with 20,000 prompts a round, or a later paper by one of the authors; all else is ours. So are three
+from Online-DPO-R1, with 20,000 prompts a round, or a later paper by one of the authors; all else is ours, with three
 readings: a round's "20,000 training samples" are drawn before the filter (to train on as many: --pairs-per-round 20000,
 and more --samples-per-round); P@K is the share right, as the abstract's "pass rates" suggest (a review: "at least one
 of K"); the model's "frontier", not too easy or difficult, is p = 1/2, in draw and filter (by the key alone: --prefer
 hardest --no-difficulty-before). Also ours: probe problems are never trained on, so that probes are comparable; all arms
 probe, so that they cost the same; cut answers count as wrong and are in no pair; no label smoothing (proxies: 0.1).
 
-  python sai_dpo.py --toy                                     2 CPU cores: 1.6 min, 62 % (measured)
+  python sai_dpo.py --toy                                     2 CPU cores: 1.6 min, 62% (measured)
   python sai_dpo.py --tag && python sai_dpo.py                one GPU: not measured yet
   torchrun --nproc-per-node 8 sai_dpo.py                      eight GPUs: not measured yet"""
 import math
@@ -55,9 +55,9 @@ SEED = 0  # for everything random (ours)
 TAG = False  # have TAGGER tag the training problems for all later runs, and stop (paper: offline)
 TAGGER = "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B"  # its tags are used if --tag was run; else the text (paper)
 OWN_TAGS = True  # problems with their own tags keep them (MATH: seven, so seven clusters) and skip the tagger (ours)
-TAG_TOKENS = 2048  # most tokens of the tagger's output, thinking included (ours)
+TAG_TOKENS = 2048  # the most tokens that the tagger may generate, thinking included (ours)
 EMBEDDER = "sentence-transformers/all-mpnet-base-v2"  # a Hub name or a folder, or tfidf (ours)
-N_CLUSTERS = 20  # of the pool; fewer if fewer problems are distinct (ours)
+N_CLUSTERS = 20  # of the training problems; fewer if fewer are distinct (ours)
 
 # The method
 SELECT = "both"  # "both" | "knowledge" | "difficulty" | "random" | "static": static: shares from probe 1 (ours)
@@ -78,7 +78,7 @@ THINK = ""  # "" | "on" | "off": with "chat", whether to think before the answer
 TEMPERATURE = 1.0  # for all draws (proxy)
 TOP_P = 1.0  # 1: off (proxy)
 TOP_K = 0  # 0: off (proxy)
-MAX_NEW_TOKENS = 3072  # longer answers are cut off and not trained on (ours; the proxy's 4096 leave no room)
+MAX_NEW_TOKENS = 3072  # longer answers are cut off and not trained on (ours; the proxy's 4096 would fill the context)
 GRADER = ""  # file.py:function, (problem, text) -> (correct, reason); empty is math-verify (ours)
 
 # Training
@@ -87,7 +87,7 @@ WARMUP = 0.03  # share of the steps if below 1, else their number; 0 is none (ou
 EPOCHS = 2  # passes over the pairs (proxy)
 BATCH_SIZE = 128  # pairs per optimizer step, over all GPUs (proxy)
 WEIGHT_DECAY = 0.0  # for AdamW; 0 is none (proxy)
-CLIP = 1.0  # largest gradient norm (ours)
+CLIP = 1.0  # largest gradient norm; 0 is none (ours)
 LORA_RANK = 0  # of the adapters trained instead of all weights; 0 is full fine-tuning (ours)
 LORA_ALPHA = 32.0  # adapters are scaled by LORA_ALPHA / LORA_RANK (ours)
 
@@ -102,11 +102,11 @@ MAX_TOKENS = 16384  # per micro-batch on one GPU: affects memory and rounding on
 RECOMPUTE = False  # recompute activations in the backward pass: less memory, a third more time (ours)
 COMPILE = False  # torch.compile the blocks for training: a minute at the start, then a tenth faster on a CPU (ours)
 SAVE_MINUTES = 30.0  # between saves during training, 12 bytes per parameter each; 0 is after each step (ours)
-KEEP_MODELS = 0  # how many rounds' models to keep on disk, in addition to those still needed; 0 is all (ours)
+KEEP_MODELS = 0  # how many of the last rounds' models to keep on disk, plus any still needed; 0 is all (ours)
 KEEP = False  # resume a folder made with different code; finished phases stay as they are (ours)
 WANDB = False  # also log to Weights & Biases (ours)
 
-# What is legal: the values, or the minimum (0 for other numbers)
+# Legal values of each constant, or its minimum (0 for other numbers)
 ARMS = {"both": ("clusters", "difficulty"), "static": ("clusters", "difficulty"), "knowledge": ("clusters",),
         "difficulty": ("difficulty",), "random": ()}  # for each SELECT: what it draws and keeps by
 LEGAL = dict(START=("base", "previous"), TAG_TOKENS=1, N_CLUSTERS=1, SELECT=tuple(ARMS), SAMPLES_PER_ROUND=1,
@@ -143,7 +143,7 @@ def measure(responses):
 
 
 def probe_of(clusters, rng):
-    """Return the places of the problems to probe, in order: PROBE of each cluster, but at least 2 (or all it has)."""
+    """Return the indices of the problems to probe, in order: PROBE of each cluster, at least 2 (or all if fewer)."""
     probe = []
     for cluster, size in enumerate(np.bincount(clusters)):
         members = rng.permutation(np.flatnonzero(clusters == cluster))
@@ -180,7 +180,7 @@ def weights_of(shares, rates, clusters):
 
 
 def take(clusters, weights, n):
-    """Return the places of n problems: the first of each cluster, by the clusters' weights (k,); None: first of all."""
+    """Return the indices of n problems: the first of each cluster, by the clusters' weights (k,); None: the first n."""
     if weights is None:
         return np.arange(len(clusters))[:n]
     room = np.bincount(clusters, minlength=len(weights))
@@ -191,13 +191,13 @@ def take(clusters, weights, n):
 
 
 def draw(unused, clusters, weights, n, rng):
-    """Draw n unused problems, by place: by the clusters' weights, at random within a cluster; None: all at random."""
+    """Draw n unused problems, as indices: by the clusters' weights, at random within a cluster; None: all at random."""
     unused = rng.permutation(unused)
     return np.sort(unused[take(clusters[unused], weights, n)])
 
 
 def is_learnable(row):
-    """Whether a problem was answered both right and wrong, so that there is a pair."""
+    """Return whether a problem was answered both right and wrong, so that there is a pair."""
     return 1 in row["outcomes"] and 0 in row["outcomes"]
 
 
@@ -266,7 +266,7 @@ def tags_name(problems):
 
 
 def tag_problems(problems):
-    """Have TAGGER name the knowledge points of problems, with at most two tries each; resumes like any run."""
+    """Have TAGGER name the knowledge points of problems, in at most two tries each. Resume like any run."""
     tagger = load_tokenizer(TAGGER, "chat")
     constants = {name: globals()[name] for name in MACHINE}
     constants |= {"MODEL": TAGGER, "SEED": 0, "GRADER": "", "NAME": tags_name(problems), "__file__": __file__}
@@ -317,7 +317,7 @@ def group(problems, tags, run):
 
 
 def apportion(shares, room, total):
-    """Divide `total` in proportion to `shares` (k,), at most `room` (k,) each: one by one, to where most is missing."""
+    """Divide `total` in proportion to `shares` (k,), at most `room` (k,) each: one by one, to the one most short."""
     counts = np.zeros(len(room), dtype=int)
     for _ in range(min(total, room.sum())):
         missing = np.where(counts < room, shares / (2 * counts + 1), -1)  # Webster's method
@@ -336,7 +336,7 @@ def cluster_texts(encoder, texts, k, rng):
 
 
 def tfidf(texts, size=512):
-    """Return unit tf-idf vectors (n, size) of texts, hashed: a hash of each word gives its place."""
+    """Return unit tf-idf vectors (n, size) of texts, hashed: a hash of each word gives its index."""
     counts = np.zeros((len(texts), size), dtype="float32")
     for row, text in zip(counts, texts):
         for word in re.findall(r"\\?[^\W\d_]{2,}", text.lower()):  # two or more letters, or a LaTeX command
@@ -347,7 +347,7 @@ def tfidf(texts, size=512):
 
 
 def read_encoder(name):
-    """Return a sentence encoder's tokenizer, set to its longest text; fail unless the encoder uses mean pooling."""
+    """Return a sentence encoder's tokenizer, set to its length limit; fail unless the encoder uses mean pooling."""
     folder = Path(local_folder(name))
     tokenizer = load_tokenizer(name, "")
     pooling = folder / "1_Pooling" / "config.json"
@@ -501,7 +501,7 @@ def main():
         unused = np.setdiff1d(unused, chosen)
         own = [problems[i] for i in chosen]
 
-        # 3. Roll out, filter, order
+        # 3. Draw answers, filter, order
         responses = sample(run, f"round_{t}/responses.jsonl", model, own, K_SAMPLES, ask, **drawn)
         selection = run.once(f"round_{t}/selection.jsonl", select, clusters[chosen], masses, shares, weights,
                              responses, run, t)

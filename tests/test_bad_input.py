@@ -64,7 +64,7 @@ def test_bad_problems(tmp_path, name, script):
     ("folder.jsonl", "dast.py", ["folder.jsonl: no such file"]),
     ("p.jsonl,p.jsonl", "adastar.py", ["two problems have the id", "/p/1'"]),
     ("a/q.jsonl,b/a/q.jsonl", "hs_star.py", ["two problems have the id 'a/q/1'"]),
-    ("p.pkl", "sai_dpo.py", ["p.pkl: no such file, nor one of the known sets"]),
+    ("p.pkl", "sai_dpo.py", ["p.pkl: no such file; name a file"]),
     (",", "dast.py", ["no problem set is named"]),
     ("secret.jsonl", "hs_star.py", ["secret.jsonl"]),
     ("p.jsonl,p.jsonl", "eval.py", ["share a file"]),  # it keeps the answers to each set in one

@@ -292,7 +292,7 @@ def test_a_checker_that_cannot_start_ends_the_program(monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
     futures = [checker.submit({"answer": "4"}, f"\\boxed{{5-{n}.0}}") for n in range(50)]
     for future in futures:
-        with pytest.raises(RuntimeError, match="a checking worker does not start"):
+        with pytest.raises(RuntimeError, match="a checking worker failed to start"):
             future.result(60)
 
 
@@ -334,7 +334,7 @@ def test_a_broken_grader_is_told_at_the_start(tmp_path, name, words):
 
 
 def test_a_grader_that_only_crashes_ends_the_program(tmp_path):
-    """It must not be reported as 0.0 %."""
+    """It must not be reported as 0.0%."""
     (tmp_path / "mine.py").write_text(
         "def grade(problem, text):\n    return text == '5' or problem['id'] == 'check/1' or 1 / 0, ''\n")
     checker = common.Checker(1, f"{tmp_path}/mine.py:grade")

@@ -114,7 +114,7 @@ def test_program_scores_sets_by_level_and_subject_and_prints_tables(several):
         assert 0 <= score["interval"][0] <= score["accuracy"] <= score["interval"][1] <= 1
         assert math.isclose(score["pass_at"]["3"]["accuracy"], sum(n > 0 for n in score["correct"].values()) / 12)
     assert [line["accuracy"] for line in lines(run / "metrics.jsonl")] == [s["accuracy"] for s in scores.values()]
-    for words in ("95 % interval", "level 1", "pass@3", "maj@3", "digit sums"):
+    for words in ("95% interval", "level 1", "pass@3", "maj@3", "digit sums"):
         assert words in said
 
 

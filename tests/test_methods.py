@@ -195,7 +195,7 @@ def test_rule_by_chance_gives_all_that_it_may_and_nothing_else(monkeypatch, rule
 @pytest.mark.parametrize("script, constants, words", [
     (dast, {"SHOTS": 0}, "without examples in the prompt L has no effect"),
     (dast, {"CUTS": (0.4, 0.7)}, "--cuts (0.4, 0.7)"),
-    (dast, {"DRAWS_LIKE": "runs/x"}, "make controls without P"),
+    (dast, {"DRAWS_LIKE": "runs/x"}, "are for runs without P"),
     (dast, {"VARIANT": "L", "SIZE_LIKE": "runs/x"}, "runs/x/round_3/selection.jsonl: no such file"),
     (adastar, {"TRAIN_ON_ALL": True}, "--train-on-all needs --no-stop-at-beta"),
     (adastar, {"TRACES": 2}, "--traces 2 needs --no-retry"),

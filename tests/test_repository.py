@@ -45,7 +45,7 @@ def test_scripts_share_comments_losses_and_the_machine_group():
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_loss"):
                 code = ast.get_source_segment(text, node)
                 assert losses.setdefault(node.name, code) == code, f"{node.name} of {script}"
-        groups.add(text[text.index("# Machine: may differ"):text.index("# What is legal")])
+        groups.add(text[text.index("# Machine: may differ"):text.index("# Legal values")])
     [group] = groups
     assert re.findall(r"(?m)^([A-Z_]+) = ", group) == list(common.MACHINE)
     assert len(comments) > 50 and {"sft_loss", "dpo_loss"} <= losses.keys()
@@ -54,7 +54,7 @@ def test_scripts_share_comments_losses_and_the_machine_group():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_constants_say_where_their_values_are_from(script):
     text = (ROOT / script).read_text()
-    settings = text[text.index("# What to run"):text.index("# What is legal")]
+    settings = text[text.index("# What to run"):text.index("# Legal values")]
     for line in re.findall(r"(?m)^[A-Z_]+ = .*$", settings):
         assert re.search(r"  # .*\([^()]*(paper|code|proxy|ours)[^()]*\)", line), line
 

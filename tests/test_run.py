@@ -219,7 +219,7 @@ def test_what_a_terminal_cannot_show_is_escaped(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--model", "no/such/folder"], ["no/such/folder"]),
-    (["--test-data", "gsm9k"], ["gsm9k: no such file, nor one of the known sets"]),
+    (["--test-data", "gsm9k"], ["gsm9k: no such file; name a file"]),
     (["--held-out", "18"], ["--held-out 18 leaves nothing of the 18 problems"]),
     (["--grader", "none.py:grade"], ["No such file or directory: 'none.py'"]),
     (["--model", "short"], ["the prompt of toy/train/", "exceeds the context of 200", "--shots"]),

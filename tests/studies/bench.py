@@ -180,7 +180,7 @@ def training(name, what, others, target, shape, sets):
                 f"{log['tokens']:,} tokens: "
                 f"{NAMES[way]} {medians[way]:.2f} s, ours {medians['ours']:.2f} s")
         if "mfu" in log:
-            row(name, f"{log['mfu']:.0%}", "50-55 %",
+            row(name, f"{log['mfu']:.0%}", "50-55%",
                 f"MFU, {log['peak_gib']:.1f} GiB on {common.processor()}")
 
 
@@ -421,7 +421,7 @@ def remainder(shape):
     trained = [m for m in metrics if m["phase"] == "train"]
     saving = sum(m["save_seconds"] for m in trained)
     steps = sum(m["seconds"] for m in trained) - saving
-    row("P8", f"{1 - (drawn + steps) / whole:.1%}", "<= 5 %" if shape in ("1.5b", "7b") else "(1.5B)",
+    row("P8", f"{1 - (drawn + steps) / whole:.1%}", "<= 5%" if shape in ("1.5b", "7b") else "(1.5B)",
         f"{shape}: of {whole:.1f} s of two rounds of dast.py sampling with checking {drawn:.1f} s, training "
         f"steps {steps:.1f} s, saving {saving:.1f} s, the rest {whole - steps - saving - drawn:.1f} s")
 

@@ -2,7 +2,7 @@
 
   python tests/studies/one_round.py    runs what is missing (runs/one-round-*, ten minutes on two cores)
 
-Shows two problems of each run: the first that was decided on and trained on, and the first that was not."""
+Shows two problems of each run: the first with a draw that is trained on, and the first without."""
 import json
 import re
 import subprocess
@@ -13,27 +13,27 @@ from pieces import ROOT, lines
 PAGE = ROOT / "tests" / "studies" / "one_round.md"
 HEAD = """# One round, told with real records
 
-Made by `python tests/studies/one_round.py` from round 1 of each script's `--toy`, seed 0. It follows two problems of each
-run: the first that is trained on, and the first that is not. In the tables of draws, `/` is a new line. The keys of a
-decision are explained in [details](details.md).
+Made by `python tests/studies/one_round.py` from round 1 of each script's `--toy`, seed 0. It follows two problems of
+each run: the first with a draw that is trained on, and the first without. In the tables of draws, `/` is a new line.
+The keys of a decision are explained in [details](details.md).
 """
 DRAWN = {  # script: what is drawn for a decision, and what happens there
     "dast.py": (["round_0/probe", "round_1/responses"],
                 "The base answers each problem five times (the probe), which gives its level. Harder problems then get "
-                "more draws, until they have more distinct correct answers. The first of each distinct correct text is "
-                "trained on, and so is the problem's own solution (the last below)."),
+                "more draws, to find more distinct correct answers. The first of each distinct correct text "
+                "is trained on, and so is the problem's own solution (the last below)."),
     "adastar.py": (["round_1/responses_0"],
-                   "Problems are visited in the order of (`last`, `w`); in the first round all are equal. A problem gets "
-                   "a second draw if the first is wrong. The walk stops when there are enough correct answers, and the "
-                   "first floor(m alpha^2) problems are marked as seen."),
+                   "Problems are visited in the order of (`last`, `w`); in the first round all are equal. A problem "
+                   "gets a second draw if the first is wrong. The walk stops when there are enough correct answers, "
+                   "and the first floor(m alpha^2) problems are marked as seen."),
     "hs_star.py": (["round_1/presamples", "round_1/resamples"],
                    "A few answers to each problem give `phi_a`, the share correct, and `phi_r`, the mean reward; the "
                    "rest of the budget goes to boundary problems. The right and the wrong answers with the highest "
                    "rewards make pairs."),
     "sai_dpo.py": (["round_1/responses"],
                    "Clusters in which the probe failed more often are drawn from more often. Of the problems answered "
-                   "both right and wrong, those nearest to one half are trained on, as a random pair of a right and a "
-                   "wrong answer."),
+                   "both right and wrong, those with p nearest to 1/2 are trained on, as a random pair of a right and "
+                   "a wrong answer."),
 }
 
 
@@ -53,7 +53,7 @@ def told(run, script, problem, decision, trained):
     shown = re.sub(r"(\d\.\d{3})\d+", r"\1", json.dumps(decision))  # fewer digits
     text += ["\nThe decision (`selection.jsonl`):\n", "```json", shown, "```\n"]
     if not trained:
-        text.append("No answer to it is trained on.\n")
+        text.append("It is not trained on.\n")
         return text
     text += ["Trained on (`train.jsonl`), after the prompt", "\n```", trained[0]["prompt"].rstrip("\n"), "```\n"]
     for example in trained:
@@ -82,12 +82,11 @@ def page():
         for path in (f"round_0/{before}", "round_1/eval.json"):
             accuracy.append(json.loads((run / path).read_text())["accuracy"])
         text += [f"## {script}\n", what + "\n",
-                 f"This round: {len(selection)} problems decided on, {len(chosen)} of them trained on; greedy accuracy "
+                 f"This round: {len(selection)} problems, {len(chosen)} of them with draws trained on; greedy accuracy "
                  f"on 300 test problems from {accuracy[0]:.1%} to {accuracy[1]:.1%}.\n"]
         for i in (chosen[0], others[0]):
             [decision] = [s for s in selection if s["id"] == i]
-            trained = examples.get(i, []) if i == chosen[0] else []
-            text += told(run, script, problems[i], decision, trained)
+            text += told(run, script, problems[i], decision, examples.get(i, []))
     return "\n".join(text).rstrip("\n") + "\n"
 
 

@@ -62,7 +62,7 @@ def correct(folder, path):
 
 
 def difference(scores, others):
-    """Mean difference of two arms, a {problem id: 0..1} per seed each, in points, with its 95 % interval."""
+    """Mean difference of two arms, a {problem id: 0..1} per seed each, in points, with its 95% interval."""
     if scores is others:
         return "-"
     ids = [i for i in scores[0] if all(i in of for of in (*scores, *others))]
@@ -267,7 +267,7 @@ VANILLA = f"{DAST} --variant= --k-probe 1 --k-samples 6"
 ADASTAR_EQUAL = f"adastar.py {EQUAL} --held-out 0 --rounds 16"
 HS_STAR_EQUAL = f"hs_star.py {EQUAL} --slice 150 --rounds 5"
 SAI_DPO_EQUAL = f"sai_dpo.py {EQUAL} --samples-per-round 150 --rounds 5"
-LORA = "--lora-rank 8 --lora-alpha 16 --lr 1e-3"  # with seed 100, 8 rounds: 64.8 %; at 3e-3 59.5, at 1e-2 7.3
+LORA = "--lora-rank 8 --lora-alpha 16 --lr 1e-3"  # with seed 100, 8 rounds: 64.8%; at 3e-3 59.5, at 1e-2 7.3
 UNSOLVED = "--rounds 4 --train-data runs/toy/train.jsonl"  # the same without worked solutions
 HEAD_TO_HEAD = {
     "vanilla rejection sampling": f"{VANILLA} {UNSOLVED}",
@@ -429,7 +429,7 @@ def compare(arms, against, folder):
         gain = difference(*[[past.at("generated", amount) for past in arms[name]] for name in (arm, control)])
         print(f"{arm:<33}{f'against {control}':<39}{gain:<20} at {amount:,}")
     main = {arm: arms[arm] for arm in MAIN if arm in arms} or arms
-    print("\ntimes trained on, at the ends: problems with below 25 %, to 50 %, to 75 %, more right")
+    print("\ntimes trained on, at the ends: problems with below 25%, to 50%, to 75%, more right")
     bins, counts = evaluation.effort(main)
     for arm, of_arm in counts.items():
         print(f"{arm:<33}" + "  ".join(f"{of_arm[bins == b, 2].mean():.1f}" for b in range(4)))
@@ -464,8 +464,8 @@ def most_tokens(pasts):
 
 
 # The same with SmolLM2-135M, on problems with answers only and no examples in the prompt, about a quarter of an hour a
-# run on two cores. Rates were chosen with seed 100, one round each: SFT 1e-5 40.7 %, 3e-5 48.8 % (324 problems, 3
-# answers to each); DPO 1e-5 29.9 %, 5e-5 31.2 %, but with a loss that rises (72 problems, 8 answers to each).
+# run on two cores. Rates were chosen with seed 100, one round each: SFT 1e-5 40.7%, 3e-5 48.8% (324 problems, 3
+# answers to each); DPO 1e-5 29.9%, 5e-5 31.2%, but with a loss that rises (72 problems, 8 answers to each).
 REAL_TRAIN = 216  # problems
 REAL = ("--model runs/real/float32 --train-data runs/real/train.jsonl --test-data runs/real/test.jsonl --prompt chat "
         f"--n-train {REAL_TRAIN} --system 'Answer in one short sentence that ends with the number.' "
