@@ -397,7 +397,7 @@ def draw(arms, ids, folder):
         from matplotlib import figure, style
     except ImportError:
         return say("no plots: they need matplotlib (pip install matplotlib)")
-    style.use("tableau-colorblind10")
+    style.use("petroff10")
     folder.mkdir(parents=True, exist_ok=True)
     for file, panels, draw_in in (("accuracy.png", 3, draw_accuracy), ("problems.png", 2, draw_problems)):
         picture = figure.Figure(figsize=(11, 4), layout="constrained")
@@ -409,9 +409,9 @@ def draw(arms, ids, folder):
 
 
 def draw_accuracy(axes, arms, ids):
-    """Plot accuracy against rounds, generated tokens and FLOPs, with bands for the 95% intervals."""
+    """Plot accuracy against rounds, generated tokens and FLOPs, with a bar for the 95% interval at the end."""
     from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
-    axes[0].set_ylabel(f"accuracy on {len(ids):,} problems, 95% intervals")
+    axes[0].set_ylabel(f"accuracy on {len(ids):,} problems (bars: 95%)")
     for i, (name, arm) in enumerate(arms.items()):
         points = []
         for seeds in zip(*[past.rounds for past in arm]):  # rounds that all seeds have finished
@@ -419,11 +419,10 @@ def draw_accuracy(axes, arms, ids):
             for what in ("round", "generated", "flops"):
                 point[what] = np.mean([r[what] for r in seeds])
             points.append(point)
-        low, high = zip(*[point["interval"] for point in points])
         for axis, what in zip(axes, ("round", "generated", "flops")):
             x = [point[what] for point in points]
             axis.plot(x, [point["accuracy"] for point in points], "o-", label=name, color=f"C{i}")
-            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+            axis.vlines(x[-1], *points[-1]["interval"], color=f"C{i}", alpha=0.4, linewidth=4)
     for axis, label in zip(axes, ("round", "tokens generated", "FLOPs, without scoring")):
         axis.set_xlabel(label)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
