@@ -1290,7 +1290,7 @@ def _answer_and_solution(answer, solution):
         return stated, solution
     answer = _text_of(answer)
     if re.search(r"<<|####|\\boxed|^\[\s*['\"]", answer):
-        raise ValueError(f"the answer {answer[:60]!r} is a list as text, or more than the answer")
+        raise ValueError(f"the answer {answer[:60]!r} is a list as text or includes its steps; give the value alone")
     return answer, solution
 
 

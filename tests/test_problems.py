@@ -70,7 +70,7 @@ def test_record_of_each_form(tmp_path, record, problem):
     (r'"answer": "2", "solution": "\right"', "one backslash"), (r'"answer": "A\u0000"', "a control character"),
     ('"answer": ["1/2", "0.5"]', "different ones"), ('"answer": ["2", "1,000"]', "different ones"),
     ('"answer": [["1", "2"], ["3"]]', "different ones"), ("\"answer\": \"['2', '3']\"", "a list as text"),
-    ('"answer": "1+1=<<1+1=2>>2"', "or more than the answer"), ('"solution": 2', "'solution' is neither"),
+    ('"answer": "1+1=<<1+1=2>>2"', "or includes its steps"), ('"solution": 2', "'solution' is neither"),
     ('"answer": 1, "choices": ["a", "b"]', "give its letter"), ('"answer": "1", "choices": ["1", "2"]', "its letter"),
     ('"answer": 0, "options": {"A": "a", "B": "b"}', "give its letter"),
     ('"answer": "A", "choices": ["B", "A"]', "give its letter"), ('"answer": "a", "choices": ["a", "a"]', "its letter"),
