@@ -1025,12 +1025,14 @@ def gather(item):
     return items
 
 
-def bar(total, what):
-    """Return a progress bar, shown on rank 0; without a terminal it prints one line a minute."""
-    options = {"leave": False}
+def bar(total, what, batch=1):
+    """Return a progress bar, shown on rank 0; without a terminal it prints one line a minute. It moves by batches,
+    because a batch's first answer would count the time of all of them as its own."""
+    tqdm.monitor_interval = 0  # its thread would undo miniters
+    options = {"leave": False, "miniters": batch, "smoothing": 0}
     if not sys.stderr.isatty():
-        options = {"delay": 60, "mininterval": 60, "maxinterval": 60,
-                   "bar_format": "  {desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go\n"}
+        options |= {"delay": 60, "mininterval": 60,
+                    "bar_format": "  {desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} to go\n"}
     return tqdm(total=total, desc=what, disable=rank() != 0, dynamic_ncols=True, **options)
 
 
@@ -1181,7 +1183,7 @@ def _read_set(name, split, folder, notes):
         else:
             notes[f"{where}: problems dropped without an answer (in 'answer' or in a box of 'solution')"].append(number)
     if not problems:
-        fail(f"{where}: no problem in it")
+        fail(f"{where}: no problem with an answer in it")
     return problems
 
 
@@ -1554,7 +1556,7 @@ def sample(run, file, model, problems, draws, prompt, enough=None, grade=None, *
             shown.update(world_size())  # the other processes are about as far
 
     total = sum(of_problem.limit for of_problem in known.values())
-    with open(path, "a") as lines, bar(total, f"round {round} {phase}") as shown:
+    with open(path, "a") as lines, bar(total, f"round {round} {phase}", GROUP) as shown:
         while True:
             for of_problem in own:
                 queue.extend(of_problem.next_wave())
@@ -2333,7 +2335,7 @@ def tokens_that_fit(run):
         tokens = max(256, int((memory - fixed) / a_token))
         say(f"  memory   --max-tokens was {run.constants['MAX_TOKENS']:,}: cut to what fits")
     filled = (fixed + tokens * a_token) / 2**30
-    say(f"  memory   training fills up to {filled:.3g} of {memory / 2**30:.3g} GiB per process, "
+    say(f"  memory   training may fill {filled:.3g} of {memory / 2**30:.3g} GiB allowed per process, "
         f"{tokens * a_token / 2**30:.2g} of it due to --max-tokens {tokens:,}")
     if filled * 2**30 > memory and device().type == "cuda":
         fail("this model is too large to train on this GPU; use --lora-rank, --recompute, more GPUs or a smaller model")
