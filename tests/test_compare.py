@@ -82,7 +82,7 @@ def costs_of(said):
 def test_compare_prints_accuracies_gains_and_costs(two_runs, tmp_path):
     said = launch(tmp_path, "eval.py", "--compare", "runs/a-0", "runs/b-0").stdout
     for words in ("4    100.0%  51.0% - 100.0%   100.0%   100.0%", "b: +50.0 [+1.0, +99.0] points against a",
-                  "at 300 tokens", "4     75.0%", "b: +25.0 ["):
+                  "at 300 tokens", "4     75.0%", "b: +25.0 [", "not that of the seed"):
         assert words in said
     assert costs_of(said)["round"] == ["generated", "trained", "flops", "seconds"]
     assert costs_of(said)["b"][:4] == ["[2]", "400", "21", "320"]  # round, generated, trained on, FLOPs
