@@ -295,7 +295,7 @@ def main():
         model = train(run, "round_0/model", MODEL, d_o, sft_loss, lr=LR, **training)
         scores["round 0"] = evaluate(run, "round_0/eval", model, tests, zero_shot, **greedy)
     else:
-        say("  round 0  skipped, and L off: the problems have answers but no worked solutions, so D_o is empty")
+        say("  round 0  no training and no L, because the problems have no worked solutions: D_o is empty")
     m_1 = model
     end_round(run, 0, keep=[m_1])
 

@@ -315,7 +315,7 @@ def step_rewards(run, file, prm, problems, responses):
     slept = run.engine.sleep()
     prm.load()
     found = read_responses(run, f"round_{round}-{phase}", prm, problems, responses)
-    cost = 2 * prm.body.num_parameters()  # FLOPs of a token
+    cost = 2.0 * prm.body.num_parameters()  # FLOPs of a token
     prm.body = None
     give_memory_back()
     records = []

@@ -39,12 +39,12 @@ def check_refused(folder, script, words, data=TOY / "train.jsonl", model=TOY / "
 
 
 DATA = {  # name: (content of p.jsonl, words of the line)
-    "empty": (b"", ["p.jsonl: no problem in it"]),
+    "empty": (b"", ["p.jsonl: no problem with an answer in it"]),
     "cut": (GOOD + b'\n{"problem": "2+', ["p.jsonl:3: ", "one problem in JSON"]),
     "a list": (b"[1, 2]\n", ["p.jsonl:1: not a JSON object"]),
     "no text": (b'{"answer": "2"}\n', ["p.jsonl:1: no text under 'problem'"]),
-    "only empty answers": (b'{"problem": "1+1?", "answer": " "}\n', ["p.jsonl: no problem in it"]),
-    "wrong kind": (b'{"problem": "?", "answer": "2", "kind": "sum"}\n', ["p.jsonl:1: 'kind' is 'sum', and not math"]),
+    "only empty answers": (b'{"problem": "1+1?", "answer": " "}\n', ["p.jsonl: no problem with an answer in it"]),
+    "wrong kind": (b'{"problem": "?", "answer": "2", "kind": "sum"}\n', ["p.jsonl:1: 'kind' is 'sum'; it must be"]),
     "Latin 1": ('{"problem": "caf\u00e9: 1+1?", "answer": "2"}\n'.encode("latin-1"), ["p.jsonl:1: not UTF-8"]),
     "UTF-16": (GOOD.decode().encode("utf-16"), ["p.jsonl:1: ", "one problem in JSON"]),
     "half a character": (b'{"problem": "\\ud83d 1+1?", "answer": "2"}\n', ["p.jsonl:1: not UTF-8"]),

@@ -21,19 +21,21 @@ DRAWN = {  # script: what is drawn for a decision, and what happens there
     "dast.py": (["round_0/probe", "round_1/responses"],
                 "The base answers each problem five times (the probe), which gives its level. Harder problems then get "
                 "more draws, to find more distinct correct answers. The first of each distinct correct text "
-                "is trained on, and so is the problem's own solution (the last below)."),
+                "is trained on, and so is the problem's own solution (the last below, which may be the same text). "
+                "Accuracy dips before it rises."),
     "adastar.py": (["round_1/responses_0"],
                    "Problems are visited in the order of (`last`, `w`); in the first round all are equal. A problem "
                    "gets a second draw if the first is wrong. The walk stops when there are enough correct answers, "
-                   "and the first floor(m alpha^2) problems are marked as seen."),
+                   "and of m visited problems the first floor(m alpha^2) are marked as seen (`committed`), where alpha "
+                   "is the share solved."),
     "hs_star.py": (["round_1/presamples", "round_1/resamples"],
                    "A few answers to each problem give `phi_a`, the share correct, and `phi_r`, the mean reward; the "
                    "rest of the budget goes to boundary problems. The right and the wrong answers with the highest "
                    "rewards make pairs."),
     "sai_dpo.py": (["round_1/responses"],
-                   "Clusters in which the probe failed more often are drawn from more often. Of the problems answered "
-                   "both right and wrong, those with p nearest to 1/2 are trained on, as a random pair of a right and "
-                   "a wrong answer."),
+                   "Clusters in which the probe failed more often (`share`) are drawn from more often (`weight`). Of "
+                   "the problems answered both right and wrong, those with p nearest to 1/2 are trained on, as a "
+                   "random pair of a right and a wrong answer."),
 }
 
 
