@@ -455,7 +455,7 @@ def draw_problems(axes, arms, ids):
         axis.set_xticks(range(4), ("below 25%", "25 to 50%", "50 to 75%", "75% or more"))
         axis.set_xlim(-0.5, 3.5)
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("right answers to a problem, in all runs together")
+        axis.set_xlabel("share of a problem's answers that are right, in all runs")
         axis.set_ylabel(f"times {what}, mean of training problems")
 
 
