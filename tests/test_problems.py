@@ -68,8 +68,8 @@ def test_record_of_each_form(tmp_path, record, problem):
 @pytest.mark.parametrize("rest, words", [
     (r'"answer": "\frac{1}{2}"', "one backslash"), (r'"answer": "2 \times 3"', "one backslash"),
     (r'"answer": "2", "solution": "\right"', "one backslash"), (r'"answer": "A\u0000"', "a control character"),
-    ('"answer": ["1/2", "0.5"]', "different ones"), ('"answer": ["2", "1,000"]', "different ones"),
-    ('"answer": [["1", "2"], ["3"]]', "different ones"), ("\"answer\": \"['2', '3']\"", "a list as text"),
+    ('"answer": ["1/2", "0.5"]', "are not distinct"), ('"answer": ["2", "1,000"]', "are not distinct"),
+    ('"answer": [["1", "2"], ["3"]]', "are not distinct"), ("\"answer\": \"['2', '3']\"", "a list as text"),
     ('"answer": "1+1=<<1+1=2>>2"', "or includes its steps"), ('"solution": 2', "'solution' is neither"),
     ('"answer": 1, "choices": ["a", "b"]', "give its letter"), ('"answer": "1", "choices": ["1", "2"]', "its letter"),
     ('"answer": 0, "options": {"A": "a", "B": "b"}', "give its letter"),
@@ -78,7 +78,7 @@ def test_record_of_each_form(tmp_path, record, problem):
     ('"answer": "B", "choices": [1, null]', "'None' is neither a text"),
     ('"answer": "B", "option_list": ["a", "b"]', "'option_list' is not read"),
     ('"answer": "B", "A": "a", "B": "b"', "'a' is not read"), ('"answer": "2", "kind": "label"', "'kind' is 'label'"),
-    ('"answer": "2", "final_answer": "3"', "two fields"), ('"answer": ["6", "six"]', "different ones"),
+    ('"answer": "2", "final_answer": "3"', "two fields"), ('"answer": ["6", "six"]', "are not distinct"),
     ('"answer": "2",', "Expecting property name"), ('"answer": {"is": 2}', "neither a text, a number")])
 def test_what_could_be_misread_is_refused_with_its_line(tmp_path, capsys, rest, words):
     (tmp_path / "p.jsonl").write_text('\n{"problem": "?", ' + rest + "}\n")
