@@ -32,6 +32,7 @@ def run(folder, command, out, err, bytes, variables):
     if bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, bytes))
     signal.alarm(600)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, such as tests, ignore it
     sys.argv = command
     status = 0
     try:
