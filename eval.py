@@ -363,11 +363,10 @@ def compare(folders):
     most = min(past.rounds[-1]["generated"] for past in runs)
     print_accuracy(arms, ids, "at the end")
     print_accuracy(arms, ids, f"at {most:,} tokens", most)
-    if min(map(len, arms.values())) == 1:
-        say("\nIntervals of an arm with one run cover the choice of problems, not that of the seed.")
     say(f"\n{len(ids):,} problems were scored in all runs; {most:,} is the most tokens that all have generated.\n"
-        "An end is the last round, or the one that adastar.py chose on held-out problems. Ends, and mean costs up to\n"
-        "there, without scoring (tokens generated and trained on, FLOPs, seconds):")
+        "The interval of an arm with one run covers the choice of problems, not that of the seed. An end is the last\n"
+        "round, or the one that adastar.py chose on held-out problems. Ends, and mean costs up to there, without\n"
+        "scoring (tokens generated and trained on, FLOPs, seconds):")
     costs = {}
     for name, arm in arms.items():
         costs[name] = {"round": str([past.end["round"] for past in arm])}
@@ -453,10 +452,8 @@ def draw_problems(axes, arms, ids):
             means = [counts[name][bins == b, column].mean() for b in shown]
             axis.plot(shown, means, "o-", label=name, color=f"C{i}")
         axis.set_xticks(range(4), ("below 25%", "25 to 50%", "50 to 75%", "75% or more"))
-        axis.set_xlim(-0.5, 3.5)
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("share of a problem's answers that are right, in all runs")
-        axis.set_ylabel(f"times {what}, mean of training problems")
+        axis.set(xlim=(-0.5, 3.5), xlabel="share of a problem's answers that are right, in all runs",
+                 ylim=(0, None), ylabel=f"times {what}, mean of training problems")
 
 
 def main():

@@ -125,4 +125,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) == 2 and sys.argv[1][0] != "-" else fail("name one folder"))
+    main(Path(sys.argv[1]) if len(sys.argv) == 2 and not sys.argv[1].startswith("-") else fail("name one folder"))
